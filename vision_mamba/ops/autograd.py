@@ -123,7 +123,9 @@ class _Scan(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor | None, dlast: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         saved, *tensors = ctx.saved_tensors
         source = iter(tensors)
-        arguments = [next(source) if is_tensor else other for is_tensor, other in zip(ctx.is_tensor, ctx.others, strict=True)]
+        arguments = [
+            next(source) if is_tensor else other for is_tensor, other in zip(ctx.is_tensor, ctx.others, strict=True)
+        ]
         call, _ = _parse(tuple(arguments))
         wanted = dict(zip(ScanCall._fields, ctx.needs_input_grad, strict=False))
         if dy is None and dlast is None:
@@ -137,7 +139,9 @@ class _Scan(torch.autograd.Function):
         return tuple(fields[: len(ctx.needs_input_grad)]) + (None,) * (len(ctx.needs_input_grad) - len(fields))
 
 
-def _recompute(arguments: list[Any], names: list[str], dy: Tensor | None, dlast: Tensor | None) -> dict[str, Tensor | None]:
+def _recompute(
+    arguments: list[Any], names: list[str], dy: Tensor | None, dlast: Tensor | None
+) -> dict[str, Tensor | None]:
     """Run a backend written in torch once more, with autograd watching: nothing of size (B, L, D, N) is kept meanwhile."""
     call, name = _parse(tuple(arguments))
     twice = torch.is_grad_enabled()  # create_graph: somebody will differentiate the gradient
@@ -214,7 +218,18 @@ def scan_flops(x: Any, dt: Any, A: Any, indices: Any = None, dt_weight: Any = No
 
 
 @register_flop_formula([_ops.cross_selective_scan, _ops.cross_selective_scan_forward])
-def _flops(x: Any, dt: Any, A: Any, B: Any, C: Any, D: Any = None, indices: Any = None, dt_weight: Any = None, *_: Any, **__: Any) -> int:
+def _flops(
+    x: Any,
+    dt: Any,
+    A: Any,
+    B: Any,
+    C: Any,
+    D: Any = None,
+    indices: Any = None,
+    dt_weight: Any = None,
+    *_: Any,
+    **__: Any,
+) -> int:
     return scan_flops(x, dt, A, indices, dt_weight)
 
 

@@ -1,0 +1,120 @@
+"""Routes over a grid of tokens: pure functions (height, width) -> int64 (S,) of the tokens visited, in order.
+
+Token r * width + c is at row r, column c; -1 is a padding step. Routes are index arithmetic on torch tensors without a
+look at their values, so they trace with symbolic heights and widths too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Route = Callable[[int, int], Tensor]
+
+
+def _grid(height: int, width: int) -> Tensor:
+    return torch.arange(height * width).view(height, width)
+
+
+def row_major(height: int, width: int) -> Tensor:
+    """Row after row, each from left to right.
+
+    >>> row_major(2, 3).tolist()
+    [0, 1, 2, 3, 4, 5]
+    """
+    return _grid(height, width).flatten()
+
+
+def column_major(height: int, width: int) -> Tensor:
+    """Column after column, each from top to bottom.
+
+    >>> column_major(2, 3).tolist()
+    [0, 3, 1, 4, 2, 5]
+    """
+    return _grid(height, width).T.flatten()
+
+
+def snake(height: int, width: int) -> Tensor:
+    """Row after row in alternating directions, so that every step goes to a neighbour (PlainMamba, arXiv:2403.17695).
+
+    >>> snake(3, 3).tolist()
+    [0, 1, 2, 5, 4, 3, 6, 7, 8]
+    """
+    grid = _grid(height, width)
+    odd = (torch.arange(height) % 2 == 1).unsqueeze(1)
+    return torch.where(odd, grid.flip(1), grid).flatten()
+
+
+def reverse(route: Route) -> Route:
+    """The same route from its end to its start, padding included.
+
+    >>> reverse(row_major)(1, 3).tolist()
+    [2, 1, 0]
+    """
+
+    def reversed_route(height: int, width: int) -> Tensor:
+        return route(height, width).flip(0)
+
+    return reversed_route
+
+
+def transpose(route: Route) -> Route:
+    """The same route with rows and columns exchanged: transpose(row_major) is column_major.
+
+    >>> transpose(snake)(2, 3).tolist()
+    [0, 3, 4, 1, 2, 5]
+    """
+
+    def transposed_route(height: int, width: int) -> Tensor:
+        other = route(width, height)  # token c * height + r of the transposed grid
+        return torch.where(other < 0, other, other % height * width + other // height)
+
+    return transposed_route
+
+
+def window(size: int) -> Route:
+    """Window after window in row-major order, each inside in row-major order (LocalMamba, arXiv:2403.09338).
+
+    Where windows hang over the right or lower edge, their missing tokens are padding steps.
+
+    >>> window(2)(2, 3).tolist()
+    [0, 1, 3, 4, 2, -1, 5, -1]
+    """
+    _require_positive("window", "size", size)
+
+    def window_route(height: int, width: int) -> Tensor:
+        rows, columns = -(-height // size), -(-width // size)
+        padded = F.pad(_grid(height, width), (0, columns * size - width, 0, rows * size - height), value=-1)
+        return padded.view(rows, size, columns, size).transpose(1, 2).flatten()
+
+    return window_route
+
+
+def atrous(step: int, offset: tuple[int, int] | None = None) -> Route:
+    """Every `step`-th token of every `step`-th row: one such sub-grid after the other, or the one at `offset` alone.
+
+    A single sub-grid is a partial route: the tokens off it take no part (EfficientVMamba, arXiv:2403.09977). An offset
+    that lies outside a small grid gives one padding step.
+
+    >>> atrous(2)(2, 4).tolist(), atrous(2, (1, 0))(2, 4).tolist()
+    ([0, 2, 1, 3, 4, 6, 5, 7], [4, 6])
+    """
+    _require_positive("atrous", "step", step)
+    if offset is not None and not all(0 <= start < step for start in offset):
+        raise ValueError(f"atrous: offset must be two numbers from 0 to {step - 1}, got {offset}.")
+    starts = [(row, column) for row in range(step) for column in range(step)] if offset is None else [offset]
+
+    def atrous_route(height: int, width: int) -> Tensor:
+        grid = _grid(height, width)
+        visited = torch.cat([grid[row::step, column::step].flatten() for row, column in starts])
+        return visited if visited.numel() > 0 else visited.new_full((1,), -1)
+
+    return atrous_route
+
+
+def _require_positive(where: str, name: str, value: int) -> None:
+    if not isinstance(value, int) or value < 1:
+        raise ValueError(f"{where}: {name} must be a whole number of at least 1, got {value!r}.")
