@@ -1,0 +1,104 @@
+"""Run timm's own model tests, unmodified, on every model of this package.
+
+    python tools/test_timm.py                        # all models; about ten minutes on 2 cores
+    python tools/test_timm.py --models 'test_*'      # the small ones
+    python tools/test_timm.py -m torchscript -n 2    # anything else goes to pytest
+
+The tests are those of exactly the timm version that is installed. They come with its source distribution, which is
+fetched from the package index once and kept in .cache/.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import os
+import subprocess
+import sys
+import tarfile
+import tempfile
+import zlib
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+NEEDED = ("tests/", "pyproject.toml")  # not timm/ itself, which would hide the installed one
+
+
+def fetch_sdist(version: str, folder: Path) -> Path:
+    """Download timm's source distribution into a folder, unless it lies there.
+
+    Raises: SystemExit with what to do if it cannot be had.
+    """
+    sdist = folder / f"timm-{version}.tar.gz"
+    if sdist.is_file():
+        return sdist
+    with tempfile.TemporaryDirectory() as fresh:
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--retries=1", "--timeout=20"]
+        command += ["--no-deps", "--no-binary=timm", f"--dest={fresh}", f"timm=={version}"]
+        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        found = Path(fresh) / sdist.name
+        if done.returncode or not found.is_file():
+            last = (done.stdout.strip().splitlines() or ["no output"])[-1]
+            raise SystemExit(
+                f"test_timm: the tests of timm {version} come with its source distribution, and pip could not fetch "
+                f"that ({last}). Run this once with the package index in reach, or put {sdist.name} into {folder}/."
+            )
+        folder.mkdir(parents=True, exist_ok=True)
+        _place(found.read_bytes(), sdist)
+    return sdist
+
+
+def _place(content: bytes, path: Path) -> None:
+    """Write a file whole or not at all, also when two runs do it at once."""
+    with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
+        file.write(content)
+    os.replace(file.name, path)
+
+
+def read_tests(sdist: Path) -> dict[str, bytes]:
+    """Path -> content of the tests and their pytest settings in the archive.
+
+    Raises: SystemExit if the archive is damaged or holds no tests.
+    """
+    top = sdist.name.removesuffix(".tar.gz")
+    wanted = tuple(f"{top}/{name}" for name in NEEDED)
+    files = {}
+    try:
+        with tarfile.open(sdist) as archive:
+            for member in archive:
+                if member.isfile() and member.name.startswith(wanted):
+                    content = archive.extractfile(member)
+                    assert content is not None, member.name
+                    files[member.name] = content.read()
+    except (tarfile.TarError, EOFError, zlib.error) as error:
+        raise SystemExit(f"test_timm: {sdist} is damaged ({error}); delete it and run again.") from error
+    if f"{top}/tests/test_models.py" not in files:
+        raise SystemExit(f"test_timm: {sdist} holds no tests/test_models.py; delete it and run again.")
+    return files
+
+
+def run(models: str, options: list[str], cache: Path) -> int:
+    """Run the tests in a process of their own; returns pytest's exit status."""
+    version = importlib.metadata.version("timm")
+    for name, content in read_tests(fetch_sdist(version, cache)).items():
+        (cache / name).parent.mkdir(parents=True, exist_ok=True)
+        _place(content, cache / name)
+    path = [str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, path))}
+    # timm leaves tests out on its own CI machines, whose memory is small; here they all run.
+    environment.pop("GITHUB_ACTIONS", None)
+    command = [sys.executable, "-m", "pytest", "-p", "timm_ext", "-p", "no:cacheprovider", "-p", "no:warnings", "-q"]
+    command += [f"--models={models}", "tests/test_models.py", *options]
+    return subprocess.run(command, cwd=cache / f"timm-{version}", env=environment).returncode
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", default="*", help="pattern of model names (default: every model)")
+    parser.add_argument("--cache", type=Path, default=ROOT / ".cache", help="where timm's tests are kept")
+    arguments, options = parser.parse_known_args()
+    return run(arguments.models, options, arguments.cache.resolve())
+
+
+if __name__ == "__main__":
+    sys.exit(main())
