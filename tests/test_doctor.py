@@ -1,0 +1,144 @@
+"""The report: complete, right about what is broken, and honest about what is merely missing."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from tests import registered, tolerances
+from vision_mamba import doctor, ops, selftest
+from vision_mamba.ops import registry
+from vision_mamba.ops.backends import eager
+from vision_mamba.ops.call import ScanCall
+
+CPU = torch.device("cpu")
+
+
+def a_backend(name: str, forward=eager.forward) -> registry.Backend:
+    return registry.Backend(name, lambda device: None, lambda call: None, forward, fast=False, automatic=False)
+
+
+def one_percent_off(call: ScanCall, save: bool):
+    y, last, saved = eager.forward(call, save)
+    return y * 1.01, last, saved
+
+
+def crashing(call: ScanCall, save: bool):
+    raise RuntimeError("illegal instruction")
+
+
+def nothing_but_nan(call: ScanCall, save: bool):
+    y, last, saved = eager.forward(call, save)
+    return y * float("nan"), last, saved
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave the models out: they have a test of their own."""
+    monkeypatch.setattr(doctor, "models", lambda: iter(()))
+
+
+def by_name(findings) -> dict[str, doctor.Finding]:
+    return {finding.name: finding for finding in findings}
+
+
+def test_bounds_are_those_of_the_tests() -> None:
+    assert {dtype: tolerances.RELATIVE_RMS[dtype] for dtype in selftest.BOUNDS} == selftest.BOUNDS
+
+
+def test_versions_name_what_the_library_stands_on() -> None:
+    found = by_name(doctor.versions())
+    assert found["torch"].value == torch.__version__
+    assert found["python"].value == ".".join(map(str, sys.version_info[:3]))
+    assert {"vision_mamba", "timm", "triton", "numpy", "cuda-core", "NVRTC"} <= set(found)
+
+
+def test_every_backend_is_listed_with_yes_or_the_reason() -> None:
+    found = by_name(f for f in doctor.backends() if f.topic == "backends on cpu")
+    for name, reason in ops.available_backends(CPU).items():
+        assert found[name].value.startswith("yes") if reason is None else reason in found[name].value
+
+
+def test_available_backends_pass_in_every_type() -> None:
+    found = list(doctor.parity())
+    available = [name for name, reason in ops.available_backends(CPU).items() if reason is None]
+    assert {f"{name} on cpu, {kind}" for name in available for kind in ("float32", "float16", "bfloat16")} <= set(
+        by_name(found)
+    )
+    assert [f for f in found if f.verdict != doctor.OK] == []
+
+
+def test_self_test_looks_at_every_gradient() -> None:
+    narrow = selftest.results(selftest.sample_call(torch.float32, low_rank=False), "eager", CPU)
+    wide = selftest.results(selftest.sample_call(torch.float32, low_rank=True), "eager", CPU)
+    assert set(narrow) == {"y", "dx", "ddt", "dA", "dB", "dC", "dD", "ddt_bias"}
+    assert set(wide) == set(narrow) | {"ddt_weight"}
+
+
+def test_small_models_train_a_step() -> None:
+    found = by_name(doctor.models())
+    assert {f"{name} on cpu" for name in registered.SMALL} <= set(found)
+    assert all(finding.verdict == doctor.OK for finding in found.values())
+
+
+@pytest.mark.parametrize(
+    "forward, complaint",
+    [
+        (one_percent_off, "errs by 1.0e-02"),
+        (nothing_but_nan, "errs by nan"),
+        (crashing, "RuntimeError: illegal instruction"),
+    ],
+)
+def test_a_broken_backend_is_named_and_fails(forward, complaint, quick, monkeypatch, capsys) -> None:
+    monkeypatch.setitem(registry._backends, "broken", a_backend("broken", forward))
+    assert doctor.main([]) == 1
+    text = capsys.readouterr().out
+    line = next(line for line in text.splitlines() if "broken on cpu, float32" in line)
+    assert line.startswith("  X ") and complaint in line
+    assert text.rstrip().endswith("3 broken: see the lines marked X.")
+    assert "eager on cpu, float32" in text  # it went on
+
+
+def test_a_missing_kernel_is_a_warning_with_its_fix(quick, monkeypatch, capsys) -> None:
+    missing = dataclasses.replace(registry.get("cpu"), unavailable=lambda device: "no compiler was found; install one.")
+    monkeypatch.setitem(registry._backends, "cpu", missing)
+    assert doctor.main([]) == 0
+    text = capsys.readouterr().out
+    line = next(line for line in text.splitlines() if "install one" in line)
+    assert line.startswith("  ! cpu")
+    assert "warning" in text.splitlines()[-1]
+
+
+def test_a_backend_without_its_device_is_neither(quick, monkeypatch, capsys) -> None:
+    monkeypatch.setitem(registry._backends, "swift", dataclasses.replace(a_backend("swift"), fast=True))
+    elsewhere = registry.Backend("elsewhere", lambda device: "needs a GPU.", lambda call: None, eager.forward)
+    monkeypatch.setitem(registry._backends, "elsewhere", elsewhere)
+    assert doctor.main([]) == 0
+    line = next(line for line in capsys.readouterr().out.splitlines() if "needs a GPU" in line)
+    assert line.startswith("  - elsewhere")
+
+
+def test_json_says_the_same(quick, capsys) -> None:
+    assert doctor.main(["--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["summary"] == doctor.summary([doctor.Finding(**finding) for finding in report["findings"]])
+    assert {finding["topic"] for finding in report["findings"]} >= {"versions", "machine", "self-test"}
+
+
+def test_rich_and_plain_say_the_same(capsys) -> None:
+    findings = [doctor.Finding("parts", "one", "fine"), doctor.Finding("parts", "two", "bad [red]", doctor.BROKEN)]
+    doctor._write_plain(findings)
+    plain = capsys.readouterr().out.split()
+    doctor._write_rich(findings)
+    assert capsys.readouterr().out.split() == plain
+
+
+def test_it_is_a_command_with_help() -> None:
+    command = [sys.executable, "-m", "vision_mamba.doctor", "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "--json" in done.stdout and done.stderr == ""
