@@ -1,4 +1,4 @@
-"""Weights and inputs by rule: the same numbers on every machine, so that a fixture of a few logits checks a whole model.
+"""Weights and inputs by rule: the same on every machine, so that a fixture of a few logits checks a whole model.
 
 Each tensor is filled from its name in the official checkpoint format. With phi the golden ratio's fraction and i the
 flat index, u_i = frac((i + 1) phi + crc32(name) / 2^32) - 1/2, scaled by what kind of parameter the name says it is.

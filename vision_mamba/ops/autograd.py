@@ -15,6 +15,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from vision_mamba.ops import contract, registry
 from vision_mamba.ops.call import GRADIENTS, ScanCall
+from vision_mamba.ops.reference import without_autocast
 
 _ARGUMENTS = (
     "Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D=None, Tensor? indices=None, Tensor? dt_weight=None, "
@@ -120,13 +121,12 @@ class _Scan(torch.autograd.Function):
         return y, last
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor | None, dlast: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, dy: Tensor | None, dlast: Tensor | None) -> tuple[Tensor | None, ...]:
         saved, *tensors = ctx.saved_tensors
         source = iter(tensors)
         arguments = [
             next(source) if is_tensor else other for is_tensor, other in zip(ctx.is_tensor, ctx.others, strict=True)
         ]
-        call, _ = _parse(tuple(arguments))
         wanted = dict(zip(ScanCall._fields, ctx.needs_input_grad, strict=False))
         if dy is None and dlast is None:
             found: dict[str, Tensor | None] = {}
@@ -142,10 +142,11 @@ class _Scan(torch.autograd.Function):
 def _recompute(
     arguments: list[Any], names: list[str], dy: Tensor | None, dlast: Tensor | None
 ) -> dict[str, Tensor | None]:
-    """Run a backend written in torch once more, with autograd watching: nothing of size (B, L, D, N) is kept meanwhile."""
+    """Run a backend written in torch once more, with autograd watching, rather than keep (B, L, D, N) meanwhile."""
     call, name = _parse(tuple(arguments))
     twice = torch.is_grad_enabled()  # create_graph: somebody will differentiate the gradient
-    with torch.enable_grad():
+    # A backward pass may run under autocast too, and would then take products in half precision.
+    with torch.enable_grad(), without_autocast(call.x.device):
         inputs = {n: getattr(call, n) if twice else getattr(call, n).detach().requires_grad_() for n in names}
         y, last, _ = registry.choose(call, name).forward(call._replace(**inputs), False)
         outputs = [(out, grad) for out, grad in ((y, dy), (last, dlast)) if grad is not None]
@@ -154,7 +155,7 @@ def _recompute(
             list(inputs.values()),
             [grad.to(out.dtype) for out, grad in outputs],
             create_graph=twice,
-            allow_unused=True,
+            materialize_grads=True,
         )
     return dict(zip(names, grads, strict=True))
 

@@ -73,7 +73,7 @@ def require_out_dtype(where: str, out_dtype: torch.dtype | None, leader: Tensor)
 
 
 def check(call: ScanCall) -> None:
-    """Raise ValueError if a call of cross_selective_scan breaks the contract. Shapes and kinds alone: no value is read."""
+    """Raise ValueError if a call of cross_selective_scan breaks the contract; by shapes and kinds, no value is read."""
     where = "cross_selective_scan"
     x, dt, A = call.x, call.dt, call.A
     require_dim(where, "x", x, "(batch, tokens, channels) or (batch, tokens, routes, channels)", (3, 4))
@@ -102,9 +102,9 @@ def check(call: ScanCall) -> None:
     for name, tensor in (("B", call.B), ("C", call.C)):
         letters = "(batch, tokens, routes, states)"
         require_shape(where, name, tensor, letters, (batch, tokens, routes, states), _axis_hint(tensor, call))
-    for name, tensor in (("D", call.D), ("dt_bias", call.dt_bias)):
-        if tensor is not None:
-            require_shape(where, name, tensor, "(routes, channels)", (routes, channels))
+    for name, optional in (("D", call.D), ("dt_bias", call.dt_bias)):
+        if optional is not None:
+            require_shape(where, name, optional, "(routes, channels)", (routes, channels))
     if call.initial_state is not None:
         letters = "(batch, routes, channels, states)"
         require_shape(where, "initial_state", call.initial_state, letters, (batch, routes, channels, states))
@@ -145,12 +145,13 @@ def check_values(call: ScanCall) -> None:
     indices = call.indices
     if indices is None or indices.is_meta:
         return
+    version = 0 if indices.is_inference() else indices._version  # an inference tensor has no counter
     known = _good.get(id(indices))
-    if known is not None and known[0]() is indices and known[1:] == (indices._version, call.tokens):
+    if known is not None and known[0]() is indices and known[1:] == (version, call.tokens):
         return
     read_table(indices, call.tokens)
     key = id(indices)
-    _good[key] = (weakref.ref(indices, lambda _: _good.pop(key, None)), indices._version, call.tokens)
+    _good[key] = (weakref.ref(indices, lambda _: _good.pop(key, None)), version, call.tokens)
 
 
 def read_table(indices: Tensor, tokens: int) -> None:
@@ -205,7 +206,7 @@ def check_classic(
         if tensor is None:
             raise ValueError(f"{where}: {name} must be a tensor, got None.")
     optional = dict(D=D, z=z, delta_bias=delta_bias, initial_state=initial_state)
-    require_kind(where, dict(u=u) | required | optional, u)
+    require_kind(where, {"u": u, **required, **optional}, u)
     require_dim(where, "u", u, "(batch, channels, length)", (3,))
     batch, width, length = u.shape
     if width < 1 or length < 1:
@@ -215,9 +216,9 @@ def check_classic(
     require_shape(where, "A", A, "(channels, state)", (width, states))
     if not 1 <= states <= MAX_STATES:
         raise ValueError(f"{where}: A must have 1 to {MAX_STATES} states in its last axis, got {_show(A.shape)}.")
-    for name, tensor in dict(delta=delta, z=z).items():
-        if tensor is not None:
-            require_shape(where, name, tensor, "(batch, channels, length)", (batch, width, length))
+    for name, maybe in dict(delta=delta, z=z).items():
+        if maybe is not None:
+            require_shape(where, name, maybe, "(batch, channels, length)", (batch, width, length))
     for name, tensor in dict(B=B, C=C).items():
         require_dim(where, name, tensor, "(batch, state, length) or (batch, groups, state, length)", (3, 4))
         if tensor.dim() == 3:
@@ -234,9 +235,9 @@ def check_classic(
                 )
     if B.dim() != C.dim() or B.shape != C.shape:
         raise ValueError(f"{where}: B and C must have one shape, got {_show(B.shape)} and {_show(C.shape)}.")
-    for name, tensor in dict(D=D, delta_bias=delta_bias).items():
-        if tensor is not None:
-            require_shape(where, name, tensor, "(channels,)", (width,))
+    for name, maybe in dict(D=D, delta_bias=delta_bias).items():
+        if maybe is not None:
+            require_shape(where, name, maybe, "(channels,)", (width,))
     if initial_state is not None:
         letters = "(batch, channels, state)"
         require_shape(where, "initial_state", initial_state, letters, (batch, width, states))

@@ -7,6 +7,8 @@ Along every route k and channel d, with s_t = softplus(dt_t + dt_bias) and h_0 =
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -40,14 +42,20 @@ def put_tokens(steps: Tensor, indices: Tensor | None, tokens: int) -> Tensor:
     return take_steps(steps, inverse)
 
 
+def without_autocast(device: torch.device) -> AbstractContextManager:
+    """Products keep the type of their arguments, float32, which autocast would round to half precision."""
+    if not torch.amp.is_autocast_available(device.type):
+        return nullcontext()
+    return torch.autocast(device.type, enabled=False)
+
+
 def prepare(call: ScanCall) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """u (B, S, K, D), s (B, S, K, D), B and C (B, S, K, N) along the routes, in the type of the sums."""
     dtype, routes = call.sum_dtype, call.routes
     x = call.x.unsqueeze(2).expand(-1, -1, routes, -1) if call.shared_x else call.x
     u, dt, B, C = (take_steps(t.to(dtype), call.indices) for t in (x, call.dt, call.B, call.C))
     if call.dt_weight is not None:
-        # Autocast would run this product in half precision; the contract wants float32 whatever autocast says.
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x.device):
             dt = torch.einsum("bskr,kdr->bskd", dt, call.dt_weight.to(dtype))
     if call.dt_bias is not None:
         dt = dt + call.dt_bias.to(dtype)
@@ -82,4 +90,4 @@ def forward(call: ScanCall, save: bool = False) -> tuple[Tensor, Tensor, Tensor]
         h = torch.exp(s_t * A) * h + s_t * B[:, t].unsqueeze(-2) * u[:, t].unsqueeze(-1)
         ys.append((C[:, t].unsqueeze(-2) * h).sum(-1))
     y = finish(call, torch.stack(ys, 1), u)
-    return y, h if call.return_last_state else call.new_last_state(), u.new_empty(0)
+    return y, h if call.return_last_state else call.new_last_state(), call.x.new_empty(0)

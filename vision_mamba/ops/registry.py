@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -141,7 +141,7 @@ def choose(call: ScanCall, name: str | None) -> Backend:
             f"cross_selective_scan: backend {name!r} refuses this call: {reason} "
             f"Backends that accept it: {', '.join(accepting) or 'none'}."
         )
-    refusals = []
+    refusals: list[str] = []
     for backend in _backends.values():
         if not backend.automatic:
             continue

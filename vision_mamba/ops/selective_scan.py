@@ -58,8 +58,7 @@ def selective_scan(
     """
     contract.check_classic(u, delta, A, B, C, D, z, delta_bias, initial_state, out_dtype)
     groups = B.shape[1] if B.dim() == 4 else 1
-    batch, width, length = u.shape
-    channels = width // groups
+    channels = u.shape[1] // groups
 
     def tokens(t: Tensor) -> Tensor:
         """(B, G*D, L) -> (B, L, G, D), a view."""

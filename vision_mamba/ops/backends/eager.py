@@ -50,4 +50,4 @@ def forward(call: ScanCall, save: bool = False) -> tuple[Tensor, Tensor, Tensor]
         b = torch.cat((first, b[:, 1:]), 1)
     h = linear_scan(a, b)
     y = reference.finish(call, (h * C.unsqueeze(-2)).sum(-1), u)
-    return y, h[:, -1] if call.return_last_state else call.new_last_state(), u.new_empty(0)
+    return y, h[:, -1] if call.return_last_state else call.new_last_state(), call.x.new_empty(0)

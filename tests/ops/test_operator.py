@@ -1,0 +1,184 @@
+"""The operators as the rest of torch sees them: opcheck, compile, export, scripting, fx, meta, autocast, FLOPs."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from tests.cases import BF16, F32, Case, make_call, run
+from vision_mamba import ops, scans
+from vision_mamba.ops import registry
+from vision_mamba.ops.autograd import scan_flops
+from vision_mamba.ops.call import GRADIENTS, ScanCall
+
+scan = torch.ops.vision_mamba.cross_selective_scan
+BACKENDS = ("cpu", "eager")
+
+
+def watched(call: ScanCall) -> ScanCall:
+    return call._replace(**{n: getattr(call, n).requires_grad_() for n in GRADIENTS if getattr(call, n) is not None})
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(order="local_2", rank=3),
+        Case(shared_x=False, merge=False, state=True, skip=False, bias=False),
+        Case(shared_x=False, layout="channels_first", dtypes=(BF16, F32, BF16, F32)),
+        Case(shared_x=False, merge=False, layout="channels_first", out_dtype=BF16),
+        Case(layout="sliced", merge=False, softplus=False),
+    ],
+    ids=str,
+)
+def test_opcheck(case: Case, backend: str) -> None:
+    arguments = (*watched(make_call(case)), backend)
+    # Two runs of a bfloat16 scan differ by nothing; opcheck compares them with the tolerance of their type.
+    torch.library.opcheck(scan.default, arguments)
+    forward = torch.ops.vision_mamba.cross_selective_scan_forward.default
+    plain = tuple(a.detach() if isinstance(a, Tensor) else a for a in arguments)
+    torch.library.opcheck(forward, plain, test_utils=("test_schema", "test_faketensor"))
+    if registry.get(backend).backward is not None:
+        y, last, saved = forward(*plain)
+        gradients = (saved, torch.randn_like(y), torch.randn_like(last) if case.state else None)
+        backward = torch.ops.vision_mamba.cross_selective_scan_backward.default
+        torch.library.opcheck(backward, (*gradients, *plain), test_utils=("test_schema", "test_faketensor"))
+
+
+@pytest.mark.parametrize("order", scans.names())
+def test_opcheck_of_the_table(order: str) -> None:
+    for grid in ((3, 5), (4, 4)):
+        torch.library.opcheck(torch.ops.vision_mamba.scan_indices.default, (torch.zeros(1), order, *grid))
+    torch.library.opcheck(torch.ops.vision_mamba.scan_indices.default, (torch.zeros(1), order, 3, 5, 7))
+
+
+class Mixer(nn.Module):
+    """The least that a model does with the operators."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weights = nn.Linear(6, 4 * (2 + 2 * 3))
+        self.A_log = nn.Parameter(torch.zeros(4, 6, 3))
+        self.dt_weight = nn.Parameter(torch.randn(4, 6, 2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        B, H, W, D = x.shape
+        x = x.reshape(B, H * W, D)
+        dt, b, c = self.weights(x).view(B, H * W, 4, 8).split([2, 3, 3], dim=-1)
+        table = torch.ops.vision_mamba.scan_indices(x, "cross", H, W)
+        A = -torch.exp(self.A_log.float())
+        y = torch.ops.vision_mamba.cross_selective_scan(x, dt, A, b, c, None, table, self.dt_weight)[0]
+        return y.view(B, H, W, D)
+
+
+@pytest.fixture
+def mixer() -> Mixer:
+    return Mixer()
+
+
+def gradients(module: nn.Module, x: Tensor) -> list[Tensor]:
+    return list(torch.autograd.grad(module(x).square().sum(), list(module.parameters())))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
+def test_compiles_to_one_graph(mixer: Mixer, backend: str, compiler: str) -> None:
+    x = torch.randn(2, 3, 5, 6)
+    compiled = torch.compile(mixer, fullgraph=True, backend=compiler)
+    with ops.use_backend(backend):
+        torch.testing.assert_close(compiled(x), mixer(x))
+        for found, expected in zip(gradients(compiled, x), gradients(mixer, x), strict=True):
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    torch.compiler.reset()
+
+
+def test_compiles_for_any_size(mixer: Mixer) -> None:
+    compiled = torch.compile(mixer, fullgraph=True, dynamic=True, backend="aot_eager")
+    for size in ((2, 3, 5), (1, 4, 7), (3, 2, 2)):
+        x = torch.randn(*size, 6)
+        torch.testing.assert_close(compiled(x), mixer(x))
+    torch.compiler.reset()
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_exports_for_any_size(mixer: Mixer, strict: bool) -> None:
+    sizes = {axis: torch.export.Dim(name, min=2, max=64) for axis, name in enumerate(("batch", "height", "width"))}
+    program = torch.export.export(mixer, (torch.randn(2, 3, 5, 6),), dynamic_shapes={"x": sizes}, strict=strict)
+    x = torch.randn(3, 6, 4, 6)
+    torch.testing.assert_close(program.module()(x), mixer(x))
+    nodes = [node.target for node in program.graph.nodes]
+    assert nodes.count(scan.default) == 1  # one node, whatever the length
+
+
+def test_scripts_and_traces(mixer: Mixer, tmp_path) -> None:
+    x = torch.randn(2, 3, 5, 6)
+    scripted = torch.jit.script(mixer)
+    scripted.save(tmp_path / "mixer.pt")
+    for copy in (scripted, torch.jit.load(tmp_path / "mixer.pt"), torch.fx.symbolic_trace(mixer)):
+        torch.testing.assert_close(copy(x), mixer(x))
+        for found, expected in zip(gradients(copy, x), gradients(mixer, x), strict=True):
+            torch.testing.assert_close(found, expected)
+
+
+def test_runs_on_meta(mixer: Mixer) -> None:
+    y = mixer.to("meta")(torch.randn(2, 3, 5, 6, device="meta"))
+    assert y.is_meta and y.shape == (2, 3, 5, 6)
+    y.sum().backward()
+    assert mixer.A_log.grad is not None and mixer.A_log.grad.is_meta
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_autocast_changes_no_bit(backend: str) -> None:
+    call = make_call(Case(order="cross", rank=4, states=16))
+    expected = run(call, backend)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = run(call, backend)
+    for name in expected:
+        assert found[name].dtype == expected[name].dtype and torch.equal(found[name], expected[name]), name
+
+
+def test_inference_mode_and_no_grad_give_the_same() -> None:
+    call = make_call(Case(order="cross", states=16))
+    expected = scan(*watched(call))[0]
+    with torch.no_grad():
+        assert torch.equal(scan(*call)[0], expected)
+    with torch.inference_mode():
+        assert torch.equal(scan(*call)[0], expected)
+
+
+def test_frozen_arguments_get_no_gradient() -> None:
+    call = make_call(Case())
+    x = call.x.requires_grad_()
+    scan(*call._replace(x=x))[0].sum().backward()
+    assert x.grad is not None and call.dt.grad is None and call.A.grad is None
+
+
+def test_flops_are_counted_forward_and_backward() -> None:
+    call = make_call(Case(grid=(4, 4), order="cross", rank=5, states=16, batch=2, channels=8))
+    forward = 2 * 16 * 4 * 8 * (9 * 16 + 1 + 2 * 5)
+    assert scan_flops(call.x.shape, call.dt.shape, call.A.shape, call.indices.shape, call.dt_weight.shape) == forward
+    with FlopCounterMode(display=False) as counter:
+        scan(*call)
+    assert counter.get_total_flops() == forward
+    with FlopCounterMode(display=False) as counter:
+        scan(*watched(call))[0].sum().backward()
+    assert counter.get_total_flops() == 4 * forward
+
+
+def test_a_slow_backend_is_said_once_with_the_fix(caplog: pytest.LogCaptureFixture, monkeypatch) -> None:
+    monkeypatch.setattr(registry, "_announced", set())
+    call = make_call(Case(dtypes=(torch.float64,) * 4))  # a type that no kernel takes
+    with caplog.at_level(logging.INFO, logger="vision_mamba"):
+        scan(*call)
+        scan(*call)
+        scan(*make_call(Case()))
+    warnings = [record for record in caplog.records if record.levelno == logging.WARNING]
+    assert len(warnings) == 1
+    assert "'eager'" in warnings[0].getMessage() and "python -m vision_mamba.doctor" in warnings[0].getMessage()
+    assert [r.getMessage() for r in caplog.records if r.levelno == logging.INFO] == [
+        "selective scan on cpu: backend 'cpu'"
+    ]
