@@ -6,6 +6,7 @@ import difflib
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -79,7 +80,7 @@ def stack(routes: Sequence[Tensor], class_token: int | None = None) -> Tensor:
     """Routes of any lengths -> int32 (K, S), ended by padding steps; with a class token put into each, if asked."""
     if class_token is not None:
         routes = [_insert(route, class_token) for route in routes]
-    longest = routes[0].shape[0]
+    longest: Any = routes[0].shape[0]  # symbolic where it is traced for any size
     for route in routes[1:]:
         longest = torch.sym_max(longest, route.shape[0])
     return torch.stack([F.pad(route, (0, longest - route.shape[0]), value=-1) for route in routes]).int()
