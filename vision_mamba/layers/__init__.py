@@ -1,1 +1,5 @@
+"""Modules that take a scan order: the token mixers of every family, stems and downsamplings. All channels last."""
 
+from vision_mamba.layers.ss2d import SS2D
+
+__all__ = ["SS2D"]

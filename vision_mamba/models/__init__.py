@@ -1,1 +1,5 @@
+"""Model families, one a file; importing it registers them with timm."""
 
+from vision_mamba.models.vmamba import VMamba
+
+__all__ = ["VMamba"]

@@ -1,0 +1,138 @@
+"""From pixels to a map of patches, and from a map to one of half its height and width; all but pixels channels last."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from timm.layers import LayerNorm
+from torch import Tensor, nn
+
+Norm = Callable[..., nn.Module]
+
+
+class PatchStem(nn.Module):
+    """Patches that do not overlap, as in ViT: one convolution, then a norm. What is less than a patch is left out.
+
+    Shape: (B, in_chans, H, W) -> (B, H // P, W // P, dim) with P = patch_size.
+    """
+
+    def __init__(
+        self,
+        in_chans: int,
+        dim: int,
+        patch_size: int = 4,
+        norm_layer: Norm = LayerNorm,
+        act_layer: Norm = nn.GELU,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.conv1 = nn.Conv2d(in_chans, dim, patch_size, stride=patch_size, **dd)
+        self.norm1 = norm_layer(dim, **dd)
+
+    def forward(self, x: Tensor) -> Tensor:
+        # Pixels are turned once, where they have three channels; all that follows is channels last by itself.
+        x = self.conv1(x.contiguous(memory_format=torch.channels_last))
+        return self.norm1(x.permute(0, 2, 3, 1))
+
+
+class OverlapStem(nn.Module):
+    """Patches that overlap: two convolutions of half the patch's stride each, norms behind both, one activation.
+
+    Shape: (B, in_chans, H, W) -> (B, H / P, W / P, dim), rounded up, with P = patch_size, which is even.
+    """
+
+    def __init__(
+        self,
+        in_chans: int,
+        dim: int,
+        patch_size: int = 4,
+        norm_layer: Norm = LayerNorm,
+        act_layer: Norm = nn.GELU,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
+        if patch_size % 2:
+            raise ValueError(
+                f"OverlapStem: patch_size must be even, got {patch_size}; take stem='patch' for odd patches."
+            )
+        stride = patch_size // 2
+        kernel_size = max(3, stride + 1)
+        self.conv1 = nn.Conv2d(in_chans, dim // 2, kernel_size, stride=stride, padding=1, **dd)
+        self.norm1 = norm_layer(dim // 2, **dd)
+        self.act = act_layer()
+        self.conv2 = nn.Conv2d(dim // 2, dim, kernel_size, stride=stride, padding=1, **dd)
+        self.norm2 = norm_layer(dim, **dd)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv1(x.contiguous(memory_format=torch.channels_last))
+        x = self.act(self.norm1(x.permute(0, 2, 3, 1)))
+        return self.norm2(self.conv2(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
+
+
+class PatchMerging(nn.Module):
+    """Join 2 x 2 neighbours on the channel axis, norm, and project: Swin's downsampling; odd maps are padded by zeros.
+
+    Shape: (B, H, W, dim) -> (B, H / 2, W / 2, dim_out), rounded up.
+    Reference: Liu et al. 2021, Swin, arXiv:2103.14030, section 3.1.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        dim_out: int,
+        norm_layer: Norm = LayerNorm,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.pre_norm = norm_layer(4 * dim, **dd)
+        self.reduction = nn.Linear(4 * dim, dim_out, bias=False, **dd)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.pad(x, (0, 0, 0, x.shape[2] % 2, 0, x.shape[1] % 2))
+        x = x.unflatten(2, (-1, 2)).unflatten(1, (-1, 2))  # (B, H / 2, row, W / 2, column, C)
+        x = x.permute(0, 1, 3, 4, 2, 5).flatten(3)  # of the four, the row varies fastest
+        return self.reduction(self.pre_norm(x))
+
+
+class ConvDownsample(nn.Module):
+    """A convolution of stride 2, then a norm.
+
+    Args:
+        kernel_size: 3 with overlap, which rounds odd sizes up; 2 without, which rounds them down.
+
+    Shape: (B, H, W, dim) -> (B, H / 2, W / 2, dim_out).
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        dim_out: int,
+        norm_layer: Norm = LayerNorm,
+        kernel_size: int = 3,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.conv = nn.Conv2d(dim, dim_out, kernel_size, stride=2, padding=(kernel_size - 1) // 2, **dd)
+        self.norm = norm_layer(dim_out, **dd)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
+
+
+#: What models call them.
+STEMS: dict[str, Norm] = {"patch": PatchStem, "overlap": OverlapStem}
+DOWNSAMPLES: dict[str, Norm] = {
+    "merge": PatchMerging,
+    "patch": partial(ConvDownsample, kernel_size=2),
+    "overlap": ConvDownsample,
+}

@@ -1,0 +1,85 @@
+"""The one place where layers call the scan: as an operator, or as plain torch for exporters that know no operators."""
+
+import torch
+from timm.layers.config import is_exportable
+from torch import Tensor, nn
+
+from vision_mamba import scans
+from vision_mamba.ops.backends import eager
+from vision_mamba.ops.call import ScanCall
+from vision_mamba.scans.order import stack
+
+
+class SelectiveScan(nn.Module):
+    """Scan a grid of tokens along the routes of a named order and add the routes up; see `ops.cross_selective_scan`.
+
+    A model that timm builds with ``exportable=True`` holds plain torch instead of the two operators of this library;
+    its grid is then fixed by the example that it is exported with.
+
+    Args:
+        order: name of a registered `ScanOrder`.
+
+    Raises: ValueError naming the nearest known order.
+
+    >>> scan = SelectiveScan("cross")
+    >>> x, A, dt_weight = torch.randn(1, 6, 4), -torch.ones(4, 4, 2), torch.randn(4, 4, 3)
+    >>> dt, B, C = torch.randn(1, 6, 4, 3), torch.randn(1, 6, 4, 2), torch.randn(1, 6, 4, 2)
+    >>> scan(x, dt, A, B, C, torch.ones(4, 4), dt_weight, torch.zeros(4, 4), 2, 3).shape
+    torch.Size([1, 6, 4])
+    """
+
+    __constants__ = ("exportable", "order")  # TorchScript leaves the branch out that a constant closes
+
+    def __init__(self, order: str) -> None:
+        super().__init__()
+        self.order = scans.get(order).name
+        self.exportable = is_exportable()
+
+    def extra_repr(self) -> str:
+        return repr(self.order)
+
+    def forward(
+        self,
+        x: Tensor,
+        dt: Tensor,
+        A: Tensor,
+        B: Tensor,
+        C: Tensor,
+        D: Tensor | None,
+        dt_weight: Tensor | None,
+        dt_bias: Tensor | None,
+        height: int,
+        width: int,
+        class_token: int = -1,
+        out_dtype: torch.dtype | None = None,
+    ) -> Tensor:
+        """x (B, L, D) or (B, L, K, D), dt (B, L, K, R) with dt_weight, A (K, D, N), B and C (B, L, K, N) -> (B, L, D).
+
+        L is height * width, or one more with a class token at place `class_token`; a sequence is a grid of height 1.
+        """
+        if self.exportable:
+            return _plain(self.order, x, dt, A, B, C, D, dt_weight, dt_bias, height, width, class_token, out_dtype)
+        indices = torch.ops.vision_mamba.scan_indices(x, self.order, height, width, class_token)
+        return torch.ops.vision_mamba.cross_selective_scan(
+            x, dt, A, B, C, D, indices, dt_weight, dt_bias, None, True, True, False, out_dtype
+        )[0]
+
+
+def _plain(
+    order: str,
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    dt_weight: Tensor | None,
+    dt_bias: Tensor | None,
+    height: int,
+    width: int,
+    class_token: int,
+    out_dtype: torch.dtype | None,
+) -> Tensor:
+    routes = [route(height, width) for route in scans.get(order).routes]
+    indices = stack(routes, None if class_token < 0 else class_token).to(x.device)
+    return eager.forward(ScanCall(x, dt, A, B, C, D, indices, dt_weight, dt_bias, out_dtype=out_dtype))[0]

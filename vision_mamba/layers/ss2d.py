@@ -1,0 +1,118 @@
+"""The token mixer of VMamba: a depthwise convolution, then a selective scan of the map along four routes."""
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from timm.layers import LayerNorm
+from torch import Tensor, nn
+
+from vision_mamba import scans
+from vision_mamba.layers.init import init_a_log_, init_dt_bias_, init_dt_weight_
+from vision_mamba.layers.scan import SelectiveScan
+
+
+class SS2D(nn.Module):
+    """Mix the tokens of a map by one selective state-space model per route, which share both projections.
+
+    With u = silu(conv(x)), x = in_proj(tokens), and (r_k, B_k, C_k) = X_k u per token:
+        y = out_proj(norm(sum_k scan_k(u, W_k r_k + b_k, A_k, B_k, C_k, D_k)) [* silu(z)])
+
+    with A = -exp(A_logs); z is the second half of what in_proj gives where there is a gate. The map stays channels last
+    from end to end: the routes are an index table for the scan, and the projections X of all routes are one product.
+
+    Args:
+        dim: C, channels of the map.
+        d_state: N, states of a channel.
+        ssm_ratio: D / C, inner width over outer width.
+        dt_rank: R, rank of the step sizes; C / 16 rounded up by default.
+        d_conv: side of the depthwise convolution's kernel; 1 for no convolution.
+        conv_bias: give the convolution a bias.
+        gate: multiply by silu(z), as in VMamba's first version.
+        scan_order: name of a registered `ScanOrder`; its routes are K.
+        norm_eps: epsilon of the norm behind the scan.
+        proj_drop: dropout behind out_proj.
+
+    Shape: (B, H, W, C) -> (B, H, W, C).
+    Reference: Liu et al. 2024, VMamba, arXiv:2401.10166, sections 4.2 and 4.3.
+
+    >>> SS2D(32)(torch.randn(2, 5, 7, 32)).shape
+    torch.Size([2, 5, 7, 32])
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        d_state: int = 1,
+        ssm_ratio: float = 1.0,
+        dt_rank: int | None = None,
+        d_conv: int = 3,
+        conv_bias: bool = False,
+        gate: bool = False,
+        scan_order: str = "cross",
+        norm_eps: float = 1e-5,
+        proj_drop: float = 0.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
+        # Half precision is too coarse for what is exponentiated or summed over a whole route.
+        wide_dtype = torch.promote_types(dtype or torch.get_default_dtype(), torch.float32)
+        wide: dict[str, Any] = {"device": device, "dtype": wide_dtype}
+        self.d_inner = d_inner = int(ssm_ratio * dim)
+        self.d_state = d_state
+        self.dt_rank = math.ceil(dim / 16) if dt_rank is None else dt_rank
+        self.gate = gate
+        self.routes = routes = len(scans.get(scan_order))
+
+        self.in_proj = nn.Linear(dim, 2 * d_inner if gate else d_inner, bias=False, **dd)
+        padding = (d_conv - 1) // 2
+        self.conv2d: nn.Module = (
+            nn.Conv2d(d_inner, d_inner, d_conv, padding=padding, groups=d_inner, bias=conv_bias, **dd)
+            if d_conv > 1
+            else nn.Identity()
+        )
+        self.x_proj_weight = nn.Parameter(torch.empty(routes, self.dt_rank + 2 * d_state, d_inner, **dd))
+        self.dt_projs_weight = nn.Parameter(torch.empty(routes, d_inner, self.dt_rank, **dd))
+        self.dt_projs_bias = nn.Parameter(torch.empty(routes, d_inner, **wide))
+        self.A_logs = nn.Parameter(torch.empty(routes * d_inner, d_state, **wide))
+        self.Ds = nn.Parameter(torch.empty(routes * d_inner, **wide))
+        self.scan = SelectiveScan(scan_order)
+        self.out_norm = LayerNorm(d_inner, eps=norm_eps, **dd)
+        self.out_proj = nn.Linear(d_inner, dim, bias=False, **dd)
+        self.proj_drop = nn.Dropout(proj_drop)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Fill what is not in a submodule as published."""
+        bound = self.d_inner**-0.5
+        nn.init.uniform_(self.x_proj_weight, -bound, bound)
+        init_dt_weight_(self.dt_projs_weight, self.dt_rank)
+        init_dt_bias_(self.dt_projs_bias)
+        init_a_log_(self.A_logs)
+        nn.init.ones_(self.Ds)
+
+    def forward(self, x: Tensor) -> Tensor:
+        height, width = x.shape[1], x.shape[2]
+        x = self.in_proj(x)
+        z: Tensor | None = None
+        if self.gate:
+            x, z = x.chunk(2, dim=-1)
+        # Permuted views: the memory stays channels last, and the convolution works on it as it is.
+        x = F.silu(self.conv2d(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)).flatten(1, 2)  # (B, L, D)
+        columns = F.linear(x, self.x_proj_weight.flatten(0, 1)).unflatten(-1, (self.routes, -1))
+        dt, B, C = columns.split([self.dt_rank, self.d_state, self.d_state], dim=-1)  # (B, L, K, .)
+        A = -torch.exp(self.A_logs).unflatten(0, (self.routes, self.d_inner))
+        D = self.Ds.unflatten(0, (self.routes, self.d_inner))
+        # Under autocast the norm computes in float32: taking the sum of the routes so saves a cast, and a float16
+        # overflow.
+        y = self.scan(
+            x, dt, A, B, C, D, self.dt_projs_weight, self.dt_projs_bias, height, width,
+            out_dtype=self.out_norm.weight.dtype,
+        )  # fmt: skip
+        y = self.out_norm(y).unflatten(1, (height, width))
+        if z is not None:
+            y = y * F.silu(z)
+        return self.proj_drop(self.out_proj(y))

@@ -1,0 +1,588 @@
+"""VMamba: a pyramid of four stages whose token mixer is a selective scan of the map along four routes.
+
+Liu et al. 2024, "VMamba: Visual State Space Model", arXiv:2401.10166. Published code and weights:
+https://github.com/MzeroMiko/VMamba (MIT).
+
+Activations are (B, H, W, C) from the stem to the classifier. As everywhere in timm a stage begins with its
+downsampling, where the published code ends with it; `checkpoint_filter_fn` renames accordingly. Two more things differ
+from the published code on purpose: A_logs, Ds and dt_projs_bias take no weight decay (there all but Ds do), and loading
+is strict.
+"""
+
+import logging
+import re
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any, cast
+
+import torch
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.layers import (
+    ClassifierHead,
+    DropPath,
+    Mlp,
+    calculate_drop_path_rates,
+    get_act_layer,
+    get_device_dtype,
+    get_norm_layer,
+    trunc_normal_,
+)
+from timm.models import (
+    build_model_with_cfg,
+    checkpoint_seq,
+    generate_default_cfgs,
+    register_model,
+    register_model_deprecations,
+)
+from timm.models._features import feature_take_indices
+from timm.models._input import update_model_input_size
+from torch import Tensor, nn
+
+from vision_mamba.layers import SS2D
+from vision_mamba.layers.patch import DOWNSAMPLES, STEMS
+from vision_mamba.models.checkpoint import require_all_used, unwrap
+
+__all__ = ["VMamba", "VMambaBlock", "VMambaStage"]
+
+_log = logging.getLogger(__name__)
+
+
+class VMambaBlock(nn.Module):
+    """x + mixer(norm(x)), then x + mlp(norm(x)) where there is an MLP.
+
+    Args:
+        dim: C, channels of the map.
+        mixer: dim -> token mixer of a (B, H, W, C) map.
+        mlp_ratio: hidden width of the MLP over C; 0 for no MLP.
+        proj_drop: dropout within the MLP.
+        drop_path: stochastic depth of either branch, drawn for each.
+
+    Shape: (B, H, W, C) -> (B, H, W, C).
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        mixer: Callable[..., nn.Module],
+        norm_layer: Callable[..., nn.Module],
+        act_layer: type[nn.Module],
+        mlp_ratio: float = 4.0,
+        proj_drop: float = 0.0,
+        drop_path: float = 0.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.norm1 = norm_layer(dim, **dd)
+        self.ss2d = mixer(dim, **dd)
+        self.drop_path1 = DropPath(drop_path) if drop_path > 0.0 else nn.Identity()
+        self.mlp: nn.Module | None = None
+        if mlp_ratio > 0:
+            self.norm2 = norm_layer(dim, **dd)
+            self.mlp = Mlp(dim, int(dim * mlp_ratio), act_layer=act_layer, drop=proj_drop, **dd)
+            self.drop_path2 = DropPath(drop_path) if drop_path > 0.0 else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.drop_path1(self.ss2d(self.norm1(x)))
+        if self.mlp is not None:
+            x = x + self.drop_path2(self.mlp(self.norm2(x)))
+        return x
+
+
+class VMambaStage(nn.Module):
+    """Downsampling, then blocks; (B, H, W, dim) -> (B, H', W', dim_out)."""
+
+    def __init__(self, downsample: nn.Module, blocks: Sequence[nn.Module]) -> None:
+        super().__init__()
+        self.downsample = downsample
+        self.blocks = nn.Sequential(*blocks)
+        self.grad_checkpointing = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.downsample(x)
+        if self.grad_checkpointing and not torch.jit.is_scripting():
+            x = checkpoint_seq(self.blocks, x)
+        else:
+            x = self.blocks(x)
+        return x
+
+
+class VMamba(nn.Module):
+    """VMamba as an image classifier or feature pyramid, for images of any size.
+
+    Args:
+        img_size: nominal image size, recorded for data configurations; every size runs whatever it is.
+        patch_size: reduction of the stem.
+        in_chans: channels of the image.
+        num_classes: width of the classifier; 0 for none.
+        global_pool: pooling before the classifier; '' for none.
+        dims: C, channels of each stage.
+        depths: blocks of each stage.
+        d_state: N, states of a channel of the scan.
+        ssm_ratio: inner width of the mixer over C.
+        dt_rank: R, rank of the step sizes; C / 16 rounded up by default.
+        d_conv: side of the mixer's depthwise convolution; 1 for none.
+        ssm_conv_bias: give that convolution a bias.
+        gate: gate the mixer's result, as in the first version.
+        scan_order: name of a registered `ScanOrder`.
+        mlp_ratio: hidden width of the MLP over C; 0 for blocks without MLP, as in the first version.
+        stem: "overlap" for two overlapping convolutions, "patch" for one that does not overlap.
+        downsample: "overlap" for convolutions of 3 x 3, "patch" for 2 x 2, "merge" for Swin's patch merging.
+        norm_layer: name of the norm, timm's.
+        norm_eps: epsilon of all norms.
+        act_layer: name of the activation of stem and MLP, timm's; the mixer's is SiLU.
+        drop_rate: dropout before the classifier.
+        proj_drop_rate: dropout within mixers and MLPs.
+        drop_path_rate: stochastic depth of the last block, growing linearly from 0.
+
+    Shape: (B, in_chans, H, W) -> (B, num_classes).
+    Raises: ValueError for an unknown stem, downsampling or scan order.
+    Reference: Liu et al. 2024, arXiv:2401.10166.
+
+    >>> import timm
+    >>> timm.create_model("test_vmamba", num_classes=10)(torch.randn(1, 3, 33, 65)).shape
+    torch.Size([1, 10])
+    """
+
+    def __init__(
+        self,
+        img_size: int | tuple[int, int] | None = None,
+        patch_size: int = 4,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        global_pool: str = "avg",
+        dims: tuple[int, ...] = (96, 192, 384, 768),
+        depths: tuple[int, ...] = (2, 2, 8, 2),
+        d_state: int = 1,
+        ssm_ratio: float = 1.0,
+        dt_rank: int | None = None,
+        d_conv: int = 3,
+        ssm_conv_bias: bool = False,
+        gate: bool = False,
+        scan_order: str = "cross",
+        mlp_ratio: float = 4.0,
+        stem: str = "overlap",
+        downsample: str = "overlap",
+        norm_layer: str = "layernorm",
+        norm_eps: float = 1e-5,
+        act_layer: str = "gelu",
+        drop_rate: float = 0.0,
+        proj_drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
+        norm = partial(get_norm_layer(norm_layer), eps=norm_eps)
+        act = get_act_layer(act_layer)
+        make_stem = _choose("stem", stem, STEMS)
+        make_downsample = _choose("downsample", downsample, DOWNSAMPLES)
+        if len(dims) != len(depths):
+            raise ValueError(f"VMamba: dims and depths must name as many stages, got {len(dims)} and {len(depths)}.")
+        mixer = partial(
+            SS2D,
+            d_state=d_state,
+            ssm_ratio=ssm_ratio,
+            dt_rank=dt_rank,
+            d_conv=d_conv,
+            conv_bias=ssm_conv_bias,
+            gate=gate,
+            scan_order=scan_order,
+            norm_eps=norm_eps,
+            proj_drop=proj_drop_rate,
+        )
+        self.in_chans = in_chans
+        self.num_classes = num_classes
+        self.global_pool = global_pool
+        self.output_fmt = "NHWC"
+
+        self.stem = make_stem(in_chans, dims[0], patch_size, norm, act, **dd)
+        stages = []
+        rates = cast(list[list[float]], calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True))
+        for i, (dim, stage_rates) in enumerate(zip(dims, rates, strict=True)):
+            between = make_downsample(dims[i - 1], dim, norm_layer=norm, **dd) if i else nn.Identity()
+            blocks = [VMambaBlock(dim, mixer, norm, act, mlp_ratio, proj_drop_rate, rate, **dd) for rate in stage_rates]
+            stages.append(VMambaStage(between, blocks))
+        self.stages = nn.Sequential(*stages)
+        self.feature_info = [
+            dict(num_chs=dim, reduction=patch_size * 2**i, module=f"stages.{i}") for i, dim in enumerate(dims)
+        ]
+        self.num_features = dims[-1]
+        self.norm = norm(self.num_features, **dd)
+        self.head = ClassifierHead(
+            self.num_features, num_classes, global_pool, drop_rate, input_fmt=self.output_fmt, **dd
+        )
+        self.head_hidden_size = self.head.num_features
+        if img_size is not None:
+            self.set_input_size(img_size)
+        self.init_weights(needs_reset=False)
+
+    @torch.jit.ignore
+    def init_weights(self, needs_reset: bool = True) -> None:
+        """Initialise as published: projections by a truncated normal, the rest by what each module says of itself.
+
+        Args:
+            needs_reset: False if all modules have just been constructed, and so initialised themselves.
+        """
+        self.apply(partial(_init_weights, needs_reset=needs_reset))
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> set[str]:
+        return {"*.A_logs", "*.Ds", "*.dt_projs_bias"}
+
+    @torch.jit.ignore
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        return dict(
+            stem=r"^stem",
+            blocks=r"^stages\.(\d+)"
+            if coarse
+            else [
+                (r"^stages\.(\d+)\.downsample", (0,)),
+                (r"^stages\.(\d+)\.blocks\.(\d+)", None),
+                (r"^norm", (99999,)),
+            ],
+        )
+
+    @torch.jit.ignore
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        for module in self.modules():
+            if isinstance(module, VMambaStage):
+                module.grad_checkpointing = enable
+
+    @torch.jit.ignore
+    def set_input_size(self, img_size: int | tuple[int, int]) -> None:
+        """Record another nominal image size; nothing of the model depends on it."""
+        update_model_input_size(self, img_size)
+
+    @torch.jit.ignore
+    def get_classifier(self) -> nn.Module:
+        return self.head.fc
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """Put a new classifier in place, keeping the pooling unless another is named."""
+        self.num_classes = num_classes
+        self.head.reset(num_classes, global_pool, in_features=self.num_features, **get_device_dtype(self))
+        self.head_hidden_size = self.head.num_features
+        if global_pool is not None:
+            self.global_pool = global_pool
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | list[int] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
+        """The maps that the stages end in.
+
+        Args:
+            x: (B, in_chans, H, W) images.
+            indices: stages to take; the last n if a number, all by default.
+            norm: apply the final norm to the last stage's map.
+            stop_early: leave out what comes behind the last map taken.
+            output_fmt: "NCHW" or "NHWC".
+            intermediates_only: return the maps alone.
+
+        Returns: (features, maps), or maps.
+        """
+        assert output_fmt in ("NCHW", "NHWC"), "Output format must be one of NCHW or NHWC."
+        take_indices, max_index = feature_take_indices(len(self.stages), indices)
+        if torch.jit.is_scripting() or not stop_early:  # TorchScript cannot slice a Sequential
+            stages = self.stages
+        else:
+            stages = self.stages[: max_index + 1]
+
+        x = self.stem(x)
+        intermediates = []
+        last = len(self.stages) - 1
+        i = 0
+        for i, stage in enumerate(stages):
+            x = stage(x)
+            if i in take_indices:
+                tap = self.norm(x) if norm and i == last else x
+                intermediates.append(tap.permute(0, 3, 1, 2).contiguous() if output_fmt == "NCHW" else tap)
+        if intermediates_only:
+            return intermediates
+        if i == last:
+            x = self.norm(x)
+        return x, intermediates
+
+    def prune_intermediate_layers(
+        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """Drop what the named maps do not need; returns their indices."""
+        take_indices, max_index = feature_take_indices(len(self.stages), indices)
+        prune_end = max_index < len(self.stages) - 1
+        if prune_norm or prune_end:
+            self.norm = nn.Identity()  # it is sized for the last stage
+        self.stages = self.stages[: max_index + 1]
+        if prune_end:
+            self.num_features = self.head_hidden_size = self.feature_info[max_index]["num_chs"]
+        if prune_head or prune_end:
+            self.reset_classifier(0, "")
+        return take_indices
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """(B, in_chans, H, W) -> (B, H', W', C), normed."""
+        return self.norm(self.stages(self.stem(x)))
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        return self.head(x, pre_logits=True) if pre_logits else self.head(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.forward_head(self.forward_features(x))
+
+
+def _choose(argument: str, name: str, known: Mapping[str, Callable[..., nn.Module]]) -> Callable[..., nn.Module]:
+    if name not in known:
+        raise ValueError(f"VMamba: {argument} must be one of {', '.join(known)}; got {name!r}.")
+    return known[name]
+
+
+def _init_weights(module: nn.Module, needs_reset: bool) -> None:
+    if isinstance(module, nn.Linear):
+        trunc_normal_(module.weight, std=0.02)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+    elif needs_reset and callable(reset := getattr(module, "reset_parameters", None)):
+        reset()
+
+
+# Our names -> those of the published code, applied in this order; the only place where they meet.
+_PUBLISHED_NAMES: tuple[tuple[str, Any], ...] = (
+    (r"^stem\.conv1\.", "patch_embed.0."),
+    (r"^stem\.norm1\.", "patch_embed.2."),
+    (r"^stem\.conv2\.", "patch_embed.5."),
+    (r"^stem\.norm2\.", "patch_embed.7."),
+    (r"^stages\.(\d+)\.downsample\.", lambda stage: f"layers.{int(stage[1]) - 1}.downsample."),
+    (r"^stages\.", "layers."),
+    (r"\.downsample\.conv\.", ".downsample.1."),
+    (r"\.downsample\.norm\.", ".downsample.3."),
+    (r"\.downsample\.pre_norm\.", ".downsample.norm."),
+    (r"\.norm1\.", ".norm."),
+    (r"\.ss2d\.", ".op."),
+    (r"^norm\.", "classifier.norm."),
+    (r"^head\.fc\.", "classifier.head."),
+)
+
+# Other published spellings of a name -> the one above: the code of January 2024, then the single-file edition.
+_OLDER_NAMES: tuple[tuple[str, Any], ...] = (
+    (r"^patch_embed\.proj\.", "patch_embed.0."),
+    (r"^patch_embed\.norm\.", "patch_embed.2."),
+    (r"\.ln_1\.", ".norm."),
+    (r"\.self_attention\.", ".op."),
+    (r"^norm\.", "classifier.norm."),
+    (r"^head\.", "classifier.head."),
+    (r"\.op\.(x_proj|dt_projs)\.weight$", r".op.\1_weight"),
+    (r"\.downsample\.1\.", ".downsample.norm."),
+    (r"\.downsample\.2\.", ".downsample.reduction."),
+)
+
+
+def _rename(name: str, rules: tuple[tuple[str, Any], ...]) -> str:
+    for pattern, replacement in rules:
+        name = re.sub(pattern, replacement, name)
+    return name
+
+
+def published_names(model: nn.Module) -> dict[str, str]:
+    """Name of each tensor of the model in the published code's checkpoints -> its name here."""
+    return {_rename(name, _PUBLISHED_NAMES): name for name in model.state_dict()}
+
+
+def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[str, Tensor]:
+    """A checkpoint as this model names it: our own as they are, published ones renamed, in any of their spellings.
+
+    Reads training files ("model", else "state_dict" or "model_ema"), backbones of detectors and segmenters of the
+    MM libraries, 1x1 convolutions for projections.
+
+    Raises: ValueError naming every tensor that is missing or unused, the classifier's excepted.
+    """
+    state = _own_part(unwrap(state_dict))
+    own = model.state_dict()
+    if not any(name.startswith("stages.") for name in state):
+        names = published_names(model)
+        renamed = {}
+        for name, tensor in state.items():
+            ours = names.get(name if name in names else _rename(name, _OLDER_NAMES), name)
+            renamed[ours] = _reshaped(tensor, own[ours]) if ours in own else tensor
+        state = renamed
+    require_all_used(state, model, "head.fc")
+    return state
+
+
+def _own_part(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What belongs to the backbone, where it is part of a detector or segmenter."""
+    prefix = "backbone."
+    if not any(name.startswith(prefix) for name in state):
+        return state
+    part = {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
+    # Their features have a norm each. The last one stands where ours stands before the classifier.
+    features = sorted({name.split(".")[0] for name in part if name.startswith("outnorm")})
+    if features:
+        _log.warning("checkpoint of a detector or segmenter: left out the norms of single features %s", features[:-1])
+    for name in [name for name in part if name.startswith("outnorm")]:
+        feature, _, parameter = name.partition(".")
+        tensor = part.pop(name)
+        if feature == features[-1]:
+            part[f"classifier.norm.{parameter}"] = tensor
+    return part
+
+
+def _reshaped(tensor: Tensor, like: Tensor) -> Tensor:
+    """A 1x1 convolution as a projection, and all routes' projections stacked as one a route; else as it is."""
+    if tensor.dim() == 4 and tensor.shape[2:] == (1, 1) and tensor.shape[:2] == like.shape:
+        return tensor.flatten(1)
+    if like.dim() == 3 and tensor.shape == like.flatten(0, 1).shape:
+        return tensor.reshape(like.shape)
+    return tensor
+
+
+# Training files hold their settings in a mapping class of a library that nothing else here needs. The plain mapping in
+# its place lets torch read those files without trusting them, and without that library.
+torch.serialization.add_safe_globals([(OrderedDict, "yacs.config.CfgNode")])
+
+
+def _cfg(url: str = "", **kwargs: Any) -> dict[str, Any]:
+    return {
+        "url": url,
+        "num_classes": 1000,
+        "input_size": (3, 224, 224),
+        "pool_size": (7, 7),
+        "crop_pct": 0.875,
+        "interpolation": "bicubic",
+        "mean": IMAGENET_DEFAULT_MEAN,
+        "std": IMAGENET_DEFAULT_STD,
+        "first_conv": "stem.conv1",
+        "classifier": "head.fc",
+        "license": "mit",
+        "paper_name": "VMamba: Visual State Space Model",
+        "paper_ids": "arXiv:2401.10166",
+        "origin_url": "https://github.com/MzeroMiko/VMamba",
+        **kwargs,
+    }
+
+
+_RELEASES = "https://github.com/MzeroMiko/VMamba/releases/download/"
+
+default_cfgs = generate_default_cfgs(
+    {
+        "vmamba_tiny_s1l8.in1k": _cfg(_RELEASES + "%23v2cls/vssm1_tiny_0230s_ckpt_epoch_264.pth"),
+        "vmamba_tiny_s2l5.in1k": _cfg(_RELEASES + "%23v2cls/vssm_tiny_0230_ckpt_epoch_262.pth"),
+        "vmamba_small_s2l15.in1k": _cfg(_RELEASES + "%23v2cls/vssm_small_0229_ckpt_epoch_222.pth"),
+        "vmamba_small_s1l20.in1k": _cfg(_RELEASES + "%23v2cls/vssm1_small_0229s_ckpt_epoch_240.pth"),
+        "vmamba_base_s2l15.in1k": _cfg(_RELEASES + "%23v2cls/vssm_base_0229_ckpt_epoch_237.pth"),
+        "vmamba_base_s1l20.in1k": _cfg(_RELEASES + "%23v2cls/vssm1_base_0229s_ckpt_epoch_225.pth"),
+        "vmamba_tiny_v0.in1k": _cfg(_RELEASES + "%23v0cls/vssmtiny_dp01_ckpt_epoch_292.pth"),
+        "vmamba_small_v0.in1k": _cfg(_RELEASES + "%23v0cls/vssmsmall_dp03_ckpt_epoch_238.pth"),
+        "vmamba_base_v0.in1k": _cfg(_RELEASES + "%23v0cls/vssmbase_dp06_ckpt_epoch_241.pth"),
+        "test_vmamba.untrained": _cfg(input_size=(3, 160, 160), pool_size=(5, 5), crop_pct=0.95, license="apache-2.0"),
+    }
+)
+
+
+def _create_vmamba(variant: str, pretrained: bool = False, **kwargs: Any) -> VMamba:
+    return build_model_with_cfg(
+        VMamba,
+        variant,
+        pretrained,
+        pretrained_filter_fn=checkpoint_filter_fn,
+        feature_cfg=dict(
+            out_indices=kwargs.pop("out_indices", (0, 1, 2, 3)), feature_cls="getter", flatten_sequential=True
+        ),
+        **kwargs,
+    )
+
+
+_BASE = dict(dims=(128, 256, 512, 1024))
+_V0 = dict(d_state=16, ssm_ratio=2.0, ssm_conv_bias=True, gate=True, mlp_ratio=0.0, stem="patch", downsample="merge")
+
+
+@register_model
+def vmamba_tiny_s1l8(pretrained: bool = False, **kwargs: Any) -> VMamba:
+    """VMamba-T of the paper's main table."""
+    model_args = dict(depths=(2, 2, 8, 2), ssm_ratio=1.0)
+    return _create_vmamba("vmamba_tiny_s1l8", pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def vmamba_tiny_s2l5(pretrained: bool = False, **kwargs: Any) -> VMamba:
+    model_args = dict(depths=(2, 2, 5, 2), ssm_ratio=2.0)
+    return _create_vmamba("vmamba_tiny_s2l5", pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def vmamba_small_s2l15(pretrained: bool = False, **kwargs: Any) -> VMamba:
+    """VMamba-S of the paper's main table."""
+    model_args = dict(depths=(2, 2, 15, 2), ssm_ratio=2.0)
+    return _create_vmamba("vmamba_small_s2l15", pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def vmamba_small_s1l20(pretrained: bool = False, **kwargs: Any) -> VMamba:
+    model_args = dict(depths=(2, 2, 20, 2), ssm_ratio=1.0)
+    return _create_vmamba("vmamba_small_s1l20", pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def vmamba_base_s2l15(pretrained: bool = False, **kwargs: Any) -> VMamba:
+    """VMamba-B of the paper's main table."""
+    model_args = dict(_BASE, depths=(2, 2, 15, 2), ssm_ratio=2.0)
+    return _create_vmamba("vmamba_base_s2l15", pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def vmamba_base_s1l20(pretrained: bool = False, **kwargs: Any) -> VMamba:
+    model_args = dict(_BASE, depths=(2, 2, 20, 2), ssm_ratio=1.0)
+    return _create_vmamba("vmamba_base_s1l20", pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def vmamba_tiny_v0(pretrained: bool = False, **kwargs: Any) -> VMamba:
+    """Vanilla VMamba-T, the first version: 16 states, a gate, no MLP."""
+    model_args = dict(_V0, depths=(2, 2, 9, 2))
+    return _create_vmamba("vmamba_tiny_v0", pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def vmamba_small_v0(pretrained: bool = False, **kwargs: Any) -> VMamba:
+    model_args = dict(_V0, depths=(2, 2, 27, 2))
+    return _create_vmamba("vmamba_small_v0", pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def vmamba_base_v0(pretrained: bool = False, **kwargs: Any) -> VMamba:
+    model_args = dict(_V0, **_BASE, depths=(2, 2, 27, 2))
+    return _create_vmamba("vmamba_base_v0", pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def test_vmamba(pretrained: bool = False, **kwargs: Any) -> VMamba:
+    """Small enough for tests and for training on a CPU in minutes."""
+    model_args = dict(dims=(16, 32, 48, 64), depths=(1, 1, 2, 1), mlp_ratio=2.0)
+    return _create_vmamba("test_vmamba", pretrained, **dict(model_args, **kwargs))
+
+
+# Sizes stand for the configurations of the paper's main table; then the published factories' and run names.
+register_model_deprecations(
+    __name__,
+    {
+        "vmamba_tiny": "vmamba_tiny_s1l8",
+        "vmamba_small": "vmamba_small_s2l15",
+        "vmamba_base": "vmamba_base_s2l15",
+        "vssm1_tiny_0230s": "vmamba_tiny_s1l8",
+        "vssm1_tiny_0230": "vmamba_tiny_s2l5",
+        "vssm1_small_0229": "vmamba_small_s2l15",
+        "vssm1_small_0229s": "vmamba_small_s1l20",
+        "vssm1_base_0229": "vmamba_base_s2l15",
+        "vssm1_base_0229s": "vmamba_base_s1l20",
+        "vanilla_vmamba_tiny": "vmamba_tiny_v0",
+        "vanilla_vmamba_small": "vmamba_small_v0",
+        "vanilla_vmamba_base": "vmamba_base_v0",
+    },
+)
