@@ -1,0 +1,667 @@
+"""Vim, the first state-space backbone of images: a plain stack of bidirectional Mamba mixers over patch tokens.
+
+Zhu et al. 2024, "Vision Mamba: Efficient Visual Representation Learning with Bidirectional State Space Model",
+arXiv:2401.09417. Published code and weights: https://github.com/hustvl/Vim (Apache-2.0).
+"""
+
+import argparse
+import math
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import Any, Final
+
+import torch
+import torch.nn.functional as F
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.layers import (
+    DropPath,
+    LayerScale,
+    LayerType,
+    _assert,
+    get_device_dtype,
+    get_norm_layer,
+    global_pool_nlc,
+    is_exporting,
+    lecun_normal_,
+    register_notrace_function,
+    resample_abs_pos_embed,
+    resample_patch_embed,
+    to_2tuple,
+    trunc_normal_,
+)
+from timm.models import (
+    build_model_with_cfg,
+    checkpoint,
+    checkpoint_seq,
+    generate_default_cfgs,
+    register_model,
+    register_model_deprecations,
+)
+from timm.models._features import feature_take_indices
+from timm.models._input import update_model_input_size
+from torch import Tensor, nn
+
+from vision_mamba.layers.bimamba import BiMamba
+from vision_mamba.models.checkpoint import require_all_used, unwrap
+
+__all__ = ["VisionMamba"]
+
+POOLS = ("", "token", "avg", "avgmax", "max")
+PLACES = ("middle", "head", "none")
+
+
+@torch.fx.wrap
+@register_notrace_function
+def count_patches(pixels: int, patch: int, stride: int) -> int:
+    """Patches along one side of an image that see each of its pixels, the last ones beyond its edge if need be."""
+    return (max(pixels - patch, 0) + stride - 1) // stride + 1
+
+
+class StridedPatchEmbed(nn.Module):
+    """Cut an image into patches, overlapping where the stride is smaller than the patch, and embed each.
+
+    An image that the patches do not tile is padded with zeros at its right and lower edge, so every pixel is seen.
+
+    Args:
+        img_size: nominal height and width; what `grid_size` and the position embedding are made for.
+        patch_size: height and width of a patch.
+        stride: pixels from one patch to the next; the patch's size by default.
+        in_chans: channels of the image.
+        embed_dim: E, width of a token.
+        strict_img_size: refuse images of another size than `img_size`.
+
+    Shape: (B, in_chans, H, W) -> (B, grid height, grid width, E).
+    """
+
+    def __init__(
+        self,
+        img_size: int | tuple[int, int] = 224,
+        patch_size: int | tuple[int, int] = 16,
+        stride: int | tuple[int, int] | None = None,
+        in_chans: int = 3,
+        embed_dim: int = 192,
+        strict_img_size: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.patch_size = to_2tuple(patch_size)
+        self.stride = self.patch_size if stride is None else to_2tuple(stride)
+        if any(not 1 <= s <= p for s, p in zip(self.stride, self.patch_size, strict=True)):
+            raise ValueError(f"VisionMamba: stride must be from 1 to the patch size {self.patch_size}, got {stride}.")
+        self.strict_img_size = strict_img_size
+        self.set_input_size(img_size)
+        self.proj = nn.Conv2d(in_chans, embed_dim, self.patch_size, self.stride, device=device, dtype=dtype)
+
+    @torch.jit.ignore
+    def set_input_size(self, img_size: int | tuple[int, int]) -> None:
+        """Change the nominal image size."""
+        self.img_size = to_2tuple(img_size)
+        self.grid_size = self.dynamic_feat_size(self.img_size)
+        self.num_patches = self.grid_size[0] * self.grid_size[1]
+
+    @torch.jit.ignore
+    def feat_ratio(self) -> int:
+        """Pixels per token, along the coarser side."""
+        return max(self.stride)
+
+    def dynamic_feat_size(self, img_size: tuple[int, int]) -> tuple[int, int]:
+        """Grid of patches that an image of (height, width) is cut into."""
+        return (
+            count_patches(img_size[0], self.patch_size[0], self.stride[0]),
+            count_patches(img_size[1], self.patch_size[1], self.stride[1]),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        height, width = x.shape[2], x.shape[3]
+        if self.strict_img_size:
+            _assert(
+                height == self.img_size[0] and width == self.img_size[1],
+                f"VisionMamba: images must be {self.img_size}, got ({height}, {width}); "
+                f"use dynamic_img_size=True or set_input_size.",
+            )
+        rows, columns = self.dynamic_feat_size((height, width))
+        lower = (rows - 1) * self.stride[0] + self.patch_size[0] - height
+        right = (columns - 1) * self.stride[1] + self.patch_size[1] - width
+        x = self.proj(F.pad(x, (0, right, 0, lower)))
+        return x.permute(0, 2, 3, 1)
+
+
+@torch.fx.wrap
+@register_notrace_function
+def resample_pos_embed(pos_embed: Tensor, new_size: list[int], old_size: list[int], class_token: str) -> Tensor:
+    """Resample a position embedding to another grid; the class token keeps its row, at its place in the new sequence.
+
+    Args:
+        pos_embed: (1, T, E) in the order of the sequence, T = h w patches and the class token if there is one.
+        new_size: grid (height, width) wanted.
+        old_size: grid (h, w) that pos_embed is for.
+        class_token: "middle", "head" or "none".
+
+    Returns: (1, T', E).
+    """
+    # An exported graph must not depend on the size it was made with, so there the sizes are not compared.
+    if not is_exporting() and new_size[0] == old_size[0] and new_size[1] == old_size[1]:
+        return pos_embed
+    if class_token == "none":
+        return resample_abs_pos_embed(pos_embed, new_size, old_size, num_prefix_tokens=0)
+    first = class_first(pos_embed, class_token)
+    first = resample_abs_pos_embed(first, new_size, old_size, num_prefix_tokens=1)
+    return insert_class(first[:, 1:], first[:, :1], class_token)
+
+
+def insert_class(patches: Tensor, token: Tensor, class_token: str) -> Tensor:
+    """(B, M, E) patches and (B, 1, E) class token -> (B, M + 1, E), the token at its place: M // 2 or 0."""
+    if class_token == "head":
+        return torch.cat((token, patches), 1)
+    place = patches.shape[1] // 2
+    return torch.cat((patches[:, :place], token, patches[:, place:]), 1)
+
+
+def class_first(tokens: Tensor, class_token: str) -> Tensor:
+    """Undo insert_class, but keep the token: (B, M + 1, E) -> (B, M + 1, E), the class token before all patches."""
+    if class_token != "middle":
+        return tokens
+    place = (tokens.shape[1] - 1) // 2
+    return torch.cat((tokens[:, place : place + 1], tokens[:, :place], tokens[:, place + 1 :]), 1)
+
+
+class Block(nn.Module):
+    """x + drop_path(scale(mixer(norm(x)))). The published add -> norm -> mixer with two streams is the same sum."""
+
+    def __init__(
+        self,
+        dim: int,
+        norm_layer: Callable[..., nn.Module],
+        init_values: float | None = None,
+        drop_path: float = 0.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        **mixer: Any,
+    ) -> None:
+        super().__init__()
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.norm = norm_layer(dim, **dd)
+        self.mixer = BiMamba(dim, **mixer, **dd)
+        self.ls = nn.Identity() if init_values is None else LayerScale(dim, init_values=init_values, **dd)
+        self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.drop_path(self.ls(self.mixer(self.norm(x))))
+
+
+class VisionMamba(nn.Module):
+    """Vim: patch tokens and a class token among them, through blocks of bidirectional Mamba mixers.
+
+    Inside, the sequence is in scan order with the class token at its place. What leaves the model (`forward_features`
+    and its relatives) has the class token first, where everything written for vision transformers looks for it.
+
+    Under autocast the stream between the blocks is float32, as published: it takes the type of the position embedding.
+
+    Args:
+        img_size: nominal image size, which the position embedding is made for.
+        patch_size: side of a patch.
+        stride: pixels from patch to patch; the patch's size by default, less makes them overlap.
+        in_chans: channels of the image.
+        num_classes: classes of the head, 0 for none.
+        global_pool: what the head sees: "token", "avg", "max", "avgmax" (over patches) or "" for all tokens.
+        embed_dim: E, width of the tokens.
+        depth: number of blocks.
+        d_state: N, states of a channel.
+        d_conv: taps of the mixers' convolutions.
+        expand: inner width of a mixer over E.
+        dt_rank: R, rank of the step sizes; E / 16 rounded up by default.
+        average_routes: mixers take the mean of both scans, not the sum.
+        init_values: start of a learned scale on every block's output; none by default.
+        class_token: its place: "middle" (M // 2 among M patches), "head" or "none".
+        pos_embed: learn a position embedding, the class token's included.
+        dynamic_img_size: take images of any size, resampling the position embedding; else refuse other sizes.
+        drop_rate: dropout before the head.
+        pos_drop_rate: dropout after the position embedding.
+        drop_path_rate: stochastic depth, rising linearly from 0 at the first block to this at the last.
+        norm_layer: class or timm name of the norms; RMSNorm with eps 1e-5 by default.
+
+    Reference: Zhu et al. 2024, arXiv:2401.09417.
+    """
+
+    dynamic_img_size: Final[bool]
+
+    def __init__(
+        self,
+        img_size: int | tuple[int, int] = 224,
+        patch_size: int | tuple[int, int] = 16,
+        stride: int | tuple[int, int] | None = None,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        global_pool: str = "token",
+        embed_dim: int = 192,
+        depth: int = 24,
+        d_state: int = 16,
+        d_conv: int = 4,
+        expand: float = 2.0,
+        dt_rank: int | None = None,
+        average_routes: bool = True,
+        init_values: float | None = None,
+        class_token: str = "middle",
+        pos_embed: bool = True,
+        dynamic_img_size: bool = True,
+        drop_rate: float = 0.0,
+        pos_drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+        norm_layer: LayerType | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
+        _assert(class_token in PLACES, f"VisionMamba: class_token must be one of {PLACES}, got {class_token!r}.")
+        self.class_token = class_token
+        self.has_class_token = self.has_cls_token = class_token != "none"
+        self._check_pool(global_pool)
+        self.num_classes = num_classes
+        self.in_chans = in_chans
+        self.global_pool = global_pool
+        self.num_features = self.head_hidden_size = self.embed_dim = embed_dim
+        self.num_prefix_tokens = int(self.has_class_token)
+        self.dynamic_img_size = dynamic_img_size
+        self.grad_checkpointing = False
+        norm: Callable[..., nn.Module] = get_norm_layer(norm_layer) or partial(nn.RMSNorm, eps=1e-5)
+
+        self.patch_embed = StridedPatchEmbed(
+            img_size, patch_size, stride, in_chans, embed_dim, strict_img_size=not dynamic_img_size, **dd
+        )
+        tokens = self.patch_embed.num_patches + self.num_prefix_tokens
+        self.cls_token = nn.Parameter(torch.empty(1, 1, embed_dim, **dd)) if self.has_class_token else None
+        self.pos_embed = nn.Parameter(torch.empty(1, tokens, embed_dim, **dd)) if pos_embed else None
+        self.pos_drop = nn.Dropout(pos_drop_rate)
+
+        # The published code drops what comes into a block, one block late: block i loses its output at rate i.
+        rates = torch.linspace(0, drop_path_rate, depth, device="cpu").tolist()
+        mixer: dict[str, Any] = dict(
+            d_state=d_state, d_conv=d_conv, expand=expand, dt_rank=dt_rank, average=average_routes
+        )
+        self.blocks = nn.Sequential(*(Block(embed_dim, norm, init_values, rate, **dd, **mixer) for rate in rates))
+        self.norm = norm(embed_dim, **dd)
+        reduction = self.patch_embed.feat_ratio()
+        self.feature_info = [dict(num_chs=embed_dim, reduction=reduction, module=f"blocks.{i}") for i in range(depth)]
+
+        self.head_drop = nn.Dropout(drop_rate)
+        self.head = nn.Linear(embed_dim, num_classes, **dd) if num_classes > 0 else nn.Identity()
+        self.init_weights(needs_reset=False)
+
+    @torch.jit.ignore
+    def init_weights(self, needs_reset: bool = True) -> None:
+        """Fill all parameters as published.
+
+        Args:
+            needs_reset: fill those of the submodules anew too, as is needed after `to_empty`.
+        """
+        if needs_reset:
+            for module in self.modules():
+                reset = getattr(module, "reset_parameters", None)
+                if callable(reset):
+                    reset()
+        lecun_normal_(self.patch_embed.proj.weight)
+        for table in (self.pos_embed, self.cls_token):
+            if table is not None:
+                trunc_normal_(table, std=0.02)
+        if isinstance(self.head, nn.Linear):
+            trunc_normal_(self.head.weight, std=0.02)
+        for name, parameter in self.named_parameters():
+            if name in ("patch_embed.proj.bias", "head.bias"):
+                nn.init.zeros_(parameter)
+            elif name.endswith("out_proj.weight"):
+                # As many addends go into the stream as there are blocks.
+                nn.init.kaiming_uniform_(parameter, a=math.sqrt(5))
+                with torch.no_grad():
+                    parameter.div_(math.sqrt(len(self.blocks)))
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> set[str]:
+        return {"pos_embed", "cls_token", "blocks.*.A_log", "blocks.*.D", "blocks.*.dt_bias", "blocks.*.conv_bias"}
+
+    @torch.jit.ignore
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        return dict(stem=r"^cls_token|pos_embed|patch_embed", blocks=[(r"^blocks\.(\d+)", None), (r"^norm", (99999,))])
+
+    @torch.jit.ignore
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        self.grad_checkpointing = enable
+
+    @torch.jit.ignore
+    def get_classifier(self) -> nn.Module:
+        return self.head
+
+    @torch.jit.ignore
+    def _check_pool(self, global_pool: str) -> None:
+        _assert(global_pool in POOLS, f"VisionMamba: global_pool must be one of {POOLS}, got {global_pool!r}.")
+        _assert(
+            global_pool != "token" or self.has_class_token,
+            "VisionMamba: global_pool='token' needs a class token, got class_token='none'; use global_pool='avg'.",
+        )
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """Put a new head for that many classes, and another pooling if one is named."""
+        if global_pool is not None:
+            self._check_pool(global_pool)
+            self.global_pool = global_pool
+        self.num_classes = num_classes
+        dd = get_device_dtype(self)
+        self.head = nn.Linear(self.embed_dim, num_classes, **dd) if num_classes > 0 else nn.Identity()
+        self.head.train(self.training)
+
+    @torch.jit.ignore
+    def set_input_size(self, img_size: int | tuple[int, int]) -> None:
+        """Change the nominal image size and resample the position embedding to it for good."""
+        before = self.patch_embed.grid_size
+        self.patch_embed.set_input_size(img_size)
+        if self.pos_embed is not None and self.patch_embed.grid_size != before:
+            with torch.no_grad():
+                table = resample_pos_embed(self.pos_embed, self.patch_embed.grid_size, before, self.class_token)
+            self.pos_embed = nn.Parameter(table, requires_grad=self.pos_embed.requires_grad)
+        update_model_input_size(self, self.patch_embed.img_size)
+
+    def _embed(self, x: Tensor) -> Tensor:
+        """(B, in_chans, H, W) image -> (B, L, E) tokens in scan order."""
+        x = self.patch_embed(x)
+        height, width = x.shape[1], x.shape[2]
+        x = x.flatten(1, 2)
+        if self.cls_token is not None:
+            x = insert_class(x, self.cls_token.expand(x.shape[0], -1, -1), self.class_token)
+        if self.pos_embed is not None:
+            table = self.pos_embed
+            if self.dynamic_img_size:
+                table = resample_pos_embed(table, (height, width), self.patch_embed.grid_size, self.class_token)
+            x = x + table
+        return self.pos_drop(x)
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | list[int] | None = None,
+        return_prefix_tokens: bool = False,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
+        """Features and what came out of some of the blocks before.
+
+        Args:
+            x: (B, in_chans, H, W) images.
+            indices: blocks to tap; an int takes the last so many, None all.
+            return_prefix_tokens: give (patches, class token) pairs.
+            norm: apply the final norm to every tap.
+            stop_early: do not run blocks after the last one tapped.
+            output_fmt: "NCHW" maps or "NLC" tokens, of patches alone.
+            intermediates_only: leave the features out.
+
+        Returns: (features as of forward_features, taps), or the taps alone.
+        """
+        _assert(output_fmt in ("NCHW", "NLC"), "VisionMamba: output_fmt must be 'NCHW' or 'NLC'.")
+        take_indices, max_index = feature_take_indices(len(self.blocks), indices)
+        height, width = self.patch_embed.dynamic_feat_size((x.shape[2], x.shape[3]))
+
+        x = self._embed(x)
+        taps: list[Tensor] = []
+        if torch.jit.is_scripting() or not stop_early:  # TorchScript cannot slice modules
+            blocks = self.blocks
+        else:
+            blocks = self.blocks[: max_index + 1]
+        for i, block in enumerate(blocks):
+            if self.grad_checkpointing and not torch.jit.is_scripting():
+                x = checkpoint(block, x)
+            else:
+                x = block(x)
+            if i in take_indices:
+                taps.append(class_first(self.norm(x) if norm else x, self.class_token))
+
+        prefix = [tap[:, : self.num_prefix_tokens] for tap in taps]
+        taps = [tap[:, self.num_prefix_tokens :] for tap in taps]
+        if output_fmt == "NCHW":
+            taps = [tap.unflatten(1, (height, width)).permute(0, 3, 1, 2).contiguous() for tap in taps]
+        if not torch.jit.is_scripting() and return_prefix_tokens and self.num_prefix_tokens:
+            taps = list(zip(taps, prefix, strict=True))  # type: ignore[arg-type]
+        if intermediates_only:
+            return taps
+        return class_first(self.norm(x), self.class_token), taps
+
+    def prune_intermediate_layers(
+        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """Throw away what comes after the last block tapped.
+
+        Args:
+            indices: blocks to tap, as in forward_intermediates.
+            prune_norm: throw the final norm away.
+            prune_head: throw the head away.
+
+        Returns: the indices as non-negative numbers.
+        """
+        take_indices, max_index = feature_take_indices(len(self.blocks), indices)
+        self.blocks = self.blocks[: max_index + 1]
+        if prune_norm:
+            self.norm = nn.Identity()
+        if prune_head:
+            self.reset_classifier(0, "")
+        return take_indices
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """(B, in_chans, H, W) images -> (B, L, E) normed tokens, the class token first."""
+        x = self._embed(x)
+        if self.grad_checkpointing and not torch.jit.is_scripting():
+            x = checkpoint_seq(self.blocks, x)
+        else:
+            x = self.blocks(x)
+        return class_first(self.norm(x), self.class_token)
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """(B, L, E) features -> (B, num_classes) logits, or the pooled features before the head."""
+        x = global_pool_nlc(x, pool_type=self.global_pool, num_prefix_tokens=self.num_prefix_tokens)
+        x = self.head_drop(x)
+        return x if pre_logits else self.head(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.forward_head(self.forward_features(x))
+
+
+# Our names -> published names, within a block; several mean one of our tensors is theirs of either way, stacked.
+_BLOCK_NAMES = {
+    "norm.weight": ("norm.weight",),
+    "norm.bias": ("norm.bias",),
+    "ls.gamma": ("mixer.gamma",),
+    "mixer.in_proj.weight": ("mixer.in_proj.weight",),
+    "mixer.conv_weight": ("mixer.conv1d.weight", "mixer.conv1d_b.weight"),
+    "mixer.conv_bias": ("mixer.conv1d.bias", "mixer.conv1d_b.bias"),
+    "mixer.x_proj_weight": ("mixer.x_proj.weight", "mixer.x_proj_b.weight"),
+    "mixer.dt_weight": ("mixer.dt_proj.weight", "mixer.dt_proj_b.weight"),
+    "mixer.dt_bias": ("mixer.dt_proj.bias", "mixer.dt_proj_b.bias"),
+    "mixer.A_log": ("mixer.A_log", "mixer.A_b_log"),
+    "mixer.D": ("mixer.D", "mixer.D_b"),
+    "mixer.out_proj.weight": ("mixer.out_proj.weight",),
+}
+
+
+def published_names(name: str) -> tuple[str, ...]:
+    """What the published code calls one of our parameters: one name, or two if ours is theirs of either way, stacked.
+
+    >>> published_names("blocks.3.mixer.A_log")
+    ('layers.3.mixer.A_log', 'layers.3.mixer.A_b_log')
+    """
+    if name.startswith("blocks."):
+        _, number, rest = name.split(".", 2)
+        return tuple(f"layers.{number}.{official}" for official in _BLOCK_NAMES[rest])
+    return (name.replace("norm.", "norm_f."),)
+
+
+def to_published(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Rename and unstack our state dict into what the published code loads; the inverse of checkpoint_filter_fn."""
+    published = {}
+    for name, tensor in state_dict.items():
+        theirs = published_names(name)
+        for official, part in zip(theirs, tensor.unbind() if len(theirs) > 1 else (tensor,), strict=True):
+            published[official] = part.unsqueeze(1) if "conv1d" in official and part.dim() == 2 else part
+    return published
+
+
+def _from_published(state: dict[str, Tensor], ours: Iterable[str]) -> dict[str, Tensor]:
+    """Rename and stack; what does not fit keeps its name."""
+    left = dict(state)
+    found = {}
+    for name in ours:
+        theirs = published_names(name)
+        if all(official in left for official in theirs):
+            parts = [left.pop(official) for official in theirs]
+            found[name] = (
+                parts[0] if len(parts) == 1 else torch.stack([p.squeeze(1) if p.dim() == 3 else p for p in parts])
+            )
+    return found | left
+
+
+def checkpoint_filter_fn(state_dict: dict[str, Any], model: VisionMamba) -> dict[str, Tensor]:
+    """Make a checkpoint fit a model: published names to ours, patch kernels and position embedding to its sizes.
+
+    Args:
+        state_dict: ours or the published one, or a training file that has it under "model" (or "model_ema").
+        model: the model to fit, of another patch size or grid if need be.
+
+    Returns: a state dict by our names.
+    Raises: ValueError naming every tensor that is missing or unused, the classifier's excepted.
+    """
+    state = unwrap(state_dict)
+    if any(name.startswith("layers.") for name in state):
+        state = _from_published(state, model.state_dict())
+    require_all_used(state, model, "head")
+    kernel = state["patch_embed.proj.weight"]
+    patch = (kernel.shape[2], kernel.shape[3])
+    if model.pos_embed is not None:
+        grid = _source_grid(state["pos_embed"], patch, model)
+        size = model.patch_embed.grid_size
+        state["pos_embed"] = resample_pos_embed(state["pos_embed"], size, grid, model.class_token)
+    if patch != model.patch_embed.patch_size:
+        state["patch_embed.proj.weight"] = resample_patch_embed(kernel, list(model.patch_embed.patch_size))
+    return state
+
+
+def _source_grid(pos_embed: Tensor, patch: tuple[int, int], model: VisionMamba) -> tuple[int, int]:
+    """Grid that a checkpoint's position embedding is for: that of the image size it came with, or else a square."""
+    size = getattr(model, "pretrained_model_args", {}).get("img_size")
+    if size is None:
+        size = getattr(model, "pretrained_cfg", {}).get("input_size", (3, 224, 224))[-2:]
+    ours = model.patch_embed
+    stride = patch if ours.stride == ours.patch_size else ours.stride
+    patches = pos_embed.shape[1] - model.num_prefix_tokens
+    grid = tuple(count_patches(*sides) for sides in zip(to_2tuple(size), patch, stride, strict=True))
+    for rows, columns in (grid, ours.grid_size, (math.isqrt(patches),) * 2):
+        if rows * columns == patches:
+            return rows, columns
+    raise ValueError(
+        f"VisionMamba: the checkpoint's pos_embed is for {patches} patches, which is neither the grid {grid} of "
+        f"{size} pixels nor a square; give the size it was trained at by pretrained_cfg_overlay=dict(input_size=...)."
+    )
+
+
+# Published files hold the arguments of their training run too; with this, torch reads them without trusting them.
+torch.serialization.add_safe_globals([argparse.Namespace])
+
+
+def _cfg(**kwargs: Any) -> dict[str, Any]:
+    return {
+        "num_classes": 1000,
+        "input_size": (3, 224, 224),
+        "pool_size": None,
+        "crop_pct": 224 / 256,
+        "interpolation": "bicubic",
+        "mean": IMAGENET_DEFAULT_MEAN,
+        "std": IMAGENET_DEFAULT_STD,
+        "first_conv": "patch_embed.proj",
+        "classifier": "head",
+        "license": "apache-2.0",
+        "paper_name": "Vision Mamba: Efficient Visual Representation Learning with Bidirectional State Space Model",
+        "paper_ids": "arXiv:2401.09417",
+        "origin_url": "https://github.com/hustvl/Vim",
+        **kwargs,
+    }
+
+
+default_cfgs = generate_default_cfgs(
+    {
+        # Names of files as third parties list them.
+        "vim_tiny_patch16_224.hustvl_in1k": _cfg(
+            hf_hub_id="hustvl/Vim-tiny-midclstok", hf_hub_filename="vim_t_midclstok_76p1acc.pth"
+        ),
+        "vim_tiny_patch16_stride8_224.hustvl_in1k": _cfg(
+            hf_hub_id="hustvl/Vim-tiny-midclstok", hf_hub_filename="vim_t_midclstok_ft_78p3acc.pth"
+        ),
+        "vim_small_patch16_224.hustvl_in1k": _cfg(
+            hf_hub_id="hustvl/Vim-small-midclstok", hf_hub_filename="vim_s_midclstok_80p5acc.pth"
+        ),
+        "vim_small_patch16_stride8_224.hustvl_in1k": _cfg(
+            hf_hub_id="hustvl/Vim-small-midclstok", hf_hub_filename="vim_s_midclstok_ft_81p6acc.pth"
+        ),
+        "vim_base_patch16_224.hustvl_in1k": _cfg(
+            hf_hub_id="hustvl/Vim-base-midclstok", hf_hub_filename="vim_b_midclstok_81p9acc.pth"
+        ),
+        "test_vim.untrained": _cfg(input_size=(3, 160, 160), crop_pct=0.95),
+    }
+)
+
+
+def _create_vim(variant: str, pretrained: bool = False, **kwargs: Any) -> VisionMamba:
+    return build_model_with_cfg(
+        VisionMamba,
+        variant,
+        pretrained,
+        pretrained_filter_fn=checkpoint_filter_fn,
+        feature_cfg=dict(out_indices=kwargs.pop("out_indices", 3), feature_cls="getter"),
+        **kwargs,
+    )
+
+
+@register_model
+def vim_tiny_patch16_224(pretrained: bool = False, **kwargs: Any) -> VisionMamba:
+    """Vim-Ti: 7.1 M parameters, 1.5 GMACs; 76.1 top-1 as published."""
+    return _create_vim("vim_tiny_patch16_224", pretrained, **dict(dict(embed_dim=192), **kwargs))
+
+
+@register_model
+def vim_tiny_patch16_stride8_224(pretrained: bool = False, **kwargs: Any) -> VisionMamba:
+    """Vim-Ti+: Vim-Ti on patches that overlap by half, 7.3 M parameters; 78.3 top-1 as published."""
+    return _create_vim("vim_tiny_patch16_stride8_224", pretrained, **dict(dict(embed_dim=192, stride=8), **kwargs))
+
+
+@register_model
+def vim_small_patch16_224(pretrained: bool = False, **kwargs: Any) -> VisionMamba:
+    """Vim-S: 25.8 M parameters, 5.1 GMACs; 80.5 top-1 as published."""
+    return _create_vim("vim_small_patch16_224", pretrained, **dict(dict(embed_dim=384), **kwargs))
+
+
+@register_model
+def vim_small_patch16_stride8_224(pretrained: bool = False, **kwargs: Any) -> VisionMamba:
+    """Vim-S+: Vim-S on patches that overlap by half, 26.0 M parameters; 81.6 top-1 as published."""
+    return _create_vim("vim_small_patch16_stride8_224", pretrained, **dict(dict(embed_dim=384, stride=8), **kwargs))
+
+
+@register_model
+def vim_base_patch16_224(pretrained: bool = False, **kwargs: Any) -> VisionMamba:
+    """Vim-B: 97.6 M parameters; 81.9 top-1 as published."""
+    return _create_vim("vim_base_patch16_224", pretrained, **dict(dict(embed_dim=768), **kwargs))
+
+
+@register_model
+def test_vim(pretrained: bool = False, **kwargs: Any) -> VisionMamba:
+    """A Vim small enough for tests, and for small images with patch_size=4, img_size=32."""
+    return _create_vim("test_vim", pretrained, **dict(dict(embed_dim=48, depth=4), **kwargs))
+
+
+_SUFFIX = "224_bimambav2_final_pool_mean_abs_pos_embed_with"
+register_model_deprecations(
+    __name__,
+    {
+        f"vim_tiny_patch16_{_SUFFIX}_midclstok_div2": "vim_tiny_patch16_224.hustvl_in1k",
+        f"vim_tiny_patch16_stride8_{_SUFFIX}_midclstok_div2": "vim_tiny_patch16_stride8_224.hustvl_in1k",
+        f"vim_small_patch16_{_SUFFIX}_midclstok_div2": "vim_small_patch16_224.hustvl_in1k",
+        f"vim_small_patch16_stride8_{_SUFFIX}_midclstok_div2": "vim_small_patch16_stride8_224.hustvl_in1k",
+        f"vim_base_patch16_{_SUFFIX}_middle_cls_token_div2": "vim_base_patch16_224.hustvl_in1k",
+    },
+)
