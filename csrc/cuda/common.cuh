@@ -1,0 +1,254 @@
+// common.cuh: number formats, vector loads and stores, and the functions of the step size. No header of CUDA's or
+// torch's is needed, so that the run-time compiler alone builds it.
+#pragma once
+#include "params.cuh"
+
+#define DEVICE __device__ __forceinline__
+
+constexpr float kLog2e = 1.4426950408889634f;
+constexpr float kLn2 = 0.6931471805599453f;
+constexpr unsigned kAll = 0xffffffffu;
+
+// The three formats, by what they are stored in. They are types of their own, so that overloads tell them apart.
+struct Float { unsigned bits; };
+struct Half { unsigned short bits; };
+struct Bfloat { unsigned short bits; };
+
+DEVICE float ex2(float v) {
+    float r;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(v));
+    return r;
+}
+DEVICE float lg2(float v) {
+    float r;
+    asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(v));
+    return r;
+}
+DEVICE float reciprocal(float v) {
+    float r;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(v));
+    return r;
+}
+
+DEVICE float widen(Float v) { return __uint_as_float(v.bits); }
+DEVICE float widen(Bfloat v) { return __uint_as_float((unsigned)v.bits << 16); }
+DEVICE float widen(Half v) {
+    float r;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(r) : "h"(v.bits));
+    return r;
+}
+
+template <class T> DEVICE T narrow(float v);
+template <> DEVICE Float narrow<Float>(float v) { return {__float_as_uint(v)}; }
+template <> DEVICE Half narrow<Half>(float v) {
+    Half r;
+    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(r.bits) : "f"(v));
+    return r;
+}
+template <> DEVICE Bfloat narrow<Bfloat>(float v) {
+#if __CUDA_ARCH__ >= 800
+    unsigned r;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(0.f), "f"(v));
+    return {(unsigned short)r};
+#else
+    unsigned bits = __float_as_uint(v);
+    if ((bits & 0x7fffffffu) > 0x7f800000u) return {(unsigned short)0x7fff};
+    return {(unsigned short)((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16)};
+#endif
+}
+
+// Two numbers in one register, the first in the low half.
+template <class T> DEVICE unsigned narrow_pair(float low, float high) {
+    return narrow<T>(low).bits | (unsigned)narrow<T>(high).bits << 16;
+}
+#if __CUDA_ARCH__ >= 800
+template <> DEVICE unsigned narrow_pair<Half>(float low, float high) {
+    unsigned r;
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
+    return r;
+}
+template <> DEVICE unsigned narrow_pair<Bfloat>(float low, float high) {
+    unsigned r;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
+    return r;
+}
+#endif
+
+// V neighbouring elements in 32-bit registers, as they lie in memory.
+template <class T, int V> struct Pack {
+    static constexpr int kWords = (V * (int)sizeof(T) + 3) / 4;
+    unsigned words[kWords];
+
+    DEVICE void clear() {
+#pragma unroll
+        for (int i = 0; i < kWords; ++i) words[i] = 0;
+    }
+    DEVICE float get(int i) const {
+        if constexpr (sizeof(T) == 4) {
+            return __uint_as_float(words[i]);
+        } else {
+            return widen(T{(unsigned short)(i % 2 ? words[i / 2] >> 16 : words[i / 2] & 0xffffu)});
+        }
+    }
+    DEVICE void set(const float* v) {
+        if constexpr (sizeof(T) == 4) {
+#pragma unroll
+            for (int i = 0; i < V; ++i) words[i] = __float_as_uint(v[i]);
+        } else if constexpr (V == 1) {
+            words[0] = narrow<T>(v[0]).bits;
+        } else {
+#pragma unroll
+            for (int i = 0; i < V; i += 2) words[i / 2] = narrow_pair<T>(v[i], v[i + 1]);
+        }
+    }
+};
+
+// Read V elements of which `valid` exist. kVector: they are neighbours, aligned, and all there or none.
+template <bool kVector, class T, int V>
+DEVICE void load(Pack<T, V>& pack, const T* at, int stride, int valid) {
+    pack.clear();
+    if constexpr (kVector) {
+        if (valid <= 0) return;
+        constexpr int kBytes = V * (int)sizeof(T);
+        if constexpr (kBytes % 16 == 0) {
+#pragma unroll
+            for (int i = 0; i < kBytes / 16; ++i) {
+                uint4 v = __ldg(reinterpret_cast<const uint4*>(at) + i);
+                pack.words[4 * i] = v.x, pack.words[4 * i + 1] = v.y;
+                pack.words[4 * i + 2] = v.z, pack.words[4 * i + 3] = v.w;
+            }
+        } else if constexpr (kBytes % 8 == 0) {
+#pragma unroll
+            for (int i = 0; i < kBytes / 8; ++i) {
+                uint2 v = __ldg(reinterpret_cast<const uint2*>(at) + i);
+                pack.words[2 * i] = v.x, pack.words[2 * i + 1] = v.y;
+            }
+        } else if constexpr (kBytes % 4 == 0) {
+#pragma unroll
+            for (int i = 0; i < kBytes / 4; ++i) pack.words[i] = __ldg(reinterpret_cast<const unsigned*>(at) + i);
+        } else {
+            pack.words[0] = __ldg(reinterpret_cast<const unsigned short*>(at));
+        }
+    } else {
+#pragma unroll
+        for (int i = 0; i < V; ++i) {
+            if (i < valid) {
+                if constexpr (sizeof(T) == 4) {
+                    pack.words[i] = __ldg(reinterpret_cast<const unsigned*>(at + (long long)i * stride));
+                } else {
+                    unsigned bits = __ldg(reinterpret_cast<const unsigned short*>(at + (long long)i * stride));
+                    pack.words[i / 2] |= bits << (i % 2 * 16);
+                }
+            }
+        }
+    }
+}
+
+template <bool kVector, class T, int V>
+DEVICE void store(const Pack<T, V>& pack, T* at, int stride, int valid) {
+    if constexpr (kVector) {
+        if (valid <= 0) return;
+        constexpr int kBytes = V * (int)sizeof(T);
+        if constexpr (kBytes % 16 == 0) {
+#pragma unroll
+            for (int i = 0; i < kBytes / 16; ++i) {
+                reinterpret_cast<uint4*>(at)[i] = make_uint4(pack.words[4 * i], pack.words[4 * i + 1],
+                                                             pack.words[4 * i + 2], pack.words[4 * i + 3]);
+            }
+        } else if constexpr (kBytes % 8 == 0) {
+#pragma unroll
+            for (int i = 0; i < kBytes / 8; ++i) {
+                reinterpret_cast<uint2*>(at)[i] = make_uint2(pack.words[2 * i], pack.words[2 * i + 1]);
+            }
+        } else if constexpr (kBytes % 4 == 0) {
+#pragma unroll
+            for (int i = 0; i < kBytes / 4; ++i) reinterpret_cast<unsigned*>(at)[i] = pack.words[i];
+        } else {
+            *reinterpret_cast<unsigned short*>(at) = (unsigned short)pack.words[0];
+        }
+    } else {
+#pragma unroll
+        for (int i = 0; i < V; ++i) {
+            if (i < valid) {
+                if constexpr (sizeof(T) == 4) {
+                    *reinterpret_cast<unsigned*>(at + (long long)i * stride) = pack.words[i];
+                } else {
+                    *reinterpret_cast<unsigned short*>(at + (long long)i * stride) =
+                        (unsigned short)(pack.words[i / 2] >> (i % 2 * 16));
+                }
+            }
+        }
+    }
+}
+
+// log(1 + exp(v)) = max(v, 0) + log1p(exp(-|v|)), which neither overflows nor cancels. kExact: to a few ulp, by the
+// series 2 atanh(e / (2 + e)); else lg2, good to 2e-5 relative, a hundredth of what a 16-bit step size carries.
+template <bool kExact> DEVICE float softplus(float v) {
+    float e = ex2(-fabsf(v) * kLog2e);
+    float tail;
+    if constexpr (kExact) {
+        float z = e * reciprocal(2.f + e), w = z * z;
+        float sum = fmaf(w, fmaf(w, fmaf(w, fmaf(w, fmaf(w, fmaf(w, fmaf(w, 1.f / 15, 1.f / 13), 1.f / 11), 1.f / 9),
+                    1.f / 7), 1.f / 5), 1.f / 3), 1.f);
+        tail = 2.f * z * sum;
+    } else {
+        float small = fmaf(e * e, fmaf(e, 1.f / 3, -0.5f), e);
+        tail = e < 0.015625f ? small : kLn2 * lg2(1.f + e);
+    }
+    return fmaxf(v, 0.f) + tail;
+}
+
+// Derivative of softplus at v, from s = softplus(v): 1 - exp(-s), by its series where that would cancel.
+DEVICE float softplus_slope(float s) {
+    float series = s * fmaf(s, fmaf(s, fmaf(s, fmaf(s, fmaf(s, -1.f / 720, 1.f / 120), -1.f / 24), 1.f / 6), -0.5f), 1.f);
+    return s < 0.25f ? series : 1.f - ex2(-s * kLog2e);
+}
+
+// Sum v[0..M) over the lanes whose numbers differ in the bits from kHigh down to kLow, and leave each lane with
+// M / lanes of the sums (at least one): v[0..] of a lane are the entries from owned_from on. Each level sends half.
+template <int M, int kHigh, int kLow> DEVICE void reduce_scatter(float* v, int lane) {
+    if constexpr (kHigh >= kLow) {
+        if constexpr (M > 1) {
+            bool upper = lane & kHigh;
+#pragma unroll
+            for (int i = 0; i < M / 2; ++i) {
+                float sent = upper ? v[i] : v[i + M / 2];
+                float kept = upper ? v[i + M / 2] : v[i];
+                v[i] = kept + __shfl_xor_sync(kAll, sent, kHigh);
+            }
+            reduce_scatter<M / 2, kHigh / 2, kLow>(v, lane);
+        } else {
+            v[0] += __shfl_xor_sync(kAll, v[0], kHigh);
+            reduce_scatter<1, kHigh / 2, kLow>(v, lane);
+        }
+    }
+}
+template <int M, int kHigh, int kLow> DEVICE int owned_from(int lane) {
+    if constexpr (kHigh >= kLow && M > 1) {
+        return ((lane & kHigh) ? M / 2 : 0) + owned_from<M / 2, kHigh / 2, kLow>(lane);
+    } else {
+        return 0;
+    }
+}
+// How many sums a lane keeps, and whether it is the first of the lanes that keep the same.
+template <int M, int kHigh, int kLow> __device__ constexpr int owned_count() {
+    if constexpr (kHigh >= kLow && M > 1) return owned_count<M / 2, kHigh / 2, kLow>();
+    else return M;
+}
+template <int M, int kHigh, int kLow> DEVICE bool owns_first(int lane) {
+    if constexpr (kHigh >= kLow) {
+        if constexpr (M > 1) return owns_first<M / 2, kHigh / 2, kLow>(lane);
+        else return (lane & (2 * kHigh - kLow)) == 0;
+    } else {
+        return true;
+    }
+}
+
+// Compile-time choices, given on the command line as -D.
+#ifndef X_TYPE
+#define X_TYPE Float
+#define DT_TYPE Float
+#define B_TYPE Float
+#define C_TYPE Float
+#define Y_TYPE Float
+#endif

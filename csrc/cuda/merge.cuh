@@ -1,0 +1,26 @@
+// merge.cuh: out[i][d] = sum_k partial[i][k][d] in float32 and in order of k; rows i are tokens, all contiguous.
+// Grid: one thread = kRun neighbouring channels of one row.
+#pragma once
+#include "common.cuh"
+
+constexpr int kRun = RUN;  // divides the channels
+
+extern "C" __device__ int launch_shape[2] = {256, 0};
+
+extern "C" __global__ void __launch_bounds__(256) merge(const __grid_constant__ Params p) {
+    const long long runs = p.channels / kRun;
+    const long long i = blockIdx.x * 256ll + threadIdx.x;
+    if (i >= p.batch * p.tokens * runs) return;
+    const long long row = i / runs, channel = i % runs * kRun;
+    const X_TYPE* at = (const X_TYPE*)p.x + row * p.routes * p.channels + channel;
+    float sum[kRun] = {};
+    for (int k = 0; k < (int)p.routes; ++k) {
+        Pack<X_TYPE, kRun> part;
+        load<true>(part, at + k * p.channels, 1, kRun);
+#pragma unroll
+        for (int j = 0; j < kRun; ++j) sum[j] += part.get(j);
+    }
+    Pack<Y_TYPE, kRun> packed;
+    packed.set(sum);
+    store<true>(packed, (Y_TYPE*)p.y + row * p.channels + channel, 1, kRun);
+}

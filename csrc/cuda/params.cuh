@@ -1,0 +1,74 @@
+// params.cuh: the one argument of every scan kernel. Each field is eight bytes, so that the host packs it as a row of
+// 64-bit integers, by the names it reads from this very file. Strides count elements; the letters after the
+// underscore are B batch, L token, K route, D channel (or R rank, or N state).
+#pragma once
+
+struct Params {
+    // Tensors of the call. Small ones are float32 and contiguous; null where the call leaves one out.
+    const void* x;
+    const void* dt;
+    const void* B;
+    const void* C;
+    const int* indices;          // (K, S), null = 0, 1, 2, ...
+    const float* A;              // (K, D, N)
+    const float* D;              // (K, D)
+    const float* dt_weight;      // (K, D, R)
+    const float* dt_bias;        // (K, D)
+    const float* initial_state;  // (B, K, D, N)
+    // Results of the forward pass.
+    void* y;
+    float* last_state;  // (B, K, D, N), or null
+    float* saved;       // (B, K, checkpoints, D, N), or null
+    // Gradients that come in, and gradients and their partial sums that go out.
+    const void* dy;
+    const float* dlast_state;  // (B, K, D, N), or null
+    void* dx;
+    void* ddt;
+    float* dB;             // (channel tiles, B, L, K, N)
+    float* dC;             // (channel tiles, B, L, K, N)
+    float* dA;             // (B, K, D, N)
+    float* dD;             // (B, K, D), or null
+    float* ddt_bias;       // (B, K, D), or null
+    float* dinitial_state;  // (B, K, D, N), or null
+    // Sizes.
+    long long batch;
+    long long tokens;
+    long long routes;
+    long long steps;
+    long long channels;
+    long long states;
+    long long softplus;
+    // Strides.
+    long long x_b;
+    long long x_l;
+    long long x_k;
+    long long x_d;
+    long long dt_b;
+    long long dt_l;
+    long long dt_k;
+    long long dt_d;
+    long long B_b;
+    long long B_l;
+    long long B_k;
+    long long B_n;
+    long long C_b;
+    long long C_l;
+    long long C_k;
+    long long C_n;
+    long long y_b;
+    long long y_l;
+    long long y_k;
+    long long y_d;
+    long long dy_b;
+    long long dy_l;
+    long long dy_k;
+    long long dy_d;
+    long long dx_b;
+    long long dx_l;
+    long long dx_k;
+    long long dx_d;
+    long long ddt_b;
+    long long ddt_l;
+    long long ddt_k;
+    long long ddt_d;
+};
