@@ -32,6 +32,10 @@ library.define(
     f"-> ({', '.join(['Tensor'] * len(GRADIENTS))})"
 )
 _ops = torch.ops.vision_mamba
+# Overloads by name: looking for the one that fits takes as long as a launch.
+_scan_op = _ops.cross_selective_scan.default
+_forward_op = _ops.cross_selective_scan_forward.default
+_backward_op = _ops.cross_selective_scan_backward.default
 
 
 def _parse(arguments: tuple[Any, ...]) -> tuple[ScanCall, str | None]:
@@ -42,13 +46,15 @@ def _parse(arguments: tuple[Any, ...]) -> tuple[ScanCall, str | None]:
 
 def _run(save: bool, arguments: tuple[Any, ...]) -> tuple[Tensor, Tensor, Tensor]:
     call, name = _parse(arguments)
-    contract.check(call)
+    contract.check_once(call)
     contract.check_values(call)
     backend = registry.choose(call, name)
     if call.batch == 0:
         return call.new_output(), call.new_last_state(), backend.new_saved(call)
     y, last, saved = backend.forward(call, save)
-    return _laid_out(y, call.new_output()), _laid_out(last, call.new_last_state()), saved
+    if backend.backward is None:  # kernels fill what new_output gives them
+        y, last = _laid_out(y, call.new_output()), _laid_out(last, call.new_last_state())
+    return y, last, saved
 
 
 def _laid_out(result: Tensor, promised: Tensor) -> Tensor:
@@ -108,9 +114,9 @@ class _Scan(torch.autograd.Function):
         arguments = (*call, backend.name)
         with torch._C._AutoDispatchBelowAutograd():
             if ctx.kernel:
-                y, last, saved = _ops.cross_selective_scan_forward(*arguments)
+                y, last, saved = _forward_op(*arguments)
             else:
-                y, last = _ops.cross_selective_scan(*arguments)
+                y, last = _scan_op(*arguments)
                 saved = None
         ctx.set_materialize_grads(False)
         if not call.return_last_state:
@@ -131,7 +137,7 @@ class _Scan(torch.autograd.Function):
         if dy is None and dlast is None:
             found: dict[str, Tensor | None] = {}
         elif ctx.kernel:
-            grads = _ops.cross_selective_scan_backward(saved, dy, dlast, *arguments)
+            grads = _backward_op(saved, dy, dlast, *arguments)
             found = dict(zip(GRADIENTS, grads, strict=True))
         else:
             found = _recompute(arguments, [name for name in GRADIENTS if wanted.get(name)], dy, dlast)
@@ -166,7 +172,7 @@ class _Once(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, ...]:
         with torch._C._AutoDispatchBelowAutograd():
-            return _ops.cross_selective_scan_backward(*arguments)
+            return _backward_op(*arguments)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[None, ...]:
@@ -183,15 +189,17 @@ def _watched(arguments: tuple[Any, ...]) -> bool:
 def _autograd_scan(*arguments: Any) -> tuple[Tensor, Tensor]:
     if _watched(arguments):
         return _Scan.apply(*arguments)
+    if torch._C._len_torch_dispatch_stack() == 0 and type(arguments[0]) in (Tensor, torch.nn.Parameter):
+        return _scan(*arguments)  # nobody is watching below either, so the way back through the dispatcher is saved
     with torch._C._AutoDispatchBelowAutograd():
-        return _ops.cross_selective_scan(*arguments)
+        return _scan_op(*arguments)
 
 
 def _autograd_backward(*arguments: Any) -> tuple[Tensor, ...]:
     if _watched(arguments):
         return _Once.apply(*arguments)
     with torch._C._AutoDispatchBelowAutograd():
-        return _ops.cross_selective_scan_backward(*arguments)
+        return _backward_op(*arguments)
 
 
 for _name, _kernel, _fake in (
