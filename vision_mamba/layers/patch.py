@@ -40,7 +40,7 @@ class PatchStem(nn.Module):
 
 
 class OverlapStem(nn.Module):
-    """Patches that overlap: two convolutions of half the patch's stride each, norms behind both, one activation.
+    """Patches that overlap: convolutions of stride 2 and of half the patch, a norm behind each, an activation between.
 
     Shape: (B, in_chans, H, W) -> (B, H / P, W / P, dim), rounded up, with P = patch_size, which is even.
     """
@@ -62,11 +62,10 @@ class OverlapStem(nn.Module):
                 f"OverlapStem: patch_size must be even, got {patch_size}; take stem='patch' for odd patches."
             )
         stride = patch_size // 2
-        kernel_size = max(3, stride + 1)
-        self.conv1 = nn.Conv2d(in_chans, dim // 2, kernel_size, stride=stride, padding=1, **dd)
+        self.conv1 = nn.Conv2d(in_chans, dim // 2, 3, stride=2, padding=1, **dd)
         self.norm1 = norm_layer(dim // 2, **dd)
         self.act = act_layer()
-        self.conv2 = nn.Conv2d(dim // 2, dim, kernel_size, stride=stride, padding=1, **dd)
+        self.conv2 = nn.Conv2d(dim // 2, dim, max(3, stride + 1), stride=stride, padding=1, **dd)
         self.norm2 = norm_layer(dim, **dd)
 
     def forward(self, x: Tensor) -> Tensor:

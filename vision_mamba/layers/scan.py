@@ -1,5 +1,7 @@
 """The one place where layers call the scan: as an operator, or as plain torch for exporters that know no operators."""
 
+from typing import Any
+
 import torch
 from timm.layers.config import is_exportable
 from torch import Tensor, nn
@@ -34,6 +36,11 @@ class SelectiveScan(nn.Module):
         super().__init__()
         self.order = scans.get(order).name
         self.exportable = is_exportable()
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
+        # Without the hooks of modules: those of torch's FlopCounterMode fail where parameters are arguments and
+        # gradients are off.
+        return self.forward(*args, **kwargs)
 
     def extra_repr(self) -> str:
         return repr(self.order)

@@ -390,12 +390,12 @@ def _rename(name: str, rules: tuple[tuple[str, Any], ...]) -> str:
     return name
 
 
-def published_names(model: nn.Module) -> dict[str, str]:
-    """Name of each tensor of the model in the published code's checkpoints -> its name here."""
-    return {_rename(name, _PUBLISHED_NAMES): name for name in model.state_dict()}
+def to_published(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Rename our state dict into what the published code loads; the inverse of checkpoint_filter_fn."""
+    return {_rename(name, _PUBLISHED_NAMES): tensor for name, tensor in state_dict.items()}
 
 
-def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[str, Tensor]:
+def checkpoint_filter_fn(state_dict: dict[str, Any], model: VMamba) -> dict[str, Tensor]:
     """A checkpoint as this model names it: our own as they are, published ones renamed, in any of their spellings.
 
     Reads training files ("model", else "state_dict" or "model_ema"), backbones of detectors and segmenters of the
@@ -403,10 +403,10 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[s
 
     Raises: ValueError naming every tensor that is missing or unused, the classifier's excepted.
     """
-    state = _own_part(unwrap(state_dict))
+    state = _backbone(unwrap(state_dict), len(model.stages))
     own = model.state_dict()
     if not any(name.startswith("stages.") for name in state):
-        names = published_names(model)
+        names = {_rename(name, _PUBLISHED_NAMES): name for name in own}
         renamed = {}
         for name, tensor in state.items():
             ours = names.get(name if name in names else _rename(name, _OLDER_NAMES), name)
@@ -416,22 +416,18 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[s
     return state
 
 
-def _own_part(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """What belongs to the backbone, where it is part of a detector or segmenter."""
+def _backbone(state: dict[str, Tensor], stages: int) -> dict[str, Tensor]:
+    """What is the backbone's, where it is part of a detector or segmenter."""
     prefix = "backbone."
     if not any(name.startswith(prefix) for name in state):
         return state
-    part = {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
-    # Their features have a norm each. The last one stands where ours stands before the classifier.
-    features = sorted({name.split(".")[0] for name in part if name.startswith("outnorm")})
-    if features:
-        _log.warning("checkpoint of a detector or segmenter: left out the norms of single features %s", features[:-1])
-    for name in [name for name in part if name.startswith("outnorm")]:
-        feature, _, parameter = name.partition(".")
-        tensor = part.pop(name)
-        if feature == features[-1]:
-            part[f"classifier.norm.{parameter}"] = tensor
-    return part
+    state = {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
+    # There each feature has a norm. The last one's stands where ours stands before the classifier.
+    last = f"outnorm{stages - 1}."
+    left_out = [name for name in state if name.startswith("outnorm") and not name.startswith(last)]
+    if left_out:
+        _log.warning("backbone of a detector or segmenter: left out %s, which the classifier has not", left_out)
+    return {name.replace(last, "classifier.norm."): state[name] for name in state if name not in left_out}
 
 
 def _reshaped(tensor: Tensor, like: Tensor) -> Tensor:
