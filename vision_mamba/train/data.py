@@ -1,0 +1,354 @@
+"""Images with labels, and loaders that a run can leave and re-enter at any batch.
+
+The order of an epoch is a function of (seed, epoch) and the augmentation of an image one of (seed, epoch, image), so a
+run that continues in the middle of an epoch sees exactly the batches that it would have seen, whatever the number of
+loading processes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import random
+import signal
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from timm.data import create_transform
+from timm.data.loader import PrefetchLoader, fast_collate
+from timm.data.readers.img_extensions import get_img_extensions
+from timm.data.readers.reader_image_folder import find_images_and_targets
+from timm.utils.misc import natural_key
+from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
+
+from vision_mamba.train.errors import DataError, shortened
+
+HELD_OUT_SYNONYMS = ("validation", "val", "valid", "eval")
+DIGITS_HELD_OUT = 0.2
+DIGITS_SPLIT_SEED = 0  # the split stays the same whatever the seed of a run, so that runs can be compared
+
+
+@dataclass
+class ImageSet(Dataset):
+    """Images that are opened on demand.
+
+    Args:
+        names: one a image, a path where it is a file.
+        targets: class index of each, -1 where unknown.
+        classes: names of the classes, in the order of the indices.
+        open_image: index -> PIL image, not yet decoded.
+        mode: PIL mode that images are converted to, "RGB" or "L".
+        transform: PIL image -> tensor.
+        seed: of the augmentation.
+    """
+
+    names: Sequence[str]
+    targets: Sequence[int]
+    classes: Sequence[str]
+    open_image: Callable[[int], Image.Image]
+    mode: str = "RGB"
+    transform: Callable[[Image.Image], Any] | None = None
+    seed: int = 0
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def image(self, index: int) -> Image.Image:
+        """The decoded image.
+
+        Raises: DataError naming the file if it cannot be read.
+        """
+        try:
+            with self.open_image(index) as image:
+                return image.convert(self.mode)
+        except Exception as error:  # decoders of damaged files raise nearly anything
+            raise DataError(f"image {self.names[index]} cannot be read: {_reason(error)}") from error
+
+    def __getitem__(self, key: int | tuple[int, int]) -> tuple[Any, int]:
+        """An image by index as it is, or by (epoch, index) with the augmentation of that epoch."""
+        assert self.transform is not None
+        if isinstance(key, int):
+            return self.transform(self.image(key)), self.targets[key]
+        epoch, index = key
+        with seeded(self.seed, epoch, index):
+            return self.transform(self.image(index)), self.targets[index]
+
+    def only(self, keep: Sequence[int]) -> ImageSet:
+        """The images of these indices."""
+        names, targets = [self.names[i] for i in keep], [self.targets[i] for i in keep]
+        return ImageSet(names, targets, self.classes, _Renumbered(self.open_image, keep), self.mode)
+
+
+@dataclass(frozen=True)
+class _Renumbered:
+    """A lambda would not reach the loading processes."""
+
+    open_image: Callable[[int], Image.Image]
+    keep: Sequence[int]
+
+    def __call__(self, index: int) -> Image.Image:
+        return self.open_image(self.keep[index])
+
+
+@dataclass(frozen=True)
+class _Files:
+    paths: Sequence[str]
+
+    def __call__(self, index: int) -> Image.Image:
+        return Image.open(self.paths[index])
+
+
+@dataclass(frozen=True)
+class _Arrays:
+    pixels: np.ndarray
+
+    def __call__(self, index: int) -> Image.Image:
+        return Image.fromarray(self.pixels[index])
+
+
+def _reason(error: Exception) -> str:
+    """Why an image could not be read, without the name of the file, which PIL repeats."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return "not an image in a known format" if isinstance(error, Image.UnidentifiedImageError) else str(error)
+
+
+@contextlib.contextmanager
+def seeded(*key: int) -> Iterator[None]:
+    """Draw random numbers as a function of the key alone; outside, nothing is drawn."""
+    before = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    python, numpy, torch_ = np.random.SeedSequence(key).generate_state(3).tolist()
+    random.seed(python)
+    np.random.seed(numpy)
+    torch.random.default_generator.manual_seed(torch_)
+    try:
+        yield
+    finally:
+        random.setstate(before[0])
+        np.random.set_state(before[1])
+        torch.set_rng_state(before[2])
+
+
+def digits(held_out: bool, mode: str = "L") -> ImageSet:
+    """The 1,797 handwritten digits that scikit-learn ships, 8x8 pixels in 17 greys; a stratified fifth is held out.
+
+    Raises: DataError if scikit-learn is not installed.
+    """
+    try:
+        from sklearn.datasets import load_digits
+        from sklearn.model_selection import train_test_split
+    except ImportError as error:
+        raise DataError("dataset digits comes with scikit-learn, which is missing: pip install scikit-learn") from error
+    bunch = load_digits()
+    chosen = train_test_split(
+        np.arange(len(bunch.target)), test_size=DIGITS_HELD_OUT, stratify=bunch.target, random_state=DIGITS_SPLIT_SEED
+    )[int(held_out)]
+    pixels = np.round(bunch.images * (255 / 16)).astype(np.uint8)[chosen]
+    names = [f"digit {index}" for index in chosen]
+    return ImageSet(names, bunch.target[chosen].tolist(), [str(d) for d in range(10)], _Arrays(pixels), mode)
+
+
+def split_folder(root: str | Path | None, split: str) -> Path:
+    """The folder of a split under a data directory, where a held-out one may go by any of its usual names.
+
+    Raises: DataError if there is no directory, or none of that name in it.
+    """
+    layout = "the layout is DIR/train/<class>/*.jpg and DIR/val/<class>/*.jpg"
+    if root is None:
+        raise DataError(f"--data-dir is not given; {layout}, or choose --dataset digits.")
+    root = Path(root)
+    if not root.is_dir():
+        found = "is not a directory" if root.exists() else "does not exist"
+        raise DataError(f"--data-dir {root} {found}; {layout}.")
+    names = (split, *HELD_OUT_SYNONYMS) if split in HELD_OUT_SYNONYMS else (split,)
+    for name in names:
+        if (root / name).is_dir():
+            return root / name
+    found = shortened(sorted(entry.name for entry in root.iterdir())) or "nothing, it is empty"
+    raise DataError(f"--data-dir {root} must hold a folder {' or '.join(names)}, found {found}; {layout}.")
+
+
+def class_folders(folder: str | Path, mode: str, classes: Sequence[str] | None = None) -> ImageSet:
+    """The images below a folder, labelled by the name of the folder that each lies in.
+
+    Args:
+        classes: names in the order of their indices; sorted names if not given.
+
+    Raises: DataError if there is no image, no class folder, or one that is not among `classes`.
+    """
+    folder = Path(folder)
+    samples, class_to_idx = find_images_and_targets(str(folder))
+    if not samples:
+        what = "is empty" if not any(folder.iterdir()) else "has no image in it"
+        raise DataError(f"{folder} {what}; known are files ending in {' '.join(get_img_extensions())}.")
+    if "" in class_to_idx:
+        loose = [Path(path).name for path, target in samples if target == class_to_idx[""]]
+        raise DataError(
+            f"{folder} must hold one folder a class, found {len(loose):,} images in none ({shortened(loose, 3)}); "
+            f"move them into {folder}/<class>/."
+        )
+    found = sorted(class_to_idx, key=natural_key)
+    classes = list(classes or found)
+    if strange := [name for name in found if name not in classes]:
+        raise DataError(
+            f"{folder} has classes that are not trained on: {shortened(strange)}; known: {shortened(classes)}."
+        )
+    paths = [path for path, _ in samples]
+    targets = [classes.index(found[target]) for _, target in samples]
+    return ImageSet(paths, targets, classes, _Files(paths), mode)
+
+
+def files(inputs: Iterable[str | Path], mode: str, classes: Sequence[str]) -> ImageSet:
+    """Images given as files and folders, labelled where the folder that one lies in bears the name of a class.
+
+    Raises: DataError for a path that does not exist and a folder without images.
+    """
+    paths: list[str] = []
+    for given in map(Path, inputs):
+        if given.is_dir():
+            below = sorted((str(path) for path in given.rglob("*") if path.suffix.lower() in get_img_extensions(True)),
+                           key=natural_key)  # fmt: skip
+            if not below:
+                raise DataError(
+                    f"{given} has no image in it; known are files ending in {' '.join(get_img_extensions())}."
+                )
+            paths += below
+        elif given.is_file():
+            paths.append(str(given))
+        else:
+            raise DataError(f"{given} does not exist; give image files or folders of them.")
+    index = {name: i for i, name in enumerate(classes)}
+    targets = [index.get(Path(path).parent.name, -1) for path in paths]
+    return ImageSet(paths, targets, classes, _Files(paths), mode)
+
+
+def unreadable(images: ImageSet, threads: int, seen: Callable[[], object] = lambda: None) -> dict[int, str]:
+    """Decode every image; index -> why, of those that fail.
+
+    Args:
+        seen: called after each image, to move a progress bar.
+    """
+
+    def reason(index: int) -> str | None:
+        try:
+            images.image(index)
+        except DataError as error:
+            return str(error)
+        return None
+
+    with ThreadPoolExecutor(max(1, threads)) as pool:
+        reasons = {}
+        for index, why in enumerate(pool.map(reason, range(len(images)))):
+            seen()
+            if why is not None:
+                reasons[index] = why
+        return reasons
+
+
+def without_unreadable(
+    images: ImageSet, reasons: dict[int, str], skip: bool, warn: Callable[[str], object]
+) -> ImageSet:
+    """The images less the unreadable ones, each of which is told to `warn`.
+
+    Raises: DataError that counts and names them unless `skip` is set, or if none is left.
+    """
+    if not reasons:
+        return images
+    if not skip:
+        listed = "\n  ".join(list(reasons.values())[:10])
+        more = f"\n  ... and {len(reasons) - 10:,} more" if len(reasons) > 10 else ""
+        raise DataError(
+            f"{len(reasons):,} of {len(images):,} images cannot be read:\n  {listed}{more}\n"
+            "Replace or remove them, or leave them out with --skip-unreadable."
+        )
+    for why in reasons.values():
+        warn(f"left out: {why}")
+    if len(reasons) == len(images):
+        raise DataError(f"none of the {len(images):,} images can be read; see the log for each.")
+    return images.only([index for index in range(len(images)) if index not in reasons])
+
+
+class EpochBatches(Sampler[list[tuple[int, int]]]):
+    """Batches of (epoch, index) in an order that is a function of (seed, epoch); the incomplete last one is dropped.
+
+    `at` sets where the next pass begins.
+    """
+
+    def __init__(self, length: int, batch_size: int, seed: int) -> None:
+        self.length, self.batch_size, self.seed = length, batch_size, seed
+        self.epoch = self.batch = 0
+
+    def at(self, epoch: int, batch: int) -> None:
+        self.epoch, self.batch = epoch, batch
+
+    def __len__(self) -> int:
+        return self.length // self.batch_size
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        order = np.random.default_rng((self.seed, self.epoch)).permutation(self.length).tolist()
+        for batch in range(self.batch, len(self)):
+            chosen = order[batch * self.batch_size : (batch + 1) * self.batch_size]
+            yield [(self.epoch, index) for index in chosen]
+
+
+def _worker_init(_: int) -> None:
+    """Ctrl-C reaches the whole process group; only the training process may answer it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    torch.set_num_threads(1)
+
+
+def create_loader(
+    images: ImageSet,
+    data_config: dict[str, Any],
+    batch_size: int,
+    workers: int,
+    device: torch.device,
+    augmentation: dict[str, Any] | None = None,
+    seed: int = 0,
+) -> DataLoader | PrefetchLoader:
+    """Batches of normalised images and targets, on the device.
+
+    Args:
+        data_config: input_size, mean, std, interpolation, crop_pct, crop_mode, as timm resolves them for a model.
+        augmentation: further arguments of timm's create_transform, which make it a loader to train with: shuffled,
+            without an incomplete last batch. None loads everything once, in order.
+
+    Raises: DataError if there are fewer images than a batch to train with.
+    """
+    training = augmentation is not None
+    if training and len(images) < batch_size:
+        raise DataError(f"{len(images):,} images make no batch of {batch_size}; lower --batch-size.")
+    prefetch = device.type == "cuda"  # normalises on the device, while the step before is computed
+    transform_config = {key: data_config[key] for key in ("input_size", "mean", "std", "interpolation")}
+    if training:
+        transform_config |= augmentation or {}
+    else:
+        transform_config |= {"crop_pct": data_config["crop_pct"], "crop_mode": data_config["crop_mode"]}
+    images.transform = create_transform(**transform_config, is_training=training, use_prefetcher=prefetch)
+    images.seed = seed
+    order: dict[str, Any] = {"batch_size": batch_size}
+    if training:
+        order = {"batch_sampler": EpochBatches(len(images), batch_size, seed)}
+    loader = DataLoader(
+        images,
+        **order,
+        num_workers=workers,
+        collate_fn=fast_collate if prefetch else default_collate,
+        pin_memory=prefetch,
+        worker_init_fn=_worker_init,
+        persistent_workers=workers > 0,
+        generator=torch.Generator().manual_seed(seed),  # else every pass would draw from the run's own generator
+    )
+    if not prefetch:
+        return loader
+    erasing = {key: transform_config.get(key, default) for key, default in (("re_prob", 0.0), ("re_mode", "const"))}
+    channels = data_config["input_size"][0]
+    return PrefetchLoader(
+        loader, mean=data_config["mean"], std=data_config["std"], channels=channels, device=device, **erasing
+    )

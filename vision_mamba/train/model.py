@@ -1,0 +1,90 @@
+"""Models by name, with the errors that a command line deserves."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import timm
+import torch
+from timm.data import resolve_input_data_config
+from timm.models import resolve_model_input_args
+from torch import nn
+
+import vision_mamba.models  # noqa: F401  registers this package's models with timm
+from vision_mamba.train import checkpoint
+from vision_mamba.train.options import Config
+from vision_mamba.train.errors import CheckpointError, ConfigError, nearest
+
+_log = logging.getLogger("vision_mamba.train")
+_SOURCES = ("hf-hub:", "hf_hub:", "local-dir:")
+
+
+def check_name(name: str, where: str = "--model") -> None:
+    """Raises: ConfigError naming the nearest registered model if this one is unknown."""
+    if name.startswith(_SOURCES) or timm.is_model(name.split(".")[0]):
+        return
+    close = nearest(name, timm.list_models())
+    raise ConfigError(
+        f"{where} {name!r} is not a registered model; did you mean {close!r}? timm.list_models() has all."
+    )
+
+
+def create(config: Config, num_classes: int) -> nn.Module:
+    """The model of a run, with random, published or given weights.
+
+    Raises: ConfigError for a name or an argument that does not exist; CheckpointError if given weights do not fit.
+    """
+    check_name(config.model)
+    arguments: dict[str, Any] = {"num_classes": config.num_classes or num_classes}
+    arguments |= {"drop_rate": config.drop, "drop_path_rate": config.drop_path, "pretrained": config.pretrained}
+    arguments |= config.model_kwargs or {}
+    if config.initial_checkpoint is not None:
+        checkpoint.weights(checkpoint.read(config.initial_checkpoint), config.initial_checkpoint)
+        arguments |= {"pretrained": True, "pretrained_cfg_overlay": {"file": config.initial_checkpoint}}
+    return build(config.model, config.plain(), arguments, config.initial_checkpoint)
+
+
+def build(name: str, options: dict[str, Any], arguments: dict[str, Any], weights: str | None = None) -> nn.Module:
+    """`timm.create_model` with img_size and in_chans of the options carried to models that are built for one size."""
+    sizes = {key: options.get(key) for key in ("img_size", "in_chans")}
+    try:
+        return timm.create_model(**resolve_model_input_args(name, sizes, **arguments))
+    except TypeError as error:
+        if "unexpected keyword" not in str(error):
+            raise
+        raise ConfigError(f"--model-kwargs: model {name!r} takes no such argument: {error}.") from error
+    except ValueError as error:  # timm's own: sizes that contradict each other
+        raise ConfigError(f"--model {name}: {error}") from error
+    except RuntimeError as error:
+        if weights is None:
+            raise
+        raise CheckpointError(f"checkpoint {weights} does not fit model {name!r}: {error}") from error
+
+
+def data_config(model: nn.Module, options: dict[str, Any]) -> dict[str, Any]:
+    """input_size, mean, std, interpolation and crop for a model, those given in the options first.
+
+    Raises: ConfigError if the model cannot take them.
+    """
+    keys = ("img_size", "in_chans", "model_kwargs", "mean", "std", "interpolation", "crop_pct")
+    try:
+        resolved = resolve_input_data_config(model, {key: options.get(key) for key in keys})
+    except ValueError as error:
+        raise ConfigError(f"--img-size, --in-chans, --mean, --std: {error}") from error
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in resolved.items()}
+
+
+def device(name: str | None) -> torch.device:
+    """The device of this name, or the accelerator if there is one.
+
+    Raises: ConfigError if this machine has no such device.
+    """
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    try:
+        chosen = torch.device(name or accelerator or "cpu")
+        torch.empty(1, device=chosen)
+    except (RuntimeError, AssertionError) as error:
+        has = "cpu" if accelerator is None else f"cpu, {accelerator.type}"
+        raise ConfigError(f"--device {name} cannot be used here; this machine has {has}. {error}") from error
+    return chosen
