@@ -17,6 +17,7 @@ from registered import ends_in_tokens, is_ours, our_models  # this folder is on 
 
 _list_models = timm.list_models
 _chosen = "*"
+_weights = False
 
 
 def _with_ours(patterns: str | Iterable[str]) -> list[str]:
@@ -33,6 +34,8 @@ def list_models(
     **options: Any,
 ) -> list[str]:
     """`timm.list_models` for our models alone; a list of timm's modules stands for "all that have the feature"."""
+    if pretrained and not _weights:
+        return []
     names = _list_models(_with_ours(filter), "", pretrained, _with_ours(exclude_filters), **options)
     return [name for name in names if is_ours(name) and fnmatch.fnmatch(name.split(".")[0], _chosen)]
 
@@ -43,11 +46,12 @@ def list_pretrained(filter: str | Iterable[str] = "", exclude_filters: str | Ite
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--models", default="*", help="run the models whose name matches this pattern, e.g. 'test_*'")
+    parser.addoption("--weights", action="store_true", help="run the tests that download published weights too")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    global _chosen
-    _chosen = config.getoption("--models")
+    global _chosen, _weights
+    _chosen, _weights = config.getoption("--models"), config.getoption("--weights")
     timm.list_models, timm.list_pretrained = list_models, list_pretrained
 
 

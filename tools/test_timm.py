@@ -2,7 +2,8 @@
 
     python tools/test_timm.py                        # all models; about ten minutes on 2 cores
     python tools/test_timm.py --models 'test_*'      # the small ones
-    python tools/test_timm.py -m torchscript -n 2    # anything else goes to pytest
+    python tools/test_timm.py --weights              # with the tests that download the published weights
+    python tools/test_timm.py -m torchscript -n 2    # anything else goes to pytest too
 
 The tests are those of exactly the timm version that is installed. They come with its source distribution, which is
 fetched from the package index once and kept in .cache/.
@@ -87,6 +88,7 @@ def run(models: str, options: list[str], cache: Path) -> int:
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, path))}
     # timm leaves tests out on its own CI machines, whose memory is small; here they all run.
     environment.pop("GITHUB_ACTIONS", None)
+    environment.setdefault("TIMEOUT", "1800")  # seconds a test, timm's own are meant for faster machines
     command = [sys.executable, "-m", "pytest", "-p", "timm_ext", "-p", "no:cacheprovider", "-p", "no:warnings", "-q"]
     command += [f"--models={models}", "tests/test_models.py", *options]
     return subprocess.run(command, cwd=cache / f"timm-{version}", env=environment).returncode

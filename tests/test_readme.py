@@ -1,0 +1,70 @@
+"""The front page is true: its code runs, its tables are those of the record and of the registry, its files exist."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+
+from tools import count
+from vision_mamba import scans
+from vision_mamba.ops import registry
+from vision_mamba.scans import order
+
+ROOT = Path(__file__).resolve().parents[1]
+TEXT = (ROOT / "README.md").read_text()
+RECORDS = {record["case"]: record for record in count.read(count.RECORD)}
+
+
+@pytest.fixture
+def known_orders(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Orders registered by the page are forgotten again."""
+    monkeypatch.setattr(order, "_orders", dict(order._orders))
+
+
+def test_its_code_runs_from_top_to_bottom(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, known_orders) -> None:
+    blocks = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
+    assert len(blocks) >= 4
+    monkeypatch.chdir(tmp_path)
+    (file,) = re.findall(r'dict\(file="(.*?)"\)', TEXT)
+    made = timm.create_model("vmamba_tiny_s1l8")
+    torch.save({"model": made.state_dict()}, file)
+    names: dict[str, object] = {}
+    for block in blocks:
+        exec(compile(block, "README.md", "exec"), names)
+        if file in block:
+            torch.testing.assert_close(names["model"].state_dict(), made.state_dict())
+    assert names["logits"].shape == (1, 10)
+    assert names["y"].shape == (2, 64, 16) and names["y"].isfinite().all()
+    assert "windows" in scans.names()
+
+
+def test_its_table_of_models_is_the_record() -> None:
+    assert count.put_table(TEXT, count.table(RECORDS.values())) == TEXT
+    assert list(RECORDS) == count.model_names()
+
+
+@pytest.mark.parametrize("name", [name for name in RECORDS if "tiny" in name])
+def test_the_record_is_what_the_models_have(name: str) -> None:
+    counted = count.count(name)
+    assert {key: RECORDS[name][key] for key in counted} == counted
+
+
+def test_its_table_of_backends_is_the_registry() -> None:
+    section = TEXT[TEXT.index("## Backends") : TEXT.index("## Where the numbers")]
+    assert sorted(re.findall(r"^\| `(\w+)`", section, re.MULTILINE)) == sorted(registry.names())
+
+
+def test_the_files_it_names_exist() -> None:
+    named = re.findall(r"\b(?:docs|tools|configs|results)/[\w./]*\w", TEXT)
+    assert named
+    assert [path for path in named if not (ROOT / path).exists()] == []
+
+
+def test_its_command_draws_its_picture() -> None:
+    assert (ROOT / "docs" / "scan_orders.png").stat().st_size < 400_000
+    named = re.search(r"visualize.py order --order ([\w ]+?) --grid", TEXT)
+    assert named and set(named[1].split()) <= set(scans.names())
