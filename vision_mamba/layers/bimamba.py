@@ -25,16 +25,13 @@ def conv_both_ways(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
     Returns: (B, L, 2, D), contiguous.
     """
-    channels, taps = weight.shape[1], weight.shape[2]
-    # Both ways are taps of one kernel of 2 W - 1, centred on the token: before it and after it.
-    before = F.pad(weight[0], (0, taps - 1))
-    after = F.pad(weight[1].flip(-1), (taps - 1, 0))
-    x = x.transpose(1, 2)
-    y = F.conv1d(
-        torch.cat((x, x), 1), torch.cat((before, after)).unsqueeze(1), bias.flatten(), padding=taps - 1,
-        groups=2 * channels,
-    )  # fmt: skip
-    return F.silu(y.transpose(1, 2).contiguous()).unflatten(-1, (2, channels))
+    length, channels, taps = x.shape[1], weight.shape[1], weight.shape[2]
+    x = x.transpose(1, 2).contiguous()
+    # Padded on both sides, a convolution gives W - 1 elements too many: at the end of the one way, at the start of the
+    # other, whose taps come in reverse.
+    y0 = F.conv1d(x, weight[0].unsqueeze(1), bias[0], padding=taps - 1, groups=channels)[..., :length]
+    y1 = F.conv1d(x, weight[1].flip(-1).unsqueeze(1), bias[1], padding=taps - 1, groups=channels)[..., taps - 1 :]
+    return F.silu(torch.stack((y0.transpose(1, 2), y1.transpose(1, 2)), 2))
 
 
 class BiMamba(nn.Module):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -35,3 +36,11 @@ def init_dt_weight_(weight: Tensor, rank: int, scale: float = 1.0) -> Tensor:
     """Fill the projection from rank R to step sizes with U(-R^-1/2, R^-1/2) times `scale`."""
     bound = rank**-0.5 * scale
     return weight.uniform_(-bound, bound)
+
+
+@torch.no_grad()
+def init_in_float32_(tensor: Tensor, init: Callable[..., object], **options: float) -> Tensor:
+    """Fill a tensor with what `init` makes of a float32 one: a normal drawn in bfloat16 has false tails."""
+    wide = torch.empty_like(tensor, dtype=torch.float32)
+    init(wide, **options)
+    return tensor.copy_(wide)

@@ -42,6 +42,7 @@ from timm.models._input import update_model_input_size
 from torch import Tensor, nn
 
 from vision_mamba.layers.bimamba import BiMamba
+from vision_mamba.layers.init import init_in_float32_
 from vision_mamba.models.checkpoint import require_all_used, unwrap
 
 __all__ = ["VisionMamba"]
@@ -301,12 +302,10 @@ class VisionMamba(nn.Module):
                 reset = getattr(module, "reset_parameters", None)
                 if callable(reset):
                     reset()
-        lecun_normal_(self.patch_embed.proj.weight)
-        for table in (self.pos_embed, self.cls_token):
+        init_in_float32_(self.patch_embed.proj.weight, lecun_normal_)
+        for table in (self.pos_embed, self.cls_token, getattr(self.head, "weight", None)):
             if table is not None:
-                trunc_normal_(table, std=0.02)
-        if isinstance(self.head, nn.Linear):
-            trunc_normal_(self.head.weight, std=0.02)
+                init_in_float32_(table, trunc_normal_, std=0.02)
         for name, parameter in self.named_parameters():
             if name in ("patch_embed.proj.bias", "head.bias"):
                 nn.init.zeros_(parameter)
