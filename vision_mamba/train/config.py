@@ -1,4 +1,4 @@
-"""Reading the options of a run: a YAML file of flat keys, overridden by flags of the same names, every value checked."""
+"""Reading the options of a run: a YAML file of flat keys, overridden by flags of the same names, each value checked."""
 
 from __future__ import annotations
 

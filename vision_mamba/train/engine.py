@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import math
-import signal
-import threading
 import time
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
@@ -23,9 +18,10 @@ from timm.utils import dispatch_clip_grad, trim_summary, update_summary
 from torch import Tensor, nn
 
 from vision_mamba.train import checkpoint
-from vision_mamba.train.options import Config
 from vision_mamba.train.errors import Interrupted, NonFiniteError
+from vision_mamba.train.options import Config
 from vision_mamba.train.progress import Progress
+from vision_mamba.train.signals import StopSignals
 
 _log = logging.getLogger("vision_mamba.train")
 LAST, BEST, BEFORE_NON_FINITE = "last.pth", "best.pth", "before_non_finite.pth"
@@ -42,32 +38,6 @@ class Position:
     best_metric: float | None = None
     best_epoch: int | None = None
     seconds: float = 0.0  # of training, over all the processes that took part
-
-
-class StopSignals(contextlib.AbstractContextManager):
-    """Remember SIGINT and SIGTERM instead of dying of them; a second one acts as it usually does."""
-
-    def __init__(self) -> None:
-        self.signum: int | None = None
-        self._before: dict[int, Any] = {}
-
-    def __enter__(self) -> StopSignals:
-        if threading.current_thread() is threading.main_thread():  # only there can handlers be set
-            for signum in (signal.SIGINT, signal.SIGTERM):
-                self._before[signum] = signal.signal(signum, self._remember)
-        return self
-
-    def _remember(self, signum: int, frame: FrameType | None) -> None:
-        self.signum = signum
-        self._restore()
-        _log.warning("%s: saving after this step (again to stop at once)", signal.Signals(signum).name)
-
-    def _restore(self) -> None:
-        for signum, handler in self._before.items():
-            signal.signal(signum, handler)
-
-    def __exit__(self, *_: Any) -> None:
-        self._restore()
 
 
 class Trainer:
@@ -174,7 +144,7 @@ class Trainer:
         position, config = self.position, self.config
         self.train_loader.batch_sampler.at(position.epoch, position.batch)
         self.model.train()
-        for images, targets in _until(stop, self.train_loader):
+        for images, targets in stop.until_asked(self.train_loader):
             images, targets = images.to(self.device), targets.to(self.device)
             loss = self._step(images, targets)
             position.batch += 1
@@ -231,7 +201,7 @@ class Trainer:
         assert model is not None
         evaluator = self.task.create_evaluator()
         model.eval()
-        for images, targets in _until(stop, self.eval_loader):
+        for images, targets in stop.until_asked(self.eval_loader):
             with self.autocast:
                 output = model(images.to(self.device))
             evaluator.update(output, targets.to(self.device))
@@ -293,15 +263,3 @@ class Trainer:
         if entry("amp_scaler"):
             self.scaler.load_state_dict(content["amp_scaler"])
         checkpoint.set_random_state(entry("random_state"))
-
-
-def _until(stop: StopSignals, loader: Any) -> Iterator[Any]:
-    """The loader's batches, as long as no signal asks to stop."""
-    try:
-        for batch in loader:
-            if stop.signum is not None:
-                return
-            yield batch
-    except RuntimeError:  # the signal may have reached the loading processes as well
-        if stop.signum is None:
-            raise

@@ -13,8 +13,8 @@ from torch import nn
 
 import vision_mamba.models  # noqa: F401  registers this package's models with timm
 from vision_mamba.train import checkpoint
-from vision_mamba.train.options import Config
 from vision_mamba.train.errors import CheckpointError, ConfigError, nearest
+from vision_mamba.train.options import Config
 
 _log = logging.getLogger("vision_mamba.train")
 _SOURCES = ("hf-hub:", "hf_hub:", "local-dir:")

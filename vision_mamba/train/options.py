@@ -64,7 +64,7 @@ class Config:
     crop_pct: float | None = _data(None, "share of a held-out image's side that is kept (the model's own)", 0.1, 1)
 
     model: str = _model("vmamba_tiny_s1l8", "a registered name, of this package or of timm", also=("arch",))
-    model_kwargs: dict[str, Any] | None = _model(None, "arguments of the model's constructor, as in drop_path_rate=0.1")
+    model_kwargs: dict[str, Any] | None = _model(None, "arguments of the model's constructor, as in drop_path_rate=0.1")  # noqa: RUF009  a dict is no default here
     num_classes: int | None = _model(None, "outputs of the classifier (as many as the data set has classes)", 1)
     in_chans: int | None = _model(None, "channels of the images: 1 grey, 3 colour (the model's own)", 1, 3)
     img_size: int | None = _model(None, "side of the square that images are resized to (the model's own)", 1)

@@ -15,11 +15,13 @@ import yaml
 from timm.utils import random_seed
 
 import vision_mamba
-from vision_mamba.train import checkpoint, data
+from vision_mamba.train import checkpoint
 from vision_mamba.train import model as models
-from vision_mamba.train.options import Config
 from vision_mamba.train.engine import LAST, Position, Trainer
 from vision_mamba.train.errors import ConfigError, DataError
+from vision_mamba.train.images import ImageSet, class_folders, digits, split_folder, unreadable, without_unreadable
+from vision_mamba.train.loader import create_loader
+from vision_mamba.train.options import Config
 from vision_mamba.train.progress import Progress
 
 _log = logging.getLogger("vision_mamba.train")
@@ -77,9 +79,7 @@ def train(config: Config, begin_from: Path | None, progress: Progress) -> Positi
     data_config = models.data_config(model, config.plain())
     if config.dataset == "folder" and config.check_images:
         train_set, eval_set = (_checked(images, config, progress) for images in (train_set, eval_set))
-    loader = partial(
-        data.create_loader, data_config=data_config, workers=config.workers, device=device, seed=config.seed
-    )
+    loader = partial(create_loader, data_config=data_config, workers=config.workers, device=device, seed=config.seed)
     train_loader = loader(train_set, batch_size=config.batch_size, augmentation=augmentation(config))
     eval_loader = loader(eval_set, batch_size=config.validation_batch_size or config.batch_size)
     extras: dict[str, Any] = {"classes": list(train_set.classes), "data_config": data_config, "images": len(train_set)}
@@ -103,13 +103,13 @@ def train(config: Config, begin_from: Path | None, progress: Progress) -> Positi
         raise error
 
 
-def image_sets(config: Config, mode: str) -> tuple[data.ImageSet, data.ImageSet]:
+def image_sets(config: Config, mode: str) -> tuple[ImageSet, ImageSet]:
     """The images to train on and those held out."""
     if config.dataset == "digits":
-        return data.digits(False, mode), data.digits(True, mode)
-    train_set = data.class_folders(data.split_folder(config.data_dir, config.train_split), mode)
-    held_out = data.split_folder(config.data_dir, config.val_split)
-    return train_set, data.class_folders(held_out, mode, train_set.classes)
+        return digits(False, mode), digits(True, mode)
+    train_set = class_folders(split_folder(config.data_dir, config.train_split), mode)
+    held_out = split_folder(config.data_dir, config.val_split)
+    return train_set, class_folders(held_out, mode, train_set.classes)
 
 
 def augmentation(config: Config) -> dict[str, Any]:
@@ -129,11 +129,11 @@ def augmentation(config: Config) -> dict[str, Any]:
     }
 
 
-def _checked(images: data.ImageSet, config: Config, progress: Progress) -> data.ImageSet:
+def _checked(images: ImageSet, config: Config, progress: Progress) -> ImageSet:
     """The images that can be decoded, in the way that the options say."""
     with progress.bar("checking images", len(images)) as bar:
-        reasons = data.unreadable(images, os.cpu_count() or 1, lambda: bar.advance(1))
-    return data.without_unreadable(images, reasons, config.skip_unreadable, _log.warning)
+        reasons = unreadable(images, os.cpu_count() or 1, lambda: bar.advance(1))
+    return without_unreadable(images, reasons, config.skip_unreadable, _log.warning)
 
 
 def _resume(trainer: Trainer, path: Path, extras: dict[str, Any]) -> None:
