@@ -253,7 +253,7 @@ struct BackwardPass {
                 const Steps& steps, int padded, float* total) const {
     const Weights& w = scratch.weights;
     const int64_t states = p.states;
-    scratch.tile.load(p, w, scratch.shared, batch, route, first, c, present, steps, padded);
+    scratch.tile.load<true>(p, w, scratch.shared, batch, route, first, c, present, steps, padded);
     if (p.dy.data) {
       load_tile(scratch.dy, kLanes, p.dy, batch, p.merge ? 0 : route, first + c, steps, present);
       for (int i = steps.count * kLanes; i < padded * kLanes; ++i) scratch.dy[i] = 0;

@@ -112,7 +112,8 @@ struct ChannelTile {
         su(arena.take(kTile * kLanes)),
         slope(arena.take(kTile * kLanes)) {}
 
-  // Rows from steps.count to padded become steps that change nothing: s = 0.
+  // Rows from steps.count to padded become steps that change nothing: s = 0. Only the backward pass wants slopes.
+  template <bool kSlope>
   void load(const ScanParams& p, const Weights& weights, const SharedTile& shared, int64_t batch, int64_t route,
             int64_t chunk_first, int64_t c, int columns, const Steps& steps, int padded) {
     load_tile(u, kLanes, p.x, batch, route, chunk_first + c, steps, columns);
@@ -124,10 +125,10 @@ struct ChannelTile {
     const Vec bias = VISION_MAMBA_LEVEL::load(weights.bias + c);
     for (int t = 0; t < steps.count; ++t) {
       Vec step = VISION_MAMBA_LEVEL::load(s + t * kLanes) + bias, d = splat(1.0f);
-      if (p.softplus) softplus(step, step, d);
+      if (p.softplus) step = softplus<kSlope>(step, &d);
       store(su + t * kLanes, step * VISION_MAMBA_LEVEL::load(u + t * kLanes));
       store(s + t * kLanes, larger(smaller(splat(kMostStep), step), splat(-kMostStep)));
-      store(slope + t * kLanes, d);
+      if (kSlope) store(slope + t * kLanes, d);
     }
     for (int i = steps.count * kLanes; i < padded * kLanes; ++i) u[i] = s[i] = su[i] = slope[i] = 0;
   }
@@ -284,7 +285,7 @@ struct ForwardPass {
           float* to = saved_of(p, batch, route, tile - 1, first + c);
           for (int64_t n = 0; n < p.states; ++n) store_row(to + n * p.channels, state + n * kLanes, present, 1);
         }
-        scratch.tile.load(p, weights, scratch.shared, batch, route, first, c, present, steps, padded);
+        scratch.tile.load<false>(p, weights, scratch.shared, batch, route, first, c, present, steps, padded);
         const Vec skip = load(weights.skip + c);
         for (int t = 0; t < steps.count; ++t) store(scratch.y + t * kLanes, skip * load(scratch.tile.u + t * kLanes));
         ForwardSweep sweep{scratch.tile, scratch.shared, weights.rate + c * p.states, state, scratch.y, p.states, steps.count};

@@ -207,24 +207,30 @@ INLINE Vec exp2(Vec z) {
 
 constexpr float kLog2E = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
 
-// s = log(1 + exp(x)) and its derivative, accurate to rounding for every x. With e = exp(-|x|),
+// s = log(1 + exp(x)), and its derivative where `slope` is given, accurate to rounding for every x. With e = exp(-|x|),
 // s = max(x, 0) + 2 atanh(e / (2 + e)); above 20 the second term is lost in rounding.
-INLINE void softplus(Vec x, Vec& s, Vec& derivative) {
+template <bool kSlope>
+INLINE Vec softplus(Vec x, Vec* slope) {
   constexpr float kLeast = -87.0f;  // below it exp(x) leaves the normal numbers
   const Vec m = x < 0.0f ? x : -x, bounded = larger(m, splat(kLeast));
   const Vec n = nearest(bounded * kLog2E);
   // ln 2 in two parts: the first has few enough bits for an exact product.
   const Vec f = ((bounded - n * 0.693359375f) + n * 2.12194440e-4f) * kLog2E;
   const Vec e = m < kLeast ? Vec{} : scale(exp2_fraction(f), n);
-  const Vec inverse = 1.0f / ((1.0f + e) * (2.0f + e));  // one division for two quotients
-  const Vec w = e * (1.0f + e) * inverse, v = w * w;
+  Vec w;
+  if constexpr (kSlope) {
+    const Vec inverse = 1.0f / ((1.0f + e) * (2.0f + e));  // one division for two quotients
+    w = e * (1.0f + e) * inverse;
+    *slope = (x < 0.0f ? e : splat(1.0f)) * (2.0f + e) * inverse;
+  } else {
+    w = e / (2.0f + e);
+  }
+  const Vec v = w * w;
   Vec p = v * 0.2817833721637726f + 0.27960601449012756f;
   p = p * v + 0.40024909377098083f;
   p = p * v + 0.6666631698608398f;
   p = p * v + 2.0f;
-  const Vec positive = x < 0.0f ? Vec{} : x;
-  s = positive + p * w;
-  derivative = (x < 0.0f ? e : splat(1.0f)) * (2.0f + e) * inverse;
+  return (x < 0.0f ? Vec{} : x) + p * w;
 }
 
 // Subnormal numbers cost a hundred cycles each and decaying states are full of them: read and write them as 0.

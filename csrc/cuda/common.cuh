@@ -6,6 +6,7 @@
 #define DEVICE __device__ __forceinline__
 
 constexpr float kLog2e = 1.4426950408889634f;
+constexpr float kLog2eRest = 1.925963033500e-8f;  // log2(e) - float(log2(e))
 constexpr float kLn2 = 0.6931471805599453f;
 constexpr unsigned kAll = 0xffffffffu;
 
@@ -181,21 +182,24 @@ DEVICE void store(const Pack<T, V>& pack, T* at, int stride, int valid) {
     }
 }
 
-// log(1 + exp(v)) = max(v, 0) + log1p(exp(-|v|)), which neither overflows nor cancels. kExact: to a few ulp, by the
-// series 2 atanh(e / (2 + e)); else lg2, good to 2e-5 relative, a hundredth of what a 16-bit step size carries.
+// log(1 + exp(v)) = max(v, 0) + log1p(e), e = exp(-|v|), which neither overflows nor cancels; log1p(e) / e is a
+// polynomial on [0, 1], good to 3e-7. kExact: exp keeps its relative error where |v| is large, which takes the rounding
+// of v log2(e) into account.
 template <bool kExact> DEVICE float softplus(float v) {
-    float e = ex2(-fabsf(v) * kLog2e);
-    float tail;
+    const float scaled = -fabsf(v) * kLog2e;
+    float e = ex2(scaled);
     if constexpr (kExact) {
-        float z = e * reciprocal(2.f + e), w = z * z;
-        float sum = fmaf(w, fmaf(w, fmaf(w, fmaf(w, fmaf(w, fmaf(w, fmaf(w, 1.f / 15, 1.f / 13), 1.f / 11), 1.f / 9),
-                    1.f / 7), 1.f / 5), 1.f / 3), 1.f);
-        tail = 2.f * z * sum;
-    } else {
-        float small = fmaf(e * e, fmaf(e, 1.f / 3, -0.5f), e);
-        tail = e < 0.015625f ? small : kLn2 * lg2(1.f + e);
+        const float rest = fmaf(-fabsf(v), kLog2e, -scaled) - fabsf(v) * kLog2eRest;
+        e = fmaf(e, rest * kLn2, e);
     }
-    return fmaxf(v, 0.f) + tail;
+    float tail = fmaf(e, -0.00853920411f, 0.0440896162f);
+    tail = fmaf(e, tail, -0.107681692f);
+    tail = fmaf(e, tail, 0.1774524f);
+    tail = fmaf(e, tail, -0.244954623f);
+    tail = fmaf(e, tail, 0.332754797f);
+    tail = fmaf(e, tail, -0.499974054f);
+    tail = fmaf(e, tail, 0.999999806f);
+    return fmaf(e, tail, fmaxf(v, 0.f));
 }
 
 // Derivative of softplus at v, from s = softplus(v): 1 - exp(-s), by its series where that would cancel.
@@ -242,6 +246,26 @@ template <int M, int kHigh, int kLow> DEVICE bool owns_first(int lane) {
     } else {
         return true;
     }
+}
+
+// D += A B on the tensor cores: A 16 x 16 and B 16 x 8 in bfloat16, D 16 x 8 in float32. Lane l holds of A the rows
+// l / 4 and l / 4 + 8, columns 2 (l % 4) and the next, and the same 8 further; of B the column l / 4 and those rows; of D
+// the rows l / 4 and l / 4 + 8, columns 2 (l % 4) and the next.
+DEVICE void multiply_add(float* d, const unsigned* a, const unsigned* b) {
+#if __CUDA_ARCH__ >= 800
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+        "{%0, %1, %2, %3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+#endif
+}
+// Transpose an 8 x 8 matrix of 16-bit elements, of which a lane holds row l / 4, columns 2 (l % 4) and the next.
+DEVICE unsigned transpose(unsigned v) {
+    unsigned r = v;
+#if __CUDA_ARCH__ >= 800
+    asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(r) : "r"(v));
+#endif
+    return r;
 }
 
 // Compile-time choices, given on the command line as -D.

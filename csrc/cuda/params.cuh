@@ -23,13 +23,14 @@ struct Params {
     const void* dy;
     const float* dlast_state;  // (B, K, D, N), or null
     void* dx;
-    void* ddt;
+    void* ddt;             // like dt, or (B, L, K, D), or (channel tiles, B, L, K, R)
     float* dB;             // (channel tiles, B, L, K, N)
     float* dC;             // (channel tiles, B, L, K, N)
     float* dA;             // (B, K, D, N)
     float* dD;             // (B, K, D), or null
     float* ddt_bias;       // (B, K, D), or null
-    float* dinitial_state;  // (B, K, D, N), or null
+    float* ddt_weight;     // (B, K, D, R), or null
+    float* dinitial_state; // (B, K, D, N), or null
     // Sizes.
     long long batch;
     long long tokens;
