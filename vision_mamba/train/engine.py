@@ -79,7 +79,7 @@ class Trainer:
         self.task = ClassificationTask(model, criterion_kwargs=loss, device=device, verbose=False)
         if config.model_ema:
             self.task.setup_ema(decay=config.model_ema_decay, use_warmup=config.model_ema_warmup)
-        self.optimizer = create_optimizer_v2(model, **optimizer_kwargs(config))
+        self.optimizer = create_optimizer_v2(model, **optimizer_kwargs(config), **(config.opt_kwargs or {}))
         self.scheduler, self.epochs = create_scheduler_v2(
             self.optimizer,
             sched=config.sched,

@@ -61,14 +61,18 @@ class ImageSet(Dataset):
         except Exception as error:  # decoders of damaged files raise nearly anything
             raise DataError(f"image {self.names[index]} cannot be read: {_reason(error)}") from error
 
-    def __getitem__(self, key: int | tuple[int, int]) -> tuple[Any, int]:
-        """An image by index as it is, or by (epoch, index) with the augmentation of that epoch."""
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        """An image and its class, transformed."""
         assert self.transform is not None
-        if isinstance(key, int):
-            return self.transform(self.image(key)), self.targets[key]
-        epoch, index = key
-        with seeded(self.seed, epoch, index):
-            return self.transform(self.image(index)), self.targets[index]
+        return self.transform(self.image(index)), self.targets[index]
+
+    def __getitems__(self, keys: Sequence[int] | Sequence[tuple[int, int, int]]) -> list[tuple[Any, int]]:
+        """A batch: by indices as they are, or by (epoch, batch, index) with the augmentation of that batch."""
+        if not isinstance(keys[0], tuple):
+            return [self[index] for index in keys]  # type: ignore[index]
+        epoch, batch, _ = keys[0]
+        with seeded(self.seed, epoch, batch):
+            return [self[index] for _, _, index in keys]  # type: ignore[misc]
 
     def only(self, keep: Sequence[int]) -> ImageSet:
         """The images of these indices."""

@@ -1,6 +1,6 @@
 """Loaders that a run can leave and re-enter at any batch.
 
-The order of an epoch is a function of (seed, epoch) and the augmentation of an image one of (seed, epoch, image), so a
+The order of an epoch is a function of (seed, epoch) and the augmentation of a batch one of (seed, epoch, batch), so a
 run that continues in the middle of an epoch sees exactly the batches that it would have seen, whatever the number of
 loading processes.
 """
@@ -21,8 +21,8 @@ from vision_mamba.train.errors import DataError
 from vision_mamba.train.images import ImageSet
 
 
-class EpochBatches(Sampler[list[tuple[int, int]]]):
-    """Batches of (epoch, index) in an order that is a function of (seed, epoch); the incomplete last one is dropped.
+class EpochBatches(Sampler[list[tuple[int, int, int]]]):
+    """Batches of keys (epoch, batch, index), in an order that is a function of (seed, epoch), without an incomplete last.
 
     `at` sets where the next pass begins.
     """
@@ -37,11 +37,11 @@ class EpochBatches(Sampler[list[tuple[int, int]]]):
     def __len__(self) -> int:
         return self.length // self.batch_size
 
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+    def __iter__(self) -> Iterator[list[tuple[int, int, int]]]:
         order = np.random.default_rng((self.seed, self.epoch)).permutation(self.length).tolist()
         for batch in range(self.batch, len(self)):
             chosen = order[batch * self.batch_size : (batch + 1) * self.batch_size]
-            yield [(self.epoch, index) for index in chosen]
+            yield [(self.epoch, batch, index) for index in chosen]
 
 
 def _worker_init(_: int) -> None:

@@ -79,6 +79,7 @@ class Config:
     momentum: float = _optim(0.9, "of optimizers that have one", 0, 1)
     opt_eps: float | None = _optim(None, "epsilon (the optimizer's own)", 0)
     opt_betas: tuple[float, ...] | None = _optim(None, "betas (the optimizer's own)", length=2)
+    opt_kwargs: dict[str, Any] | None = _optim(None, "further arguments of the optimizer, as in fused=true")  # noqa: RUF009
     layer_decay: float | None = _optim(None, "factor of the learning rate from each layer to the one below", 0, 1)
     clip_grad: float | None = _optim(None, "limit of the gradient (none)", 0, also=("max_grad_norm",))
     clip_mode: str = _optim("norm", "what clip_grad limits", choices=lambda: ("norm", "value", "agc"))

@@ -1,0 +1,147 @@
+"""Classify images with trained checkpoints: a table, and on request a CSV file and a picture; --help shows how."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import os
+import sys
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from vision_mamba.train import model as models
+from vision_mamba.train.errors import ConfigError, DataError, TrainError
+from vision_mamba.train.images import ImageSet, digits, files, unreadable, without_unreadable
+from vision_mamba.train.predict import Classifier, Prediction, accuracy, load
+from vision_mamba.train.progress import Progress
+
+
+def parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description="Say what is on images, with one or several checkpoints of tools/train.py.",
+        epilog="""\
+examples:
+  tools/predict.py --checkpoint output/vim/best.pth photo.jpg holiday/
+  tools/predict.py --checkpoint output/vim/best.pth my_images/val --csv predictions.csv --png sheet.png
+  tools/predict.py --checkpoint output/digits_vmamba/last.pth output/digits_vim/last.pth --digits --png digits.png
+
+An image in a folder that bears the name of a class is taken to be of that class; then the accuracy is told, mistakes
+come first in the table and stand out in the picture. exit status: 0 done, 1 failed, 2 wrong options.""",
+    )
+    parser.add_argument("inputs", nargs="*", metavar="IMAGE", help="image files, and folders of them")
+    parser.add_argument("--checkpoint", nargs="+", required=True, metavar="FILE", help="one or several trained models")
+    parser.add_argument("--digits", action="store_true", help="take the held-out handwritten digits of scikit-learn")
+    parser.add_argument("--model", help="registered name, for a file of bare weights that does not say it")
+    parser.add_argument("--png", metavar="FILE", help="write a sheet of images with predictions and confidence")
+    parser.add_argument("--csv", metavar="FILE", help="write all predictions, one row an image and a model")
+    parser.add_argument("--top", type=int, default=3, metavar="N", help="classes to tell of each image [3]")
+    parser.add_argument("--rows", type=int, default=20, metavar="N", help="images in the table and, a model, the sheet [20]")
+    parser.add_argument("--batch-size", type=int, default=64, metavar="N", help="images a step [64]")
+    parser.add_argument("--device", help="cpu, cuda, mps (the accelerator if there is one)")
+    parser.add_argument("--skip-unreadable", action="store_true", help="leave out images that cannot be read")
+    return parser
+
+
+def main(argv: list[str]) -> int:
+    arguments = parser().parse_args(argv)
+    console, progress = Console(), Progress(Console(stderr=True))
+    try:
+        results = [classify(path, arguments, progress) for path in arguments.checkpoint]
+        for classifier, _, predictions in results:
+            console.print(table(classifier, predictions, arguments.rows))
+        if arguments.csv:
+            write_csv(arguments.csv, results)
+        if arguments.png:
+            write_png(arguments.png, results, arguments.rows)
+    except TrainError as error:
+        sys.stderr.write(f"error: {error}\n")
+        return 2 if isinstance(error, ConfigError) else 1
+    what = "held-out accuracy" if arguments.digits else "accuracy"
+    for classifier, _, predictions in results:
+        if (percent := accuracy(predictions)) is not None:
+            sys.stdout.write(f"{classifier.name} {what} {percent:.2f} %\n")
+    return 0
+
+
+Result = tuple[Classifier, ImageSet, list[Prediction]]
+
+
+def classify(path: str, arguments: argparse.Namespace, progress: Progress) -> Result:
+    """The images as one checkpoint's model sees them, and what it says of them."""
+    if bool(arguments.inputs) == arguments.digits:
+        raise ConfigError("give image files or folders, or --digits, and not both.")
+    classifier = load(path, models.device(arguments.device), arguments.model)
+    if arguments.digits:
+        images = digits(True, classifier.mode)
+    else:
+        images = files(arguments.inputs, classifier.mode, classifier.classes)
+        with progress.bar("checking images", len(images)) as bar:
+            reasons = unreadable(images, os.cpu_count() or 1, lambda: bar.advance(1))
+        images = without_unreadable(images, reasons, arguments.skip_unreadable, warn)
+    with progress.bar(classifier.name, -(-len(images) // arguments.batch_size)) as bar:
+        return classifier, images, classifier.predict(images, arguments.batch_size, arguments.top, bar.advance)
+
+
+def warn(message: str) -> None:
+    sys.stderr.write(message + "\n")
+
+
+def mistakes_first(predictions: list[Prediction]) -> list[Prediction]:
+    return sorted(predictions, key=lambda prediction: prediction.right is not False)
+
+
+def table(classifier: Classifier, predictions: list[Prediction], rows: int) -> Table:
+    mistakes = sum(prediction.right is False for prediction in predictions)
+    counted = f", {mistakes:,} mistakes" if any(p.right is not None for p in predictions) else ""
+    left_out = f"; {len(predictions) - rows:,} more, all with --csv" if len(predictions) > rows else ""
+    drawn = Table(title=f"{classifier.name}: {len(predictions):,} images{counted}{left_out}", title_justify="left")
+    for heading in ("image", "prediction", "confidence", "then", "truth"):
+        drawn.add_column(heading, justify="right" if heading == "confidence" else "left", overflow="fold")
+    for prediction in mistakes_first(predictions)[:rows]:
+        (name, confidence), *others = prediction.top
+        style = {True: "green", False: "bold red", None: ""}[prediction.right]
+        then = ", ".join(f"{other} {100 * p:.1f} %" for other, p in others)
+        drawn.add_row(
+            prediction.name, name, f"{100 * confidence:.1f} %", then, prediction.target or "", style=style
+        )  # fmt: skip
+    return drawn
+
+
+def write_csv(path: str, results: list[Result]) -> None:
+    try:
+        with open(path, "w", newline="", encoding="utf-8") as file:
+            writer = csv.writer(file)
+            writer.writerow(["model", "image", "truth", "rank", "prediction", "confidence"])
+            for classifier, _, predictions in results:
+                for prediction in predictions:
+                    for rank, (name, confidence) in enumerate(prediction.top, 1):
+                        row = [classifier.name, prediction.name, prediction.target or "", rank, name, f"{confidence:.6f}"]
+                        writer.writerow(row)
+    except OSError as error:
+        raise DataError(f"--csv {path} cannot be written: {error.strerror}.") from error
+
+
+def write_png(path: str, results: list[Result], rows: int) -> None:
+    """A sheet of the mistakes, and of right predictions up to `rows` images a model."""
+    from vision_mamba.viz.predictions import Tile, draw_predictions
+
+    panels = []
+    for classifier, images, predictions in results:
+        chosen = mistakes_first(predictions)[:rows]
+        tiles = [Tile(images.image(p.index), p.top[0][0], p.top[0][1], p.target) for p in chosen]
+        percent = accuracy(predictions)
+        told = "" if percent is None else f": {percent:.2f} % of {len(predictions):,} right"
+        panels.append((classifier.name + told, tiles))
+    try:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        draw_predictions(panels, path)
+    except OSError as error:
+        raise DataError(f"--png {path} cannot be written: {error.strerror}.") from error
+    sys.stdout.write(f"wrote {path}\n")
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,114 @@
+"""Predictions of trained checkpoints: the model and its preprocessing are rebuilt from what the checkpoint says."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from vision_mamba.train import checkpoint
+from vision_mamba.train import model as models
+from vision_mamba.train.errors import CheckpointError
+from vision_mamba.train.images import ImageSet
+from vision_mamba.train.loader import create_loader
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a model says of one image: its most likely classes, each with its probability, the likeliest first."""
+
+    index: int
+    name: str
+    target: str | None
+    top: tuple[tuple[str, float], ...]
+
+    @property
+    def right(self) -> bool | None:
+        """None where the true class is unknown."""
+        return None if self.target is None else self.target == self.top[0][0]
+
+
+@dataclass(frozen=True)
+class Classifier:
+    """A trained model with the names of its classes and the preprocessing that it was trained with."""
+
+    name: str
+    model: nn.Module
+    classes: list[str]
+    data_config: dict[str, Any]
+    device: torch.device
+
+    @property
+    def mode(self) -> str:
+        """PIL mode of the images it takes."""
+        return "L" if self.data_config["input_size"][0] == 1 else "RGB"
+
+    def predict(
+        self, images: ImageSet, batch_size: int = 64, top: int = 3, seen: Callable[[int], object] = lambda count: None
+    ) -> list[Prediction]:
+        """Classify images, in their order.
+
+        Args:
+            top: how many classes to report of each image.
+            seen: called with the size of each batch that is done.
+
+        Raises: DataError naming an image that cannot be read.
+        """
+        loader = create_loader(images, self.data_config, batch_size, 0, self.device)
+        predictions: list[Prediction] = []
+        for batch, _ in loader:
+            with torch.inference_mode():
+                probabilities = self.model(batch.to(self.device)).float().softmax(-1).cpu()
+            values, indices = probabilities.topk(min(top, probabilities.shape[-1]))
+            for value, chosen in zip(values.tolist(), indices.tolist(), strict=True):
+                index = len(predictions)
+                target = images.targets[index]
+                predictions.append(
+                    Prediction(
+                        index,
+                        images.names[index],
+                        images.classes[target] if target >= 0 else None,
+                        tuple((self.classes[i], p) for i, p in zip(chosen, value, strict=True)),
+                    )
+                )
+            seen(len(batch))
+        return predictions
+
+
+def accuracy(predictions: list[Prediction]) -> float | None:
+    """Percentage of right predictions among those whose true class is known, or None if there is none."""
+    known = [prediction.right for prediction in predictions if prediction.right is not None]
+    return 100 * sum(known) / len(known) if known else None
+
+
+def load(path: str, device: torch.device, name: str | None = None) -> Classifier:
+    """Rebuild a trained model.
+
+    Args:
+        path: a checkpoint of tools/train.py; or a bare state_dict with `name`.
+        name: the registered model; the checkpoint says it, if it is one of ours.
+
+    Raises: CheckpointError if the file is damaged or not of this model; ConfigError if the model is unknown.
+    """
+    content = checkpoint.read(path)
+    state_dict = checkpoint.weights(content, path)
+    options = content.get("args") or {}
+    name = name or content.get("arch")
+    if not isinstance(options, dict) or name is None:
+        raise CheckpointError(f"checkpoint {path} does not say which model it is of; pass --model NAME.")
+    models.check_name(name, "--model" if not options else f"{path}: model")
+    classes = content.get("classes")
+    outputs = options.get("num_classes") or (len(classes) if classes else None)
+    arguments = {"num_classes": outputs, **(options.get("model_kwargs") or {})}
+    model = models.build(name, options, arguments)
+    checkpoint.load(model, state_dict, path, name, content.get("arch"))
+    return Classifier(
+        name=name,
+        model=model.to(device).eval(),
+        classes=[*(classes or []), *map(str, range(len(classes or []), int(model.num_classes)))],
+        data_config=content.get("data_config") or models.data_config(model, options),
+        device=device,
+    )
