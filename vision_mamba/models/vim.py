@@ -5,6 +5,7 @@ arXiv:2401.09417. Published code and weights: https://github.com/hustvl/Vim (Apa
 """
 
 import argparse
+import logging
 import math
 from collections.abc import Callable, Iterable
 from functools import partial
@@ -46,6 +47,8 @@ from vision_mamba.layers.init import init_in_float32_
 from vision_mamba.models.checkpoint import require_all_used, unwrap
 
 __all__ = ["VisionMamba"]
+
+_log = logging.getLogger("vision_mamba")
 
 POOLS = ("", "token", "avg", "avgmax", "max")
 PLACES = ("middle", "head", "none")
@@ -536,6 +539,8 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: VisionMamba) -> dict
     if model.pos_embed is not None:
         grid = _source_grid(state["pos_embed"], patch, model)
         size = model.patch_embed.grid_size
+        if size != grid:
+            _log.info("position embedding resampled from the checkpoint's grid %s to %s", grid, size)
         state["pos_embed"] = resample_pos_embed(state["pos_embed"], size, grid, model.class_token)
     if patch != model.patch_embed.patch_size:
         state["patch_embed.proj.weight"] = resample_patch_embed(kernel, list(model.patch_embed.patch_size))
@@ -619,31 +624,31 @@ def _create_vim(variant: str, pretrained: bool = False, **kwargs: Any) -> Vision
 
 @register_model
 def vim_tiny_patch16_224(pretrained: bool = False, **kwargs: Any) -> VisionMamba:
-    """Vim-Ti: 7.1 M parameters, 1.5 GMACs; 76.1 top-1 as published."""
+    """Vim-Ti: 7.1 M parameters, 1.6 GMACs; 76.1 top-1 as published."""
     return _create_vim("vim_tiny_patch16_224", pretrained, **dict(dict(embed_dim=192), **kwargs))
 
 
 @register_model
 def vim_tiny_patch16_stride8_224(pretrained: bool = False, **kwargs: Any) -> VisionMamba:
-    """Vim-Ti+: Vim-Ti on patches that overlap by half, 7.3 M parameters; 78.3 top-1 as published."""
+    """Vim-Ti+: Vim-Ti on patches that overlap by half, 7.3 M parameters, 5.8 GMACs; 78.3 top-1 as published."""
     return _create_vim("vim_tiny_patch16_stride8_224", pretrained, **dict(dict(embed_dim=192, stride=8), **kwargs))
 
 
 @register_model
 def vim_small_patch16_224(pretrained: bool = False, **kwargs: Any) -> VisionMamba:
-    """Vim-S: 25.8 M parameters, 5.1 GMACs; 80.5 top-1 as published."""
+    """Vim-S: 25.8 M parameters, 5.4 GMACs; 80.5 top-1 as published."""
     return _create_vim("vim_small_patch16_224", pretrained, **dict(dict(embed_dim=384), **kwargs))
 
 
 @register_model
 def vim_small_patch16_stride8_224(pretrained: bool = False, **kwargs: Any) -> VisionMamba:
-    """Vim-S+: Vim-S on patches that overlap by half, 26.0 M parameters; 81.6 top-1 as published."""
+    """Vim-S+: Vim-S on patches that overlap by half, 26.0 M parameters, 19.9 GMACs; 81.6 top-1 as published."""
     return _create_vim("vim_small_patch16_stride8_224", pretrained, **dict(dict(embed_dim=384, stride=8), **kwargs))
 
 
 @register_model
 def vim_base_patch16_224(pretrained: bool = False, **kwargs: Any) -> VisionMamba:
-    """Vim-B: 97.6 M parameters; 81.9 top-1 as published."""
+    """Vim-B: 97.6 M parameters, 19.8 GMACs; 81.9 top-1 as published."""
     return _create_vim("vim_base_patch16_224", pretrained, **dict(dict(embed_dim=768), **kwargs))
 
 
