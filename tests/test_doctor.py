@@ -6,6 +6,7 @@ import dataclasses
 import json
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -56,6 +57,34 @@ def test_versions_name_what_the_library_stands_on() -> None:
     assert found["torch"].value == torch.__version__
     assert found["python"].value == ".".join(map(str, sys.version_info[:3]))
     assert {"vision_mamba", "timm", "triton", "numpy", "cuda-core", "NVRTC"} <= set(found)
+
+
+def test_accelerators_are_described_and_asked(monkeypatch) -> None:
+    properties = SimpleNamespace(name="NVIDIA H200", major=9, minor=0, total_memory=140 << 30, gcnArchName="gfx942")
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("cuda"))
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    found = by_name(doctor.machine())
+    assert found["cuda:0"].value == found["cuda:1"].value == "NVIDIA H200, sm_90, 140 GiB"
+    assert "accelerator" not in found
+    assert {finding.topic for finding in doctor.backends()} == {"backends on cpu", "backends on cuda"}
+    assert {finding.verdict for finding in doctor.backends() if finding.name == "reference"} == {doctor.OK}
+
+
+def test_without_an_accelerator_the_cpu_is_asked(monkeypatch) -> None:
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    assert ops.available_backends() == ops.available_backends("cpu")
+
+
+@pytest.mark.parametrize("cuda, way_out", [(None, "install a CUDA build"), ("13.0", "update the driver")])
+def test_a_gpu_that_torch_cannot_use_is_a_warning(cuda, way_out, monkeypatch) -> None:
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    monkeypatch.setattr(doctor.Path, "exists", lambda path: True)
+    finding = by_name(doctor.machine())["accelerator"]
+    assert finding.verdict == doctor.WARNING and way_out in finding.value
 
 
 def test_every_backend_is_listed_with_yes_or_the_reason() -> None:

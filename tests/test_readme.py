@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
-import timm
 import torch
 
 from tools import count
@@ -30,13 +30,15 @@ def test_its_code_runs_from_top_to_bottom(tmp_path: Path, monkeypatch: pytest.Mo
     assert len(blocks) >= 4
     monkeypatch.chdir(tmp_path)
     (file,) = re.findall(r'dict\(file="(.*?)"\)', TEXT)
-    made = timm.create_model("vmamba_tiny_s1l8")
-    torch.save({"model": made.state_dict()}, file)
-    names: dict[str, object] = {}
+    names: dict[str, Any] = {}
     for block in blocks:
         exec(compile(block, "README.md", "exec"), names)
+        state = {key: tensor for key, tensor in names["model"].state_dict().items() if not key.startswith("head.")}
+        if not Path(file).exists():
+            saved = state
+            torch.save({"model": names["model"].state_dict()}, file)  # what the page loads later on
         if file in block:
-            torch.testing.assert_close(names["model"].state_dict(), made.state_dict())
+            torch.testing.assert_close(state, saved, rtol=0, atol=0)
     assert names["logits"].shape == (1, 10)
     assert names["y"].shape == (2, 64, 16) and names["y"].isfinite().all()
     assert "windows" in scans.names()

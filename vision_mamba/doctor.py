@@ -98,10 +98,9 @@ def machine() -> Iterator[Finding]:
 
 def _devices() -> list[torch.device]:
     """The CPU and every accelerator that torch sees."""
-    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    return [torch.device("cpu")] + [
-        torch.device(found.type, i) for i in range(torch.accelerator.device_count()) if found
-    ]
+    kind = torch.accelerator.current_accelerator()
+    others = [torch.device(kind.type, i) for i in range(torch.accelerator.device_count())] if kind else []
+    return [torch.device("cpu"), *others]
 
 
 def _describe(device: torch.device) -> str:

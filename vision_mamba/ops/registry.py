@@ -84,7 +84,8 @@ def available_backends(device: torch.device | str | None = None) -> dict[str, st
     True
     """
     if device is None:
-        device = torch.accelerator.current_accelerator() or "cpu"
+        # By itself it names what torch was built for, whether or not there is one.
+        device = (torch.accelerator.is_available() and torch.accelerator.current_accelerator()) or "cpu"
     device = torch.device(device)
     return {name: backend.unavailable(device) for name, backend in _backends.items()}
 
