@@ -1,45 +1,63 @@
-# make demo   train a small VMamba and a small Vim on real digits and draw what they predict
-# make test   the whole test suite on the CPU
-# make help   the rest
+# Everything is installed into .venv and nothing outside of it. `make` alone lists what there is.
 PYTHON ?= python3
+JOBS ?= 2
 VENV := .venv
 PY := $(VENV)/bin/python
-# What an installed copy depends on: the metadata, the build and the sources that are compiled.
-PARTS := pyproject.toml setup.py $(wildcard csrc/*.h csrc/cpu/*)
+# What an installation depends on; an editable one follows the Python sources by itself.
+BUILT_FROM := pyproject.toml $(wildcard setup.py csrc/*.h csrc/cpu/*)
+MODELS := vmamba vim
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test lint test-timm bench clean
+.DELETE_ON_ERROR:
+.NOTPARALLEL:
 
+.PHONY: help
 help: ## this list
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@echo "  PYTHON=python3.12 chooses the interpreter of a new .venv, JOBS=8 the processes of the tests."
+
+.PHONY: venv
+venv: $(PY) ## an empty virtual environment in .venv
 
 $(PY):
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "make: Python 3.10 or newer is needed; say PYTHON=python3.x")'
 	$(PYTHON) -m venv $(VENV)
 
-# One file for each set of extras, touched when it is installed: what is there already is not installed again.
-$(VENV)/.installed-%: $(PARTS) | $(PY)
-	@echo "Installing into $(VENV): the first time torch and its libraries are fetched, about 5.5 GB on disk."
-	$(PY) -m pip install --quiet --disable-pip-version-check -e '.[$*]'
+$(VENV)/.%: $(PY) $(BUILT_FROM)
+	@echo "Installing into $(VENV) with the extra [$*]: the first time pip downloads about 3 GB, most of it PyTorch with"
+	@echo "CUDA, which take 5.5 GB on disk; afterwards only what has changed."
+	$(PY) -m pip install --editable '.[$*]'
 	@touch $@
 
-venv: $(VENV)/.installed-test ## set up .venv with all that development needs
+.PHONY: demo
+demo: $(VENV)/.demo $(MODELS:%=train-%) ## train a small VMamba and a small Vim on handwritten digits, and show what they predict
+	@$(PY) tools/predict.py --digits --png output/digits.png --rows 20 \
+		--checkpoint $(MODELS:%=output/digits_%/last.pth)
 
-demo: $(VENV)/.installed-demo ## train on the handwritten digits and predict, in minutes on 2 cores
-	$(PY) tools/demo.py
+# Trained runs are found again, interrupted ones go on.
+.PHONY: $(MODELS:%=train-%)
+$(MODELS:%=train-%): train-%: $(VENV)/.demo
+	@$(PY) tools/train.py --config configs/digits/$*.yaml --resume auto
 
-test: $(VENV)/.installed-test ## the whole test suite, on the CPU
-	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist worksteal
+.PHONY: test
+test: $(VENV)/.test ## the CPU test suite
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS) $(PYTEST_FLAGS)
 
-lint: $(VENV)/.installed-test ## ruff and mypy
+.PHONY: lint
+lint: $(VENV)/.test ## ruff and mypy
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy vision_mamba tools
 
-test-timm: $(VENV)/.installed-test ## timm's own model tests on every model of ours
+.PHONY: test-timm
+test-timm: $(VENV)/.test ## timm's own model tests, unmodified, on the models of this package
 	$(PY) tools/test_timm.py
 
-bench: $(VENV)/.installed-test ## time the scans on this machine
-	$(PY) -m tools.bench.run
+.PHONY: bench
+bench: $(VENV)/.test ## time the operators on this machine
+	$(PY) tools/bench/run.py
 
-clean: ## remove what was built, but neither .venv nor results
+.PHONY: clean
+clean: ## remove what was built and trained; .venv stays
 	rm -rf build dist output .cache .pytest_cache .mypy_cache .ruff_cache *.egg-info vision_mamba/*.so
+	find vision_mamba tests tools -name __pycache__ -type d -prune -exec rm -rf {} +
