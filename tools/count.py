@@ -41,7 +41,7 @@ def count(name: str) -> dict[str, Any]:
     """Input size, parameters and forward FLOPs of a model, those of its scans apart."""
     with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
         model = timm.create_model(name).eval()
-        size = model.pretrained_cfg["input_size"]
+        size = timm.data.resolve_data_config(model=model)["input_size"]
         model(torch.empty(1, *size))
     scans = {str(op): flops for op, flops in counter.get_flop_counts()["Global"].items() if "selective_scan" in str(op)}
     return {
