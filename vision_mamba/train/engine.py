@@ -18,7 +18,7 @@ from timm.utils import dispatch_clip_grad, trim_summary, update_summary
 from torch import Tensor, nn
 
 from vision_mamba.train import checkpoint
-from vision_mamba.train.errors import Interrupted, NonFiniteError
+from vision_mamba.train.errors import ConfigError, Interrupted, NonFiniteError
 from vision_mamba.train.options import Config
 from vision_mamba.train.progress import Progress
 from vision_mamba.train.signals import StopSignals
@@ -79,7 +79,10 @@ class Trainer:
         self.task = ClassificationTask(model, criterion_kwargs=loss, device=device, verbose=False)
         if config.model_ema:
             self.task.setup_ema(decay=config.model_ema_decay, use_warmup=config.model_ema_warmup)
-        self.optimizer = create_optimizer_v2(model, **optimizer_kwargs(config), **(config.opt_kwargs or {}))
+        try:
+            self.optimizer = create_optimizer_v2(model, **optimizer_kwargs(config), **(config.opt_kwargs or {}))
+        except TypeError as error:
+            raise ConfigError(f"--opt-kwargs: {config.opt} does not take them: {error}.") from error
         self.scheduler, self.epochs = create_scheduler_v2(
             self.optimizer,
             sched=config.sched,

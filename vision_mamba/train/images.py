@@ -161,7 +161,7 @@ def split_folder(root: str | Path | None, split: str) -> Path:
     if not root.is_dir():
         found = "is not a directory" if root.exists() else "does not exist"
         raise DataError(f"--data-dir {root} {found}; {layout}.")
-    names = (split, *HELD_OUT_SYNONYMS) if split in HELD_OUT_SYNONYMS else (split,)
+    names = dict.fromkeys((split, *HELD_OUT_SYNONYMS)) if split in HELD_OUT_SYNONYMS else (split,)
     for name in names:
         if (root / name).is_dir():
             return root / name

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import logging
+import textwrap
 from typing import Any
 
 import timm
@@ -16,7 +16,6 @@ from vision_mamba.train import checkpoint
 from vision_mamba.train.errors import CheckpointError, ConfigError, nearest
 from vision_mamba.train.options import Config
 
-_log = logging.getLogger("vision_mamba.train")
 _SOURCES = ("hf-hub:", "hf_hub:", "local-dir:")
 
 
@@ -54,12 +53,13 @@ def build(name: str, options: dict[str, Any], arguments: dict[str, Any], weights
         if "unexpected keyword" not in str(error):
             raise
         raise ConfigError(f"--model-kwargs: model {name!r} takes no such argument: {error}.") from error
-    except ValueError as error:  # timm's own: sizes that contradict each other
-        raise ConfigError(f"--model {name}: {error}") from error
-    except RuntimeError as error:
-        if weights is None:
+    except (ValueError, RuntimeError) as error:
+        if weights is not None:
+            told = textwrap.shorten(str(error), 600, placeholder=" ...")
+            raise CheckpointError(f"checkpoint {weights} does not fit model {name!r}: {told}") from error
+        if isinstance(error, RuntimeError):
             raise
-        raise CheckpointError(f"checkpoint {weights} does not fit model {name!r}: {error}") from error
+        raise ConfigError(f"--model {name}: {error}") from error  # timm's own: sizes that contradict each other
 
 
 def data_config(model: nn.Module, options: dict[str, Any]) -> dict[str, Any]:

@@ -1,0 +1,135 @@
+"""Options: where they come from, and what is said of wrong ones."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+from timm import create_model
+
+from tests.train.runs import ROOT
+from vision_mamba.train import model as models
+from vision_mamba.train.config import parse, read_yaml
+from vision_mamba.train.errors import ConfigError
+from vision_mamba.train.options import FIELDS, Config
+
+
+def no_checkpoint(path: str) -> dict:
+    raise AssertionError(f"nobody should read {path}")
+
+
+def parsed(*words: str) -> Config:
+    return parse(words, no_checkpoint)
+
+
+def test_a_flag_wins_over_the_file_and_the_file_over_the_default(tmp_path: Path) -> None:
+    file = tmp_path / "a.yaml"
+    file.write_text("lr: 1e-2\nepochs: 7\nmodel_kwargs: {img_size: 32}\namp: true\n")
+    config = parsed("--config", str(file), "--epochs", "9", "--no-amp", "--scale", "0.5", "1")
+    assert (config.lr, config.epochs, config.amp, config.scale) == (0.01, 9, False, (0.5, 1.0))
+    assert config.model_kwargs == {"img_size": 32}
+    assert config.batch_size == Config.batch_size
+
+
+def test_none_unsets_an_option(tmp_path: Path) -> None:
+    file = tmp_path / "a.yaml"
+    file.write_text("aa: rand-m9\nclip_grad: 1.0\n")
+    config = parsed("--config", str(file), "--aa", "none", "--clip-grad", "none")
+    assert config.aa is None and config.clip_grad is None
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("lr: 1\nlerning_rate: 3", r"a.yaml:2: unknown key 'lerning_rate'; did you mean 'lr'\?"),
+        ("optimizer: adamw", r"a.yaml:1: unknown key 'optimizer'; did you mean 'opt'\?"),
+        ("batch-size: 3", r"unknown key 'batch-size'; did you mean 'batch_size'\?"),
+        ("lr: 1\nlr: 2", r"a.yaml:2: lr is given twice"),
+        ("lr: fast", r"a.yaml:1: lr must be a number, got 'fast'"),
+        ("epochs: 1.5", r"a.yaml:1: epochs must be a whole number, got 1.5"),
+        ("epochs: true", r"epochs must be a whole number, got True"),
+        ("amp: 1", r"amp must be true or false, got 1"),
+        ("model_kwargs: 32", r"model_kwargs must be a mapping such as \{img_size: 32\}, got 32"),
+        ("mean: [a]", r"mean must be a list of numbers, got \['a'\]"),
+        ("scale: [0.1, 0.5, 1]", r"scale must be 2 numbers"),
+        ("model: 3", r"model must be text, got 3"),
+        ("lr: null", r"lr must be a number, got None"),
+        ("epochs: 0", r"epochs must be at least 1, got 0"),
+        ("hflip: 1.5", r"hflip must be between 0 and 1, got 1.5"),
+        ("opt: adamv", r"opt is 'adamv', which is unknown; did you mean 'adam"),
+        ("sched: cosin", r"sched is 'cosin', which is unknown; did you mean 'cosine'\? Known: cosine, tanh"),
+        ("- lr", r"must be lines of 'key: value', got a seq"),
+        ("lr: [", r"config .*a.yaml cannot be read: "),
+    ],
+)
+def test_a_wrong_file_is_refused_with_the_line_and_the_way_out(tmp_path: Path, text: str, message: str) -> None:
+    file = tmp_path / "a.yaml"
+    file.write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        read_yaml(file)
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["--lerning-rate", "3"], r"unknown flag --lerning-rate; did you mean --lr\?"),
+        (["--batchsize=3"], r"unknown flag --batchsize; did you mean --batch-size\?"),
+        (["--lr", "fast"], r"--lr must be a number, got 'fast'"),
+        (["--epochs", "many"], r"--epochs must be a whole number, got 'many'"),
+        (["--model-kwargs", "img_size"], r"--model-kwargs must be words like img_size=32, got 'img_size'"),
+        (["--config", "nowhere.yaml"], r"config nowhere.yaml cannot be read: .*No such file"),
+    ],
+)
+def test_a_wrong_flag_is_refused(words: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        parsed(*words)
+
+
+def test_help_names_every_option_and_shows_commands(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        parsed("--help")
+    told = capsys.readouterr().out
+    assert all(f"--{name.replace('_', '-')}" in told for name in FIELDS)
+    assert "--resume output/digits_vmamba/last.pth" in told
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "configs").rglob("*.yaml")), ids=lambda path: path.stem)
+def test_each_config_names_a_model_that_exists(file: Path) -> None:
+    values = read_yaml(file)
+    models.check_name(values["model"])
+    create_model(values["model"], **(values.get("model_kwargs") or {}))
+    assert file.read_text().startswith("#"), "a config begins with what to expect and how to run it"
+    assert f"--config {file.relative_to(ROOT)}" in file.read_text()
+
+
+def test_saved_options_give_the_same_run() -> None:
+    config = parsed("--scale", "0.5", "1", "--model-kwargs", "img_size=32", "--seed", "7")
+    plain = yaml.safe_load(yaml.safe_dump(config.plain()))
+    assert parse(["--resume", "output/run/last.pth"], lambda path: plain) == Config(
+        **{**vars(config), "output": "output", "experiment": "run", "resume": "output/run/last.pth"}
+    )
+
+
+def test_options_of_a_checkpoint_from_elsewhere_are_checked() -> None:
+    with pytest.raises(ConfigError, match="options saved in it have the unknown key 'lerning_rate'"):
+        parse(["--resume", "output/run/last.pth"], lambda path: {"lerning_rate": 1})
+
+
+@pytest.mark.parametrize(
+    "name, near", [("vmamba_tiny_s1l9", "vmamba_tiny_s1l"), ("resnet5o", "resnet5"), ("test_vimm", "test_vim")]
+)
+def test_an_unknown_model_is_refused_with_the_nearest(name: str, near: str) -> None:
+    with pytest.raises(ConfigError, match=rf"--model '{name}' is not a registered model; did you mean '{near}"):
+        models.check_name(name)
+
+
+def test_an_argument_that_the_model_lacks_is_refused() -> None:
+    config = Config(model="test_vmamba", model_kwargs={"dephts": [1]})
+    with pytest.raises(ConfigError, match="model 'test_vmamba' takes no such argument: .*'dephts'"):
+        models.create(config, 2)
+
+
+def test_a_device_that_is_not_there_is_refused() -> None:
+    with pytest.raises(ConfigError, match="--device cuda:77 cannot be used here; this machine has cpu"):
+        models.device("cuda:77")
