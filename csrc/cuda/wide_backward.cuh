@@ -30,6 +30,7 @@ constexpr int kRun = kWarpChannels < 8 ? kWarpChannels : 8;  // channels a lane 
 constexpr int kPitch = kWarpChannels + 4;                    // so that lanes on neighbouring rows meet other banks
 constexpr int kRow = kLanes * kStates;
 constexpr int kRowPitch = kRow + (kRow % 4 ? 4 - kRow % 4 : 0);
+constexpr bool kDirect = kWarps == 1;  // a warp's sums are the block's, and go straight to memory
 constexpr int kSums = 2 * kStates;  // dB and dC of a lane's states
 
 static_assert(kTile == 32, "a lane loads one row of the tile");
@@ -39,7 +40,7 @@ struct alignas(16) WarpMemory {
     float u[kTile][kPitch];   // s x, later <g, B>, later a share of dD
     float dy[kTile][kPitch];  // later <g h A>, later a share of ddt_bias
     float mid[kSubs][kSlots * kStates][32];
-    float sums[kTile][2 * kRowPitch];  // dB, then dC
+    float sums[kDirect ? 1 : kTile][2 * kRowPitch];  // dB, then dC
 };
 struct alignas(16) BlockMemory {
     float B[kTile][kRowPitch];
@@ -73,6 +74,10 @@ extern "C" __global__ void __launch_bounds__(32 * kWarps, MIN_BLOCKS) wide_backw
     DX_TYPE* dx = (DX_TYPE*)p.dx + batch * p.dx_b + route * p.dx_k + first * p.dx_d;
     DDT_TYPE* ddt = (DDT_TYPE*)p.ddt + batch * p.ddt_b + route * p.ddt_k + first * p.ddt_d;
     const int* indices = p.indices ? p.indices + (long long)route * steps : nullptr;
+
+    auto sums_row = [&](long long token) {
+        return ((block_of_channels * p.batch + batch) * p.tokens + token) * p.routes + route;
+    };
 
     float A[kSlots][kStates], dA[kSlots][kStates], carried[kSlots][kStates];
 #pragma unroll
@@ -236,7 +241,14 @@ extern "C" __global__ void __launch_bounds__(32 * kWarps, MIN_BLOCKS) wide_backw
 #pragma unroll
                     for (int i = 0; i < owned_count<kSums, 16, kLanes>(); ++i) {
                         const int kind = (from + i) / kStates, n = (from + i) % kStates;
-                        mine.sums[row][kind * kRowPitch + q * kStates + n] = sums[i];
+                        if constexpr (kDirect) {
+                            const int state = q * kStates + n;
+                            if (block.tokens[row] >= 0 && state < states) {
+                                (kind ? p.dC : p.dB)[sums_row(block.tokens[row]) * states + state] = sums[i];
+                            }
+                        } else {
+                            mine.sums[row][kind * kRowPitch + q * kStates + n] = sums[i];
+                        }
                     }
                 }
                 reduce_scatter<2 * kSlots, kLanes / 2, 1>(inner, lane);
@@ -297,16 +309,13 @@ extern "C" __global__ void __launch_bounds__(32 * kWarps, MIN_BLOCKS) wide_backw
             }
         }
         // dB and dC of the tile, added over the warps.
-        for (int i = threadIdx.x; i < kTile * kRow * 2; i += 32 * kWarps) {
+        for (int i = threadIdx.x; !kDirect && i < kTile * kRow * 2; i += 32 * kWarps) {
             const int state = i % kRow, kind = i / kRow % 2, row = i / kRow / 2;
-            const long long at_token = block.tokens[row];
             float sum = 0.f;
 #pragma unroll
             for (int w = 0; w < kWarps; ++w) sum += block.warps[w].sums[row][kind * kRowPitch + state];
-            if (at_token >= 0 && state < states) {
-                const long long token_row =
-                    ((block_of_channels * p.batch + batch) * p.tokens + at_token) * p.routes + route;
-                (kind ? p.dC : p.dB)[token_row * states + state] = sum;
+            if (block.tokens[row] >= 0 && state < states) {
+                (kind ? p.dC : p.dB)[sums_row(block.tokens[row]) * states + state] = sum;
             }
         }
         __syncthreads();

@@ -165,6 +165,8 @@ def check_values(call: ScanCall) -> None:
     known = _good.get(id(indices))
     if known is not None and known[0]() is indices and known[1:] == (version, call.tokens):
         return
+    if indices.is_cuda and torch.cuda.is_current_stream_capturing():
+        return  # reading would break the capture, and the warm-up before it has read what the table holds
     read_table(indices, call.tokens)
     key = id(indices)
     _good[key] = (weakref.ref(indices, lambda _: _good.pop(key, None)), version, call.tokens)

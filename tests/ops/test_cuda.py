@@ -1,0 +1,181 @@
+"""The CUDA kernels on a GPU: against the float64 reference, in every memory layout, on any stream, again and again."""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests import cases
+from tests.cases import BF16, F16, F32, Case, make_call, run
+from tests.tolerances import assert_close
+from vision_mamba import ops
+from vision_mamba.ops.backends import cuda
+from vision_mamba.ops.call import GRADIENTS, ScanCall
+
+pytestmark = pytest.mark.gpu
+
+
+def tuned() -> list[Case]:
+    """Shapes that each way of sharing lanes and each vector width is made for, in the types that models use."""
+    half = (BF16,) * 4
+    found = [
+        Case(channels=channels, states=states, order="cross", dtypes=half, rank=rank, grid=(9, 11))
+        for states in (1, 2, 4, 8, 16, 24, 32, 64, 100, 256)
+        for channels, rank in ((96, 0), (64, 6))
+    ]
+    found += [Case(channels=128, states=16, order="bidirectional", dtypes=(t,) * 4, grid=(1, 197)) for t in (F16, F32)]
+    found += [Case(channels=192, states=states, order="cross", dtypes=half, grid=(28, 28)) for states in (1, 16)]
+    found += [Case(channels=64, batch=100, states=16, dtypes=half, shared_x=False, merge=False, grid=(1, 65))]
+    found += [Case(channels=72, rank=rank, order="cross", dtypes=(F32,) * 4) for rank in (1, 48, 64, 65)]
+    return found
+
+
+@functools.cache
+def expected(case: Case) -> dict[str, Tensor]:
+    # In float64 on the GPU, where the reference's small steps cost least.
+    call = cases.double(make_call(case))
+    return run(ScanCall(*(v.cuda() if isinstance(v, Tensor) else v for v in call)), "reference")
+
+
+@pytest.mark.parametrize("case", cases.options() + cases.shapes() + cases.types() + cases.layouts() + tuned(), ids=str)
+def test_matches_the_reference(case: Case, poisoned: None) -> None:
+    found = run(make_call(case, device="cuda"), "cuda")
+    assert found.keys() == expected(case).keys()
+    for name, reference in expected(case).items():
+        assert_close(name, found[name], reference)
+
+
+@pytest.mark.parametrize("raw", [-80.0, 80.0])
+@pytest.mark.parametrize("dtype", [F32, F16, BF16])
+@pytest.mark.parametrize("states", [1, 16])
+def test_extreme_step_sizes(raw: float, dtype: torch.dtype, states: int) -> None:
+    call = make_call(Case(dtypes=(dtype,) * 4, states=states, order="cross"), device="cuda")
+    call = call._replace(dt=torch.full_like(call.dt, raw), D=None)
+    found, reference = run(call, "cuda"), run(cases.double(call), "reference")
+    for name, tensor in found.items():
+        assert torch.isfinite(tensor).all(), name
+        tiny = torch.finfo(tensor.dtype).smallest_normal * tensor.numel() ** 0.5
+        if reference[name].abs().max() > 1e3 * tiny:
+            assert_close(name, tensor, reference[name])
+
+
+@pytest.mark.parametrize("dtype", [F32, F16, BF16])
+@pytest.mark.parametrize("states", [1, 16])
+def test_edge_of_the_type_gives_no_nan(dtype: torch.dtype, states: int) -> None:
+    call = make_call(Case(dtypes=(dtype,) * 4, out_dtype=F32, states=states, skip=False), device="cuda")
+    call = call._replace(x=call.x.sign() * 6e4, dt=torch.full_like(call.dt, 10.0), B=call.B * 0.01, C=call.C * 0.01)
+    assert_close("y", run(call, "cuda")["y"], run(cases.double(call), "reference")["y"])
+    call = call._replace(x=call.x / 6e4, dt=call.dt.sign() * 6e4)
+    assert not any(tensor.isnan().any() for tensor in run(call, "cuda").values())
+
+
+@pytest.mark.parametrize("states", [1, 16, 64])
+@pytest.mark.parametrize("dtype", [F32, BF16])
+def test_bitwise_deterministic(states: int, dtype: torch.dtype) -> None:
+    case = Case(order="cross", rank=4, states=states, channels=200, batch=5, grid=(14, 14), dtypes=(dtype,) * 4)
+    call = make_call(case, device="cuda")
+    first = run(call, "cuda")
+    for _ in range(20):
+        for name, tensor in run(call, "cuda").items():
+            assert torch.equal(tensor, first[name]), name
+
+
+def test_tokens_off_a_route_get_nothing_from_it(poisoned: None) -> None:
+    table = torch.tensor([[4, -1, 0, -1], [-1, -1, -1, -1]], dtype=torch.int32, device="cuda")
+    for states in (1, 16):
+        call = make_call(Case(merge=False, batch=1, states=states), device="cuda")._replace(indices=table)
+        found, reference = run(call, "cuda"), run(cases.double(call), "reference")
+        for name in found:
+            assert_close(name, found[name], reference[name])
+        visited = torch.zeros(35, 2, dtype=torch.bool)
+        visited[[4, 0], 0] = True
+        assert (found["y"][0][~visited] == 0).all()
+
+
+@pytest.mark.parametrize("states", [1, 16])
+def test_one_output_alone_in_the_loss(states: int) -> None:
+    call = make_call(Case(state=True, states=states, order="cross"), device="cuda")
+    reference = cases.double(call)
+    for which in (0, 1):
+        gradients = []
+        for chosen, name in ((reference, "reference"), (call, "cuda")):
+            x = chosen.x.detach().requires_grad_()
+            torch.ops.vision_mamba.cross_selective_scan(*chosen._replace(x=x), name)[which].square().sum().backward()
+            gradients.append(x.grad)
+        assert_close("dx", gradients[1], gradients[0])
+
+
+def test_empty_batch() -> None:
+    found = run(make_call(Case(batch=0, order="cross", rank=3, state=True), device="cuda"), "cuda")
+    assert found["y"].shape == (0, 35, 20)
+    assert all((found[f"d{name}"] == 0).all() for name in GRADIENTS)
+
+
+@pytest.mark.parametrize("states", [1, 16])
+def test_graph_capture_and_another_stream(states: int) -> None:
+    call = make_call(Case(order="cross", states=states, channels=64, dtypes=(BF16,) * 4), device="cuda")
+    want = run(call, "cuda")
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        found = run(call, "cuda")
+    stream.synchronize()
+    assert all(torch.equal(found[name], tensor) for name, tensor in want.items())
+    graph = torch.cuda.CUDAGraph()
+    leaves = call._replace(**{n: getattr(call, n).clone().requires_grad_() for n in ("x", "dt")})
+    dy = torch.randn_like(want["y"])
+    with torch.cuda.graph(graph):
+        y, _ = torch.ops.vision_mamba.cross_selective_scan(*leaves, "cuda")
+        gradients = torch.autograd.grad(y, (leaves.x, leaves.dt), dy)
+    with torch.no_grad():
+        leaves.x.mul_(0.5)
+    graph.replay()
+    torch.cuda.synchronize()
+    again, _ = torch.ops.vision_mamba.cross_selective_scan(*leaves, "cuda")
+    assert torch.equal(y, again)
+    expected_gradients = torch.autograd.grad(again, (leaves.x, leaves.dt), dy)
+    assert all(torch.equal(*pair) for pair in zip(gradients, expected_gradients, strict=True))
+
+
+def test_compiles_to_one_graph() -> None:
+    call = make_call(Case(order="cross", states=16, rank=4, channels=64, dtypes=(BF16,) * 4), device="cuda")
+
+    def loss(x: Tensor, dt: Tensor) -> Tensor:
+        y, _ = torch.ops.vision_mamba.cross_selective_scan(*call._replace(x=x * 2, dt=dt))
+        return y.float().square().mean()
+
+    found = []
+    for function in (loss, torch.compile(loss, fullgraph=True, mode="reduce-overhead")):
+        for _ in range(3):  # the third run of the compiled one replays a graph
+            x, dt = call.x.clone().requires_grad_(), call.dt.clone().requires_grad_()
+            function(x, dt).backward()
+        found.append((x.grad, dt.grad))
+    for eager, compiled in zip(*found, strict=True):
+        assert_close("gradient", compiled, eager)
+
+
+def test_classic_layout() -> None:
+    u, delta, z = (torch.randn(2, 96, 197, device="cuda", dtype=BF16) for _ in range(3))
+    A = -torch.rand(96, 16, device="cuda")
+    B, C = (torch.randn(2, 16, 197, device="cuda", dtype=BF16) for _ in range(2))
+    y = ops.selective_scan(u, delta, A, B, C, torch.ones(96, device="cuda"), z, delta_softplus=True, backend="cuda")
+    wide = [t.double().cpu() for t in (u, delta, A, B, C)]
+    want = ops.selective_scan(*wide, torch.ones(96).double(), z.double().cpu(), delta_softplus=True)
+    assert_close("y", y, want)
+
+
+def test_it_is_the_first_choice() -> None:
+    call = make_call(Case(states=16), device="cuda")
+    assert ops.registry.choose(call, None).name == "cuda"
+    assert "float64" in str(cuda.BACKEND.refuses(call._replace(x=call.x.double())))
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs a second GPU")
+def test_on_the_second_device_while_the_first_is_current() -> None:
+    case = Case(order="cross", states=16, channels=64)
+    here, there = (run(make_call(case, device=f"cuda:{i}"), "cuda") for i in (0, 1))
+    assert all(torch.equal(here[name].cpu(), tensor.cpu()) for name, tensor in there.items())
+    assert torch.cuda.current_device() == 0

@@ -1,0 +1,389 @@
+"""The CUDA C++ kernels of csrc/cuda behind the scan's registration: plans made once a shape, and their launches."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import weakref
+from array import array
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from vision_mamba.ops.backends import cuda_kernels as kernels
+from vision_mamba.ops.backends import nvrtc
+from vision_mamba.ops.backends.cuda_kernels import TYPES, vector
+from vision_mamba.ops.call import GRADIENTS, ScanCall
+from vision_mamba.ops.registry import Backend
+
+_SMALL = ("A", "D", "dt_weight", "dt_bias", "initial_state")  # the kernels take these in float32 and contiguous
+
+
+@functools.cache
+def _unavailable(device: torch.device) -> str | None:
+    if device.type != "cuda":
+        return f"its tensors are on {device.type}; move them with .to('cuda')."
+    if torch.version.hip is not None:
+        return "this torch is built for ROCm; the backend 'triton' is for it."
+    if not torch.cuda.is_available():
+        return "torch sees no CUDA device; check the driver with nvidia-smi, and that torch is a CUDA build."
+    major, minor = torch.cuda.get_device_capability(device)
+    if (major, minor) < nvrtc.OLDEST:
+        return f"{torch.cuda.get_device_name(device)} has compute capability {major}.{minor}; at least 7.0 is needed."
+    reason = nvrtc.missing()
+    if reason is None and 10 * major + minor not in nvrtc.known_architectures():
+        version, known = ".".join(map(str, nvrtc.compiler_version())), nvrtc.known_architectures()
+        return (
+            f"NVRTC {version} compiles for sm_{known[0]} to sm_{known[-1]}, not for this sm_{major}{minor}; "
+            f"install a torch built for another CUDA version."
+        )
+    return reason
+
+
+def _refuses(call: ScanCall) -> str | None:
+    if call.x.dtype == torch.float64:
+        return "float64 is computed by 'eager' and 'reference' alone; convert with .float()."
+    return None
+
+
+def _new_saved(call: ScanCall) -> Tensor:
+    if call.states == 1:
+        pieces = kernels.narrow_chunk(call.steps)[1]
+    else:
+        pieces = (call.steps + kernels.CHECKPOINT - 1) // kernels.CHECKPOINT
+    shape = (call.batch, call.routes, pieces, call.channels, call.states)
+    return call.x.new_empty(shape, dtype=torch.float32)
+
+
+class _Launch(NamedTuple):
+    """A kernel with all that a shape decides; the addresses are filled in for each call."""
+
+    kernel: nvrtc.Kernel
+    grid: int
+    template: array[int]
+    threads: int = 0
+    more_shared: int = 0
+
+    def __call__(self, device: int, **addresses: Tensor | None) -> None:
+        params, slots = self.template[:], _slots()
+        for name, tensor in addresses.items():
+            if tensor is not None:
+                params[slots[name]] = tensor.data_ptr()
+        stream = torch._C._cuda_getCurrentRawStream(device)
+        self.kernel.launch(self.grid, params, stream, self.threads, self.more_shared)
+
+
+class _Plan(NamedTuple):
+    scan: _Launch
+    merging: bool  # the kernel adds the routes up itself
+    parts: torch.dtype | None  # type of the routes' shares that are added up afterwards, or None
+
+
+@functools.cache
+def _slots() -> dict[str, int]:
+    return {name: place for place, name in enumerate(nvrtc.field_names())}
+
+
+def _forward(call: ScanCall, save: bool) -> tuple[Tensor, Tensor, Tensor]:
+    device = call.x.device.index
+    with _on(device):
+        asked, call = call, _prepared(call)
+        y, last = call.new_output(), call.new_last_state()
+        saved = _new_saved(call) if save else None
+        key = _key(call)
+        plan = _forward_plans.get(key)
+        if plan is None:
+            plan = _forward_plans[key] = _plan_forward(call, y, device)
+        target = y if plan.parts is None else _new_parts(call, plan.parts)
+        if not plan.merging and not _complete(asked):
+            target.zero_()
+        plan.scan(
+            device, x=call.x, dt=call.dt, B=call.B, C=call.C, indices=call.indices, A=call.A, D=call.D,
+            dt_weight=call.dt_weight, dt_bias=call.dt_bias, initial_state=call.initial_state, y=target,
+            last_state=last if call.return_last_state else None, saved=saved,
+        )  # fmt: skip
+        if plan.parts is not None:
+            _merge(target, y)
+        return y, last, call.x.new_empty(0) if saved is None else saved
+
+
+def _backward(asked: ScanCall, saved: Tensor, dy: Tensor | None, dlast: Tensor | None) -> tuple[Tensor | None, ...]:
+    device = asked.x.device.index
+    with _on(device):
+        call = _prepared(asked)
+        batch, tokens, routes, channels, states = call.batch, call.tokens, call.routes, call.channels, call.states
+        dy = None if dy is None else dy.to(call.y_dtype)
+        if dy is not None and (dy.stride(-1) != 1 or dy.data_ptr() % 16):
+            dy = dy.contiguous()
+        dlast = None if dlast is None else dlast.to(torch.float32).contiguous()
+        dx = torch.empty_like(call.x)
+        key = (_key(call), None if dy is None else dy.stride())
+        plan = _backward_plans.get(key)
+        if plan is None:
+            plan = _backward_plans[key] = _plan_backward(call, dy, dx, device)
+        target = dx if plan.parts is None else _new_parts(call, plan.parts)
+        products = call.rank > 0 and _rank_in_kernel(call)
+        blocks = plan.scan.grid // (batch * (1 if plan.merging else routes))
+        if products:
+            ddt = call.dt.new_empty((blocks, batch, tokens, routes, call.rank))
+        elif call.rank:
+            ddt = call.dt.new_empty((batch, tokens, routes, channels), dtype=torch.float32)
+        else:
+            ddt = torch.empty_like(call.dt)
+        new = functools.partial(call.x.new_empty, dtype=torch.float32)
+        dBC = new((2, blocks, batch, tokens, routes, states))
+        dA = new((batch, routes, channels, states))
+        per_channel = new((2, batch, routes, channels))
+        dweight = new((batch, routes, channels, call.rank)) if products else None
+        dinitial = None if call.initial_state is None else torch.empty_like(dA)
+        if not _complete(asked):
+            for tensor in (ddt, dBC) if plan.merging else (target, ddt, dBC):
+                tensor.zero_()
+        plan.scan(
+            device, x=call.x, dt=call.dt, B=call.B, C=call.C, indices=call.indices, A=call.A, D=call.D,
+            dt_weight=call.dt_weight, dt_bias=call.dt_bias, saved=saved, dy=dy, dlast_state=dlast, dx=target, ddt=ddt,
+            dB=dBC[0], dC=dBC[1], dA=dA, dD=per_channel[0], ddt_bias=per_channel[1], ddt_weight=dweight,
+            dinitial_state=dinitial,
+        )  # fmt: skip
+        if plan.parts is not None:
+            _merge(target, dx)
+
+        found: dict[str, Tensor | None] = dict(x=dx, dt=ddt, initial_state=dinitial, A=dA.sum(0))
+        found["B"], found["C"] = (dBC.sum(1) if blocks > 1 else dBC[:, 0]).unbind(0)
+        found["D"], found["dt_bias"] = per_channel.sum(1).unbind(0)
+        if products:
+            assert dweight is not None
+            found["dt"], found["dt_weight"] = ddt.sum(0), dweight.sum(0)
+        elif asked.dt_weight is not None:
+            low_rank, weight = asked.dt.to(torch.float32), asked.dt_weight.to(torch.float32)
+            found["dt"] = torch.einsum("blkd,kdr->blkr", ddt, weight)
+            found["dt_weight"] = torch.einsum("blkd,blkr->kdr", ddt, low_rank)
+        return tuple(_like(found.get(name), getattr(asked, name)) for name in GRADIENTS)
+
+
+_forward_plans: dict[Any, _Plan] = {}
+_backward_plans: dict[Any, _Plan] = {}
+
+
+def _key(call: ScanCall) -> tuple[Any, ...]:
+    """All that a plan depends on."""
+    tensors = tuple((t.dtype, t.shape, t.stride(), t.data_ptr() & 15) for t in (call.x, call.dt, call.B, call.C))
+    flags = (call.dt_softplus, call.merge, call.out_dtype, call.rank, call.A.shape, call.indices is None, call.steps)
+    return (call.x.device.index, tensors, flags)
+
+
+def _plan_forward(call: ScanCall, y: Tensor, device: int) -> _Plan:
+    parts, merging, view = _merging(call, call.merge, y, device)
+    fields = _sizes(call) | _strides("y", view)
+    x, dt, B, C = _types(call)
+    types = (x, dt, B, C, TYPES[view.dtype])
+    if call.states == 1:
+        flags = _narrow_flags(call, merging, view)
+        return _Plan(
+            _narrow_launch(kernels.narrow_forward(types, *flags), call, fields, merging, device), merging, parts
+        )
+    wide = call.batch * call.routes * call.channels * call.states >= 4096 * _multiprocessors(device)
+    shape = kernels.wide_shape(call.states, 4 if wide else 1)
+    row = shape.lanes * shape.states
+    vector_x = vector(shape.channels // 4, call.x, view, None if call.rank else call.dt)
+    vector_bc = call.states == row and vector(max(row // 4, 1), call.B, call.C)
+    kernel = kernels.wide_forward(shape, types, call.rank, vector_x, vector_bc)
+    return _Plan(_wide_launch(kernel, shape, kernels.WARPS, call, fields, device), merging, parts)
+
+
+def _plan_backward(call: ScanCall, dy: Tensor | None, dx: Tensor, device: int) -> _Plan:
+    parts, merging, view = _merging(call, call.shared_x, dx, device)
+    seen = None if dy is None else dy.unsqueeze(2).expand(-1, -1, call.routes, -1) if call.merge else dy
+    products = call.rank > 0 and _rank_in_kernel(call)
+    ddt_type = TYPES[torch.float32 if call.rank and not products else call.dt.dtype]
+    if call.rank:
+        ddt = call.dt.new_empty((call.batch, call.tokens, call.routes, call.channels), device="meta")
+    else:
+        ddt = torch.empty_like(call.dt, device="meta")
+    fields = _sizes(call) | _strides("dx", view) | _strides("ddt", ddt)
+    if seen is not None:
+        fields |= _strides("dy", seen)
+    x, dt, B, C = _types(call)
+    types = (x, dt, B, C, TYPES[call.y_dtype])
+    across = (call.x, seen, view, *(() if products else (ddt,)), *(() if call.rank else (call.dt,)))
+    if call.states == 1:
+        flags = _narrow_flags(call, merging, view, *across)
+        kernel = kernels.narrow_backward(types, *flags, TYPES[view.dtype], ddt_type)
+        return _Plan(_narrow_launch(kernel, call, fields, merging, device), merging, parts)
+    shape = kernels.wide_shape(call.states, 2)
+    vector_x = vector(min(shape.channels, 8), *across)
+    kernel = kernels.wide_backward(shape, types, call.rank, vector_x, TYPES[view.dtype], ddt_type)
+    return _Plan(_wide_launch(kernel, shape, kernels.backward_warps(shape), call, fields, device), merging, parts)
+
+
+def _merging(call: ScanCall, wanted: bool, result: Tensor, device: int) -> tuple[torch.dtype | None, bool, Tensor]:
+    """How routes are added up into a result: the type of their shares or None, whether the kernel does it, and the
+    result, or its shares, as the kernel sees them: (B, L, K, D)."""
+    if not wanted:
+        return None, False, result
+    if call.routes == 1:
+        return None, False, result.unsqueeze(2)
+    if call.states == 1 and _sum_fits(call, result, device):
+        return None, True, result.unsqueeze(2)
+    # Not in float16, where a share can overflow though the sum does not.
+    parts = result.dtype if result.dtype == torch.bfloat16 else torch.float32
+    return parts, False, torch.empty((call.batch, call.tokens, call.routes, call.channels), dtype=parts, device="meta")
+
+
+def _sum_fits(call: ScanCall, result: Tensor, device: int) -> bool:
+    """Whether a block can hold its channels' sum over routes, and whether that leaves a block for everyone."""
+    width = kernels.NARROW_CHANNELS
+    needed = 4 * width * call.tokens + 16 * 1024
+    blocks = call.batch * ((call.channels + width - 1) // width)
+    return needed <= nvrtc.shared_limit(device) and blocks >= _multiprocessors(device) and vector(8, result)
+
+
+def _narrow_flags(call: ScanCall, merging: bool, view: Tensor, *across: Tensor | None) -> tuple[int, bool, bool, bool]:
+    across = across or (call.x, view, None if call.rank else call.dt)
+    vector_rank = call.rank > 0 and call.rank % 2 == 0 and vector(2, call.dt)
+    return call.rank, merging, vector(2, *across), vector_rank
+
+
+def _narrow_launch(
+    wanted: nvrtc.Specialisation, call: ScanCall, fields: dict[str, int], merging: bool, device: int
+) -> _Launch:
+    warps, _ = kernels.narrow_chunk(call.steps)
+    width = kernels.NARROW_CHANNELS
+    grid = call.batch * ((call.channels + width - 1) // width) * (1 if merging else call.routes)
+    more = 4 * width * call.tokens if merging else 0
+    return _Launch(nvrtc.kernel(wanted, device), grid, _template(fields), 32 * warps, more)
+
+
+def _wide_launch(
+    wanted: nvrtc.Specialisation,
+    shape: kernels.Shape,
+    warps: int,
+    call: ScanCall,
+    fields: dict[str, int],
+    device: int,
+) -> _Launch:
+    per_block = shape.channels * warps
+    grid = call.batch * call.routes * ((call.channels + per_block - 1) // per_block)
+    return _Launch(nvrtc.kernel(wanted, device), grid, _template(fields))
+
+
+def _merge(parts: Tensor, out: Tensor) -> None:
+    """out[b, l, d] = sum over k of parts[b, l, k, d], in order of k."""
+    result = out if out.is_contiguous() else torch.empty_like(out, memory_format=torch.contiguous_format)
+    device = out.device.index
+    key = (device, parts.shape, parts.dtype, out.dtype)
+    launch = _merges.get(key)
+    if launch is None:
+        batch, tokens, routes, channels = parts.shape
+        run = next(n for n in (8, 4, 2, 1) if channels % n == 0)
+        fields = dict(batch=batch, tokens=tokens, routes=routes, channels=channels)
+        grid = (batch * tokens * (channels // run) + 255) // 256
+        kernel = nvrtc.kernel(kernels.merge(TYPES[parts.dtype], TYPES[out.dtype], run), device)
+        launch = _merges[key] = _Launch(kernel, grid, _template(fields))
+    launch(device, x=parts, y=result)
+    if result is not out:
+        out.copy_(result)
+
+
+_merges: dict[Any, _Launch] = {}
+
+
+def _new_parts(call: ScanCall, dtype: torch.dtype) -> Tensor:
+    return call.x.new_empty((call.batch, call.tokens, call.routes, call.channels), dtype=dtype)
+
+
+def _like(gradient: Tensor | None, argument: Tensor | None) -> Tensor | None:
+    """The gradient in the type and memory order of its argument, as the operator promises."""
+    if argument is None or gradient is None:
+        return None
+    promised = torch.empty_like(argument, device="meta")
+    if gradient.dtype == promised.dtype and gradient.stride() == promised.stride():
+        return gradient
+    return torch.empty_like(argument).copy_(gradient)
+
+
+def _on(device: int) -> contextlib.AbstractContextManager[Any]:
+    if device == torch.cuda.current_device():
+        return contextlib.nullcontext()
+    return torch.cuda.device(device)
+
+
+def _prepared(call: ScanCall) -> ScanCall:
+    """The call as the kernels take it: small tensors in float32 and contiguous, no low-rank step size of a high rank.
+
+    What this makes lives as long as the call, which is as long as kernels are being launched.
+    """
+    changed: dict[str, Any] = {}
+    for name in _SMALL:
+        tensor = getattr(call, name)
+        if tensor is not None and not (tensor.dtype == torch.float32 and tensor.is_contiguous()):
+            changed[name] = tensor.to(torch.float32).contiguous()
+    if call.indices is not None and not call.indices.is_contiguous():
+        changed["indices"] = call.indices.contiguous()
+    if changed:
+        call = call._replace(**changed)
+    if call.rank > kernels.MAX_RANK:  # a matrix product does it better
+        assert call.dt_weight is not None
+        dt = torch.einsum("blkr,kdr->blkd", call.dt.float(), call.dt_weight)
+        call = call._replace(dt=dt, dt_weight=None)
+    return call
+
+
+def _rank_in_kernel(call: ScanCall) -> bool:
+    """Whether backward leaves the gradients of a low-rank step size and of its weights, not that of the step size."""
+    return call.states == 1 and kernels.on_tensor_cores(call.rank, TYPES[call.dt.dtype])
+
+
+# Whether a table's routes each visit every token: id -> (weak reference, version counter, answer), read once a table.
+_tables: dict[int, tuple[weakref.ref[Tensor], int, bool]] = {}
+
+
+def _complete(call: ScanCall) -> bool:
+    """Whether every token gets written by every route; if not, buffers are zeroed before."""
+    indices = call.indices
+    if indices is None:
+        return True
+    if indices.shape[1] < call.tokens:
+        return False
+    version = 0 if indices.is_inference() else indices._version  # an inference tensor has no counter
+    known = _tables.get(id(indices))
+    if known is not None and known[0]() is indices and known[1] == version:
+        return known[2]
+    if torch.cuda.is_current_stream_capturing():  # the table can't be read now; zeroing is never wrong
+        return False
+    answer = bool(((indices >= 0).sum(1) == call.tokens).all())
+    key = id(indices)
+    _tables[key] = (weakref.ref(indices, lambda _: _tables.pop(key, None)), version, answer)
+    return answer
+
+
+def _sizes(call: ScanCall) -> dict[str, int]:
+    """Fields of struct Params that both passes fill alike."""
+    x = call.x.unsqueeze(2).expand(-1, -1, call.routes, -1) if call.shared_x else call.x
+    fields = dict(batch=call.batch, tokens=call.tokens, routes=call.routes, steps=call.steps)
+    fields |= dict(channels=call.channels, states=call.states, softplus=int(call.dt_softplus))
+    for name, tensor in (("x", x), ("dt", call.dt), ("B", call.B), ("C", call.C)):
+        fields |= _strides(name, tensor)
+    return fields
+
+
+def _strides(name: str, tensor: Tensor) -> dict[str, int]:
+    axes = "blkn" if name in ("B", "C") else "blkd"
+    return {f"{name}_{axis}": stride for axis, stride in zip(axes, tensor.stride(), strict=True)}
+
+
+def _template(fields: dict[str, int]) -> array[int]:
+    return array("q", [fields.get(name, 0) for name in nvrtc.field_names()])
+
+
+def _types(call: ScanCall) -> tuple[str, str, str, str]:
+    return TYPES[call.x.dtype], TYPES[call.dt.dtype], TYPES[call.B.dtype], TYPES[call.C.dtype]
+
+
+@functools.cache
+def _multiprocessors(device: int) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+BACKEND = Backend("cuda", _unavailable, _refuses, _forward, _backward, _new_saved)

@@ -1,0 +1,130 @@
+"""Which specialisation of csrc/cuda a scan takes: functions of its sizes, types and strides; and what is shipped."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from vision_mamba.ops.backends.nvrtc import Specialisation
+
+TYPES = {torch.float32: "Float", torch.float16: "Half", torch.bfloat16: "Bfloat"}
+MAX_RANK = 64  # columns of a low-rank step size that the kernels multiply themselves
+CHECKPOINT = 32  # steps between two states that the wide kernels save
+WARPS = 4  # of a block of the wide kernels
+STEPS = 7  # of a segment of the narrow kernels; odd, so that neighbouring segments meet other banks
+MAX_WARPS = 16  # of a block of the narrow kernels
+NARROW_CHANNELS = 16
+
+Types = tuple[str, str, str, str, str]  # of x, dt, B, C and y
+
+
+class Shape(NamedTuple):
+    """How a warp's lanes share channels and states; see csrc/cuda/wide_forward.cuh."""
+
+    lanes: int
+    states: int
+    slots: int
+
+    @property
+    def channels(self) -> int:
+        """Channels of a warp."""
+        return self.slots * 32 // self.lanes
+
+
+def wide_shape(states: int, slots: int) -> Shape:
+    """Lanes of a group, states a lane holds, and channels of a group, at most `slots` if that leaves a warp four."""
+    if states <= 4:
+        return Shape(1, 1 << (states - 1).bit_length(), 1)
+    lanes = min(32, 1 << (states - 1).bit_length() - 2)
+    return Shape(lanes, 4 if states <= 128 else 8, min(lanes, max(slots, lanes // 8)))
+
+
+def backward_warps(shape: Shape) -> int:
+    """Warps of a block of the backward kernel: one where the rows of many states would fill the shared memory."""
+    return WARPS if shape.lanes * shape.states <= 64 else 1
+
+
+def narrow_chunk(steps: Any) -> tuple[Any, Any]:
+    """Warps of a block of the narrow kernels, and chunks that a route of so many steps is taken in."""
+    warp_steps = 4 * STEPS
+    chunks = (steps + warp_steps * MAX_WARPS - 1) // (warp_steps * MAX_WARPS)
+    return (steps + warp_steps * chunks - 1) // (warp_steps * chunks), chunks
+
+
+def wide_forward(shape: Shape, types: Types, rank: int, vector_x: bool, vector_bc: bool) -> Specialisation:
+    more = dict(WARPS=WARPS, MIN_BLOCKS=5)
+    return Specialisation("wide_forward", _macros(types, **_wide(shape, rank, vector_x, vector_bc), **more))
+
+
+def wide_backward(shape: Shape, types: Types, rank: int, vector_x: bool, dx: str, ddt: str) -> Specialisation:
+    warps = backward_warps(shape)
+    more = dict(WARPS=warps, MIN_BLOCKS=16 // warps, SUB=8 if shape.states <= 4 else 4, DX_TYPE=dx, DDT_TYPE=ddt)
+    return Specialisation("wide_backward", _macros(types, **_wide(shape, rank, vector_x, True), **more))
+
+
+def narrow_forward(types: Types, rank: int, merge: bool, vector: bool, vector_rank: bool) -> Specialisation:
+    return Specialisation("narrow_forward", _macros(types, **_narrow(types, rank, merge, vector, vector_rank)))
+
+
+def narrow_backward(
+    types: Types, rank: int, merge: bool, vector: bool, vector_rank: bool, dx: str, ddt: str
+) -> Specialisation:
+    macros = _macros(types, **_narrow(types, rank, merge, vector, vector_rank), DX_TYPE=dx, DDT_TYPE=ddt)
+    return Specialisation("narrow_backward", macros)
+
+
+def merge(part: str, out: str, run: int) -> Specialisation:
+    return Specialisation("merge", _macros((part, "Float", "Float", "Float", out), RUN=run))
+
+
+def on_tensor_cores(rank: int, dt: str) -> bool:
+    """Whether the narrow kernels form a low-rank step size on the tensor cores."""
+    return rank > 0 and dt == "Bfloat"
+
+
+def _wide(shape: Shape, rank: int, vector_x: bool, vector_bc: bool) -> dict[str, Any]:
+    sizes = dict(LANES=shape.lanes, STATES=shape.states, SLOTS=shape.slots, RANK=rank)
+    return sizes | dict(VECTOR_X=vector_x, VECTOR_BC=vector_bc, CHECKPOINT=CHECKPOINT)
+
+
+def _narrow(types: Types, rank: int, merge: bool, vector: bool, vector_rank: bool) -> dict[str, Any]:
+    flags = dict(VECTOR=vector, VECTOR_RANK=vector_rank, MERGE=merge, TENSOR=on_tensor_cores(rank, types[1]))
+    return dict(RANK=rank, STEPS=STEPS) | flags
+
+
+def _macros(types: Types, **more: Any) -> tuple[tuple[str, str], ...]:
+    names = ("X_TYPE", "DT_TYPE", "B_TYPE", "C_TYPE", "Y_TYPE")
+    values = {key: str(value).lower() if isinstance(value, bool) else str(value) for key, value in more.items()}
+    return (*zip(names, types, strict=True), *values.items())
+
+
+def vector(run: int, *tensors: Tensor | None) -> bool:
+    """Whether runs of so many neighbouring elements of the last axis can be read in pieces of up to 16 bytes."""
+    for tensor in tensors:
+        if tensor is None:
+            continue
+        piece = min(16, run * tensor.element_size())
+        elements = piece // tensor.element_size()
+        strides = tensor.stride()
+        if strides[-1] != 1 or tensor.shape[-1] % run or tensor.data_ptr() % piece:
+            return False
+        if any(stride % elements for stride in strides[:-1]):
+            return False
+    return True
+
+
+_HALF: Types = ("Bfloat",) * 5
+_FULL: Types = ("Float",) * 5
+
+#: What the published models run: compiled for every architecture by the tests, and warmed by the doctor.
+SHIPPED = (
+    narrow_forward(_HALF, 6, True, True, True),
+    narrow_forward(_FULL, 0, False, True, True),
+    narrow_backward(_HALF, 6, True, True, True, "Bfloat", "Bfloat"),
+    wide_forward(wide_shape(16, 4), _HALF, 0, True, True),
+    wide_forward(wide_shape(64, 4), _FULL, 0, True, True),
+    wide_backward(wide_shape(16, 2), _HALF, 0, True, "Bfloat", "Bfloat"),
+    merge("Bfloat", "Bfloat", 8),
+)

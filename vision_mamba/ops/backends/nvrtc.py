@@ -1,0 +1,228 @@
+"""Run-time compilation of csrc/cuda: NVRTC through NVIDIA's cuda-core, a cache on disk, and launches in microseconds.
+
+A kernel is a source file and its macros. Its machine code is kept under a name that holds a hash of all sources, the
+flags, the architecture and the compiler's version, so that nothing stale is ever found. Entries are written aside and
+renamed, which makes processes that race harmless; an entry that does not match its own checksum is built again.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import io
+import logging
+import os
+import tempfile
+from array import array
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from vision_mamba.ops.backends.sources import source_dir
+
+_log = logging.getLogger("vision_mamba")
+
+OLDEST = (7, 0)  # compute capability: independent thread scheduling, which the exchanges between lanes rely on
+_STANDARD = "c++17"
+_CHECKSUM = hashlib.sha256().digest_size
+
+
+class Specialisation(NamedTuple):
+    """One kernel to compile: the source `<name>.cuh` of csrc/cuda, whose entry point has that name, and its macros."""
+
+    name: str
+    macros: tuple[tuple[str, str], ...]
+
+
+class Kernel(NamedTuple):
+    """A compiled kernel on one device."""
+
+    handle: object
+    threads: int  # of a block; 0 = chosen at each launch
+    shared: int  # bytes of dynamic shared memory a block takes at least
+
+    def launch(self, grid: int, params: array[int], stream: int, threads: int = 0, more_shared: int = 0) -> None:
+        """Start it on the current device; `params` are the eight-byte fields of csrc/cuda/params.cuh in their order."""
+        from cuda.bindings import driver
+
+        pointers = array("Q", [params.buffer_info()[0]])
+        threads, shared = threads or self.threads, self.shared + more_shared
+        arguments = (self.handle, grid, 1, 1, threads, 1, 1, shared, stream, pointers.buffer_info()[0], 0)
+        (status,) = driver.cuLaunchKernel(*arguments)
+        if status == driver.CUresult.CUDA_ERROR_INVALID_CONTEXT:
+            # A thread that has not touched the device yet: one call of the runtime makes torch's context its own.
+            torch.cuda.synchronize()
+            (status,) = driver.cuLaunchKernel(*arguments)
+        if status != driver.CUresult.CUDA_SUCCESS:
+            raise RuntimeError(
+                f"vision_mamba: a kernel could not be launched with {grid} blocks of {threads} threads and {shared} "
+                f"bytes of shared memory: {status.name}."
+            )
+
+
+def missing() -> str | None:
+    """None if kernels can be compiled here, else what is missing and how to get it."""
+    try:
+        import cuda.core  # noqa: F401
+    except ImportError as error:
+        return f"cuda-core can't be imported ({error}); run `pip install cuda-core`."
+    try:
+        compiler_version()
+    except (ImportError, RuntimeError, OSError) as error:
+        return f"NVRTC can't be loaded ({error}); install a CUDA build of torch, or `pip install nvidia-cuda-nvrtc`."
+    return None
+
+
+@functools.cache
+def compiler_version() -> tuple[int, int]:
+    """Version of NVRTC, such as (13, 0)."""
+    from cuda.bindings import nvrtc
+
+    status, major, minor = nvrtc.nvrtcVersion()
+    if status != nvrtc.nvrtcResult.NVRTC_SUCCESS:
+        raise RuntimeError(f"nvrtcVersion: {status.name}")
+    return major, minor
+
+
+@functools.cache
+def known_architectures() -> tuple[int, ...]:
+    """Architectures the installed NVRTC compiles for, such as (75, 80, ..., 120)."""
+    from cuda.bindings import nvrtc
+
+    _, count = nvrtc.nvrtcGetNumSupportedArchs()
+    _, architectures = nvrtc.nvrtcGetSupportedArchs()
+    return tuple(int(a) for a in list(architectures)[:count])
+
+
+@functools.cache
+def field_names() -> tuple[str, ...]:
+    """Names of the fields of struct Params, in order: csrc/cuda/params.cuh is where they are defined."""
+    lines = (source_dir() / "cuda" / "params.cuh").read_text().splitlines()
+    code = [line.split("//")[0].strip() for line in lines]
+    return tuple(line.rstrip(";").split()[-1] for line in code if line.endswith(";") and line != "};")
+
+
+@functools.cache
+def _sources() -> str:
+    files = sorted((source_dir() / "cuda").glob("*.cuh"))
+    return "".join(f"{file.name}\n{file.read_text()}" for file in files)
+
+
+def cubin(wanted: Specialisation, architecture: int) -> bytes:
+    """Machine code of a specialisation, from the cache if it is there."""
+    key = repr((wanted, architecture, compiler_version(), _STANDARD, _sources()))
+    entry = cache_dir() / f"{wanted.name}-sm{architecture}-{hashlib.sha256(key.encode()).hexdigest()[:32]}.cubin"
+    code = _read(entry)
+    if code is None:
+        _log.info("compiling %s for sm_%d; kept in %s", wanted.name, architecture, entry.parent)
+        code, _ = compile_source(wanted, architecture)
+        _write(entry, code)
+    return code
+
+
+def compile_source(wanted: Specialisation, architecture: int) -> tuple[bytes, str]:
+    """Compile a specialisation, without the cache and without a GPU.
+
+    Returns: machine code, and the assembler's report of registers and spills.
+    Raises: RuntimeError with the compiler's log.
+    """
+    from cuda.core import Program, ProgramOptions
+
+    options = ProgramOptions(
+        std=_STANDARD,
+        arch=f"sm_{architecture}",
+        include_path=str(source_dir() / "cuda"),
+        define_macro=list(wanted.macros),
+        ptxas_options="-v",
+        ftz=True,
+    )
+    log = io.StringIO()
+    try:
+        code = Program(f'#include "{wanted.name}.cuh"\n', "c++", options).compile("cubin", logs=log).code
+    except Exception as error:  # cuda-core's own type of it is private
+        raise RuntimeError(f"vision_mamba: {wanted} does not compile for sm_{architecture}: {error}") from error
+    return bytes(code), log.getvalue()
+
+
+@functools.cache
+def cache_dir() -> Path:
+    """Where compiled kernels are kept: $VISION_MAMBA_CACHE, else the user's cache directory, else a temporary one."""
+    home = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    place = Path(os.environ.get("VISION_MAMBA_CACHE") or os.path.join(home, "vision_mamba"))
+    try:
+        place.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=place):
+            return place
+    except OSError as error:
+        spare = Path(tempfile.mkdtemp(prefix="vision_mamba-"))
+        _log.warning(
+            "compiled kernels can't be kept in %s (%s) and go to %s for this run; set VISION_MAMBA_CACHE to a writable "
+            "directory.", place, error.strerror, spare,
+        )  # fmt: skip
+        return spare
+
+
+def _read(entry: Path) -> bytes | None:
+    try:
+        data = entry.read_bytes()
+    except OSError:
+        return None
+    checksum, code = data[:_CHECKSUM], data[_CHECKSUM:]
+    if hashlib.sha256(code).digest() != checksum:
+        _log.warning("the cached kernel %s is damaged and is built again", entry)
+        return None
+    return code
+
+
+def _write(entry: Path, code: bytes) -> None:
+    """Write aside and rename, so that no other process ever reads half an entry."""
+    name = None
+    try:
+        with tempfile.NamedTemporaryFile(dir=entry.parent, prefix=entry.stem, delete=False) as file:
+            name = file.name
+            file.write(hashlib.sha256(code).digest() + code)
+        os.replace(name, entry)
+    except OSError as error:
+        _log.warning("the compiled kernel %s can't be kept: %s", entry.name, error)
+        if name is not None and os.path.exists(name):
+            os.unlink(name)
+
+
+@functools.cache
+def kernel(wanted: Specialisation, device: int) -> Kernel:
+    """The kernel loaded on a CUDA device, which must be the current one."""
+    from cuda.bindings import driver
+    from cuda.core import ObjectCode
+
+    major, minor = torch.cuda.get_device_capability(device)
+    torch.cuda.synchronize(device)  # makes torch's context current in this thread
+    code = ObjectCode.from_cubin(cubin(wanted, 10 * major + minor), name=wanted.name)
+    handle = driver.CUkernel(int(code.get_kernel(wanted.name).handle))
+    _loaded.append(code)
+    # Every source ends in these two numbers, so that they are defined where the kernel is.
+    shape = array("i", [0, 0])
+    _, address, size = _checked(driver.cuLibraryGetGlobal(driver.CUlibrary(int(code.handle)), b"launch_shape"))
+    _checked(driver.cuMemcpyDtoH(shape.buffer_info()[0], address, size))
+    threads, shared = shape
+    limit = shared if threads else shared_limit(device)
+    if limit > 48 * 1024:
+        attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+        _checked(driver.cuKernelSetAttribute(attribute, limit, handle, driver.CUdevice(device)))
+    return Kernel(driver.CUfunction(int(handle)), threads, shared)
+
+
+@functools.cache
+def shared_limit(device: int) -> int:
+    """Bytes of shared memory a block can have on a device."""
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+
+
+_loaded: list[object] = []  # machine code is unloaded with its object
+
+
+def _checked(result: tuple) -> tuple:
+    """What a driver call returned. Raises RuntimeError if it failed."""
+    if int(result[0]):
+        raise RuntimeError(f"vision_mamba: a kernel could not be loaded: {result[0].name}.")
+    return result
