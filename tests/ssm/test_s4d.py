@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -12,6 +10,8 @@ from torch.autograd import gradcheck
 
 from vision_mamba.ssm import DIAGONALS, S4D, kernel
 from vision_mamba.ssm.s4d import METHODS
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def stepped(layer: S4D, x: torch.Tensor, cache: tuple[torch.Tensor]) -> torch.Tensor:
@@ -73,15 +73,6 @@ def test_half_precision_keeps_the_model_in_float32(dtype: torch.dtype) -> None:
     assert float((y.double() - exact(x.double())).norm() / exact(x.double()).norm()) < 0.02
 
 
-@pytest.fixture
-def one_thread() -> Iterator[None]:
-    """Tensors this small cost more to share between threads than to compute."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def recall(init: str) -> float:
     """Train to say at the end of 64 tokens what signs the first six had; return the share it gets right."""
     torch.manual_seed(0)
@@ -106,7 +97,7 @@ def recall(init: str) -> float:
         return float(((model(x)[:, -1] > 0) == (signs > 0.5)).float().mean())
 
 
-def test_hippo_learns_to_recall_what_a_random_matrix_does_not(one_thread: None) -> None:
+def test_hippo_learns_to_recall_what_a_random_matrix_does_not() -> None:
     """A guess is right half of the time."""
     hippo, random = recall("legs"), recall("random")
     assert hippo > 0.9, hippo

@@ -1,6 +1,8 @@
 """Modules that take a scan order: the token mixers of every family, stems and downsamplings. All channels last."""
 
 from vision_mamba.layers.bimamba import BiMamba
+from vision_mamba.layers.mamba import Mamba
+from vision_mamba.layers.sequence import MixerStack, SequenceClassifier
 from vision_mamba.layers.ss2d import SS2D
 
-__all__ = ["SS2D", "BiMamba"]
+__all__ = ["SS2D", "BiMamba", "Mamba", "MixerStack", "SequenceClassifier"]

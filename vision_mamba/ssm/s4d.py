@@ -119,7 +119,8 @@ class S4D(nn.Module):
         if x.dim() != 3 or x.shape[1] != 1:
             raise ValueError(f"S4D.step: x must be one token (batch, 1, {self.dim}), got {tuple(x.shape)}.")
         A, B, C = self.discrete()
-        h = A * ssm_state + B * x.transpose(1, 2).to(B.real.dtype)
+        # A copy of the state, since backward may want what is overwritten.
+        h = A * ssm_state.clone() + B * x.transpose(1, 2).to(B.real.dtype)
         ssm_state.copy_(h.detach())
         return self._mix(2 * (C * h).sum(-1).real.unsqueeze(1), x), ssm_state
 
@@ -141,9 +142,10 @@ class S4D(nn.Module):
         table = powers(A, length + 1)  # (L + 1, D, N/2)
         y = fft_convolve(x, 2 * (table[:-1] * (B * C)).sum(-1).real)
         # What came before decays by A' a token; what comes now has decayed by A' for every token since.
-        y = y + 2 * torch.einsum("ldn,bdn->bld", table[1:], C * cache[0]).real
+        state = cache[0].clone()
+        y = y + 2 * torch.einsum("ldn,bdn->bld", table[1:], C * state).real
         inputs = x.to(y.dtype).to(table.dtype)
-        last = table[-1] * cache[0] + B * torch.einsum("ldn,bld->bdn", table[:-1].flip(0), inputs)
+        last = table[-1] * state + B * torch.einsum("ldn,bld->bdn", table[:-1].flip(0), inputs)
         cache[0].copy_(last.detach())
         return y
 
