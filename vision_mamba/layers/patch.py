@@ -62,10 +62,11 @@ class OverlapStem(nn.Module):
                 f"OverlapStem: patch_size must be even, got {patch_size}; take stem='patch' for odd patches."
             )
         stride = patch_size // 2
+        border = max(1, stride // 2)
         self.conv1 = nn.Conv2d(in_chans, dim // 2, 3, stride=2, padding=1, **dd)
         self.norm1 = norm_layer(dim // 2, **dd)
         self.act = act_layer()
-        self.conv2 = nn.Conv2d(dim // 2, dim, max(3, stride + 1), stride=stride, padding=1, **dd)
+        self.conv2 = nn.Conv2d(dim // 2, dim, 2 * border + 1, stride=stride, padding=border, **dd)
         self.norm2 = norm_layer(dim, **dd)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -87,6 +87,7 @@ def _plain(
     class_token: int,
     out_dtype: torch.dtype | None,
 ) -> Tensor:
-    routes = [route(height, width) for route in scans.get(order).routes]
+    # Tracers hand sizes over that are none; here they become those of the example.
+    routes = [route(int(height), int(width)) for route in scans.get(order).routes]
     indices = stack(routes, None if class_token < 0 else class_token).to(x.device)
     return eager.forward(ScanCall(x, dt, A, B, C, D, indices, dt_weight, dt_bias, out_dtype=out_dtype))[0]

@@ -37,7 +37,7 @@ def put_tokens(steps: Tensor, indices: Tensor | None, tokens: int) -> Tensor:
     routes, length = table.shape
     clock = torch.arange(length, device=table.device).expand(routes, length)
     # One more column takes what the padding steps write; -1 stays where no step of the route comes by.
-    inverse = torch.full((routes, tokens + 1), -1, device=table.device)
+    inverse = torch.full((routes, tokens + 1), -1, dtype=table.dtype, device=table.device)
     inverse = inverse.scatter(1, table.masked_fill(table < 0, tokens), clock)[:, :tokens]
     return take_steps(steps, inverse)
 

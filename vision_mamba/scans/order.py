@@ -80,10 +80,12 @@ def stack(routes: Sequence[Tensor], class_token: int | None = None) -> Tensor:
     """Routes of any lengths -> int32 (K, S), ended by padding steps; with a class token put into each, if asked."""
     if class_token is not None:
         routes = [_insert(route, class_token) for route in routes]
-    longest: Any = routes[0].shape[0]  # symbolic where it is traced for any size
-    for route in routes[1:]:
-        longest = torch.sym_max(longest, route.shape[0])
-    return torch.stack([F.pad(route, (0, longest - route.shape[0]), value=-1) for route in routes]).int()
+    sizes: list[Any] = [route.shape[0] for route in routes]  # symbolic where torch.export traces for any size
+    if torch.jit.is_tracing():  # whose sizes are tensors
+        sizes = [int(size) for size in sizes]
+    longest = functools.reduce(torch.sym_max, sizes)
+    padded = [F.pad(route, (0, longest - size), value=-1) for route, size in zip(routes, sizes, strict=True)]
+    return torch.stack(padded).int()
 
 
 def _insert(route: Tensor, place: int) -> Tensor:

@@ -1,0 +1,39 @@
+"""Stems and downsamplings: sizes, the order in which patches are joined, channels last in and out."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from vision_mamba.layers.patch import DOWNSAMPLES, STEMS, PatchMerging
+
+SIZES = [(32, 48), (33, 47), (8, 9)]
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("patch_size", [2, 4, 8])
+@pytest.mark.parametrize("kind", STEMS)
+def test_stems_divide_by_the_patch_size(kind: str, patch_size: int, size: tuple[int, int]) -> None:
+    y = STEMS[kind](5, 16, patch_size)(torch.randn(2, 5, *size))
+    rounded = math.floor if kind == "patch" else math.ceil
+    assert y.shape == (2, *(rounded(s / patch_size) for s in size), 16)
+    assert y.is_contiguous()
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("kind", DOWNSAMPLES)
+def test_downsamplings_halve(kind: str, size: tuple[int, int]) -> None:
+    y = DOWNSAMPLES[kind](8, 12)(torch.randn(2, *size, 8))
+    rounded = math.floor if kind == "patch" else math.ceil
+    assert y.shape == (2, *(rounded(s / 2) for s in size), 12)
+    assert y.is_contiguous()
+
+
+def test_patches_are_joined_rows_first_and_odd_maps_padded_by_zeros() -> None:
+    merge = PatchMerging(1, 4, norm_layer=lambda *_, **__: torch.nn.Identity())
+    with torch.no_grad():
+        merge.reduction.weight.copy_(torch.eye(4))
+        y = merge(torch.arange(1.0, 10.0).view(1, 3, 3, 1))
+    assert y.flatten(1, 2)[0].tolist() == [[1, 4, 2, 5], [3, 6, 0, 0], [7, 0, 8, 0], [9, 0, 0, 0]]
