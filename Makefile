@@ -32,7 +32,7 @@ $(VENV)/.%: $(PY) $(BUILT_FROM)
 .PHONY: demo
 demo: $(VENV)/.demo $(MODELS:%=train-%) ## train a small VMamba and a small Vim on handwritten digits, and show what they predict
 	@$(PY) tools/predict.py --digits --png output/digits.png --rows 20 \
-		--checkpoint $(MODELS:%=output/digits_%/last.pth)
+		$(MODELS:%=--checkpoint output/digits_%/last.pth)
 
 # Trained runs are found again, interrupted ones go on.
 .PHONY: $(MODELS:%=train-%)

@@ -26,19 +26,23 @@ def parser() -> argparse.ArgumentParser:
 examples:
   tools/predict.py --checkpoint output/vim/best.pth photo.jpg holiday/
   tools/predict.py --checkpoint output/vim/best.pth my_images/val --csv predictions.csv --png sheet.png
-  tools/predict.py --checkpoint output/digits_vmamba/last.pth output/digits_vim/last.pth --digits --png digits.png
+  tools/predict.py --digits --checkpoint output/digits_vmamba/last.pth --checkpoint output/digits_vim/last.pth
 
 An image in a folder that bears the name of a class is taken to be of that class; then the accuracy is told, mistakes
 come first in the table and stand out in the picture. exit status: 0 done, 1 failed, 2 wrong options.""",
     )
     parser.add_argument("inputs", nargs="*", metavar="IMAGE", help="image files, and folders of them")
-    parser.add_argument("--checkpoint", nargs="+", required=True, metavar="FILE", help="one or several trained models")
+    parser.add_argument(
+        "--checkpoint", action="append", required=True, metavar="FILE", help="a trained model; again for more"
+    )
     parser.add_argument("--digits", action="store_true", help="take the held-out handwritten digits of scikit-learn")
     parser.add_argument("--model", help="registered name, for a file of bare weights that does not say it")
     parser.add_argument("--png", metavar="FILE", help="write a sheet of images with predictions and confidence")
     parser.add_argument("--csv", metavar="FILE", help="write all predictions, one row an image and a model")
     parser.add_argument("--top", type=int, default=3, metavar="N", help="classes to tell of each image [3]")
-    parser.add_argument("--rows", type=int, default=20, metavar="N", help="images in the table and, a model, the sheet [20]")
+    parser.add_argument(
+        "--rows", type=int, default=20, metavar="N", help="images in the table and, a model, the sheet [20]"
+    )
     parser.add_argument("--batch-size", type=int, default=64, metavar="N", help="images a step [64]")
     parser.add_argument("--device", help="cpu, cuda, mps (the accelerator if there is one)")
     parser.add_argument("--skip-unreadable", action="store_true", help="leave out images that cannot be read")
@@ -104,9 +108,7 @@ def table(classifier: Classifier, predictions: list[Prediction], rows: int) -> T
         (name, confidence), *others = prediction.top
         style = {True: "green", False: "bold red", None: ""}[prediction.right]
         then = ", ".join(f"{other} {100 * p:.1f} %" for other, p in others)
-        drawn.add_row(
-            prediction.name, name, f"{100 * confidence:.1f} %", then, prediction.target or "", style=style
-        )  # fmt: skip
+        drawn.add_row(prediction.name, name, f"{100 * confidence:.1f} %", then, prediction.target or "", style=style)
     return drawn
 
 
@@ -118,7 +120,14 @@ def write_csv(path: str, results: list[Result]) -> None:
             for classifier, _, predictions in results:
                 for prediction in predictions:
                     for rank, (name, confidence) in enumerate(prediction.top, 1):
-                        row = [classifier.name, prediction.name, prediction.target or "", rank, name, f"{confidence:.6f}"]
+                        row = [
+                            classifier.name,
+                            prediction.name,
+                            prediction.target or "",
+                            rank,
+                            name,
+                            f"{confidence:.6f}",
+                        ]
                         writer.writerow(row)
     except OSError as error:
         raise DataError(f"--csv {path} cannot be written: {error.strerror}.") from error

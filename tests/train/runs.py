@@ -38,7 +38,7 @@ def draw(folder: Path, train: int = 6, held_out: int = 3) -> Path:
 
 
 def config(folder: Path, **options: Any) -> Config:
-    """A run on the images drawn into `folder/images`, with dropped paths and mixing so that all generators are drawn."""
+    """A run on the images drawn into `folder/images`, with dropped paths and mixing, to draw from all generators."""
     small = Config(
         data_dir=str(folder / "images"),
         model="test_vmamba",

@@ -87,7 +87,7 @@ def test_a_wrong_flag_is_refused(words: list[str], message: str) -> None:
 
 
 def test_help_names_every_option_and_shows_commands(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit, match="0"):
+    with pytest.raises(SystemExit, match=r"0"):
         parsed("--help")
     told = capsys.readouterr().out
     assert all(f"--{name.replace('_', '-')}" in told for name in FIELDS)
@@ -112,7 +112,7 @@ def test_saved_options_give_the_same_run() -> None:
 
 
 def test_options_of_a_checkpoint_from_elsewhere_are_checked() -> None:
-    with pytest.raises(ConfigError, match="options saved in it have the unknown key 'lerning_rate'"):
+    with pytest.raises(ConfigError, match=r"options saved in it have the unknown key 'lerning_rate'"):
         parse(["--resume", "output/run/last.pth"], lambda path: {"lerning_rate": 1})
 
 
@@ -126,10 +126,10 @@ def test_an_unknown_model_is_refused_with_the_nearest(name: str, near: str) -> N
 
 def test_an_argument_that_the_model_lacks_is_refused() -> None:
     config = Config(model="test_vmamba", model_kwargs={"dephts": [1]})
-    with pytest.raises(ConfigError, match="model 'test_vmamba' takes no such argument: .*'dephts'"):
+    with pytest.raises(ConfigError, match=r"model 'test_vmamba' takes no such argument: .*'dephts'"):
         models.create(config, 2)
 
 
 def test_a_device_that_is_not_there_is_refused() -> None:
-    with pytest.raises(ConfigError, match="--device cuda:77 cannot be used here; this machine has cpu"):
+    with pytest.raises(ConfigError, match=r"--device cuda:77 cannot be used here; this machine has cpu"):
         models.device("cuda:77")

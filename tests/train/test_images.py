@@ -53,27 +53,27 @@ def test_the_held_out_folder_goes_by_its_usual_names(tmp_path: Path, name: str) 
 def test_a_data_directory_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"--data-dir .*nowhere does not exist; the layout is DIR/train"):
         split_folder(tmp_path / "nowhere", "train")
-    with pytest.raises(DataError, match="--data-dir is not given; .* or choose --dataset digits"):
+    with pytest.raises(DataError, match=r"--data-dir is not given; .* or choose --dataset digits"):
         split_folder(None, "train")
     (tmp_path / "file").touch()
-    with pytest.raises(DataError, match="is not a directory"):
+    with pytest.raises(DataError, match=r"is not a directory"):
         split_folder(tmp_path / "file", "train")
 
 
 def test_a_data_directory_without_its_splits(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="must hold a folder train, found nothing, it is empty"):
+    with pytest.raises(DataError, match=r"must hold a folder train, found nothing, it is empty"):
         split_folder(tmp_path, "train")
     (tmp_path / "cats").mkdir()
-    with pytest.raises(DataError, match="must hold a folder val or validation or valid or eval, found cats;"):
+    with pytest.raises(DataError, match=r"must hold a folder val or validation or valid or eval, found cats;"):
         split_folder(tmp_path, "val")
 
 
 def test_a_folder_without_images(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="is empty; known are files ending in .*png"):
+    with pytest.raises(DataError, match=r"is empty; known are files ending in .*png"):
         class_folders(tmp_path, "RGB")
     (tmp_path / "cats").mkdir()
     (tmp_path / "cats" / "readme.txt").touch()
-    with pytest.raises(DataError, match="has no image in it"):
+    with pytest.raises(DataError, match=r"has no image in it"):
         class_folders(tmp_path, "RGB")
 
 
@@ -87,7 +87,7 @@ def test_images_outside_of_class_folders(tmp_path: Path) -> None:
 def test_a_held_out_class_that_is_not_trained_on(tmp_path: Path) -> None:
     folder = runs.draw(tmp_path)
     (folder / "val" / "upper").rename(folder / "val" / "lower")
-    with pytest.raises(DataError, match="has classes that are not trained on: lower; known: left, upper"):
+    with pytest.raises(DataError, match=r"has classes that are not trained on: lower; known: left, upper"):
         class_folders(folder / "val", "RGB", class_folders(folder / "train", "RGB").classes)
 
 
@@ -104,7 +104,7 @@ def test_unreadable_images_are_named_and_counted(tmp_path: Path) -> None:
     images = class_folders(folder / "train", "RGB")
     reasons = unreadable(images, threads=2)
     assert [images.names[index] for index in reasons] == [str(path) for path in bad]
-    with pytest.raises(DataError, match="3 of 12 images cannot be read:\n  image .*0.png cannot be read") as caught:
+    with pytest.raises(DataError, match=r"3 of 12 images cannot be read:\n  image .*0.png cannot be read") as caught:
         without_unreadable(images, reasons, skip=False, warn=print)
     assert all(str(path) in str(caught.value) for path in bad)
     assert "--skip-unreadable" in str(caught.value)
@@ -126,7 +126,7 @@ def test_nothing_is_left_when_all_are_unreadable(tmp_path: Path) -> None:
     for path in (folder / "train").rglob("*.png"):
         path.write_bytes(b"")
     images = class_folders(folder / "train", "RGB")
-    with pytest.raises(DataError, match="none of the 2 images can be read"):
+    with pytest.raises(DataError, match=r"none of the 2 images can be read"):
         without_unreadable(images, unreadable(images, 1), skip=True, warn=lambda message: None)
 
 
@@ -134,7 +134,7 @@ def test_a_run_stops_before_its_first_step_unless_told_to_leave_them_out(
     drawn: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     damage(drawn / "images")
-    with pytest.raises(DataError, match="3 of 12 images cannot be read"):
+    with pytest.raises(DataError, match=r"3 of 12 images cannot be read"):
         runs.fit(runs.config(drawn))
     assert not (drawn / "output" / "run" / "last.pth").exists()
     with caplog.at_level("WARNING", "vision_mamba.train"):
@@ -145,7 +145,7 @@ def test_a_run_stops_before_its_first_step_unless_told_to_leave_them_out(
 @pytest.mark.parametrize("workers", [0, 1])
 def test_an_image_that_goes_bad_later_stops_the_run_without_losing_it(drawn: Path, workers: int) -> None:
     damage(drawn / "images")
-    with pytest.raises(DataError, match="3 of 12 images cannot be read:\n  image .*0.png cannot be read") as caught:
+    with pytest.raises(DataError, match=r"3 of 12 images cannot be read:\n  image .*0.png cannot be read") as caught:
         runs.fit(runs.config(drawn, check_images=False, batch_size=2, mixup=0.0, workers=workers))
     assert "Traceback" not in str(caught.value)
     saved = torch.load(drawn / "output" / "run" / "last.pth", weights_only=True)
@@ -156,10 +156,10 @@ def test_files_and_folders_to_predict(tmp_path: Path) -> None:
     folder = runs.draw(tmp_path)
     images = files([folder / "val", folder / "train" / "left" / "0.png"], "RGB", ["upper", "left"])
     assert len(images) == 7 and images.targets == [1, 1, 1, 0, 0, 0, 1]
-    with pytest.raises(DataError, match="nowhere.png does not exist"):
+    with pytest.raises(DataError, match=r"nowhere.png does not exist"):
         files([folder / "nowhere.png"], "RGB", [])
     (tmp_path / "empty").mkdir()
-    with pytest.raises(DataError, match="empty has no image in it"):
+    with pytest.raises(DataError, match=r"empty has no image in it"):
         files([tmp_path / "empty"], "RGB", [])
 
 
@@ -202,10 +202,10 @@ def test_batches_are_the_same_from_the_middle_of_an_epoch_and_with_any_number_of
 
 def test_too_few_images_for_a_batch(tmp_path: Path) -> None:
     images = class_folders(runs.draw(tmp_path) / "train", "RGB")
-    with pytest.raises(DataError, match="12 images make no batch of 13; lower --batch-size"):
+    with pytest.raises(DataError, match=r"12 images make no batch of 13; lower --batch-size"):
         create_loader(images, DATA_CONFIG, 13, 0, CPU, augmentation={})
 
 
 def test_mixing_wants_pairs(drawn: Path) -> None:
-    with pytest.raises(ConfigError, match="--batch-size must be even for --mixup and --cutmix, got 3"):
+    with pytest.raises(ConfigError, match=r"--batch-size must be even for --mixup and --cutmix, got 3"):
         runs.fit(runs.config(drawn, batch_size=3))

@@ -39,9 +39,19 @@ def create(config: Config, num_classes: int) -> nn.Module:
     arguments |= {"drop_rate": config.drop, "drop_path_rate": config.drop_path, "pretrained": config.pretrained}
     arguments |= config.model_kwargs or {}
     if config.initial_checkpoint is not None:
-        checkpoint.weights(checkpoint.read(config.initial_checkpoint), config.initial_checkpoint)
-        arguments |= {"pretrained": True, "pretrained_cfg_overlay": {"file": config.initial_checkpoint}}
+        arguments |= {"pretrained": True, "pretrained_cfg_overlay": _source(config.model, config.initial_checkpoint)}
     return build(config.model, config.plain(), arguments, config.initial_checkpoint)
+
+
+def _source(name: str, path: str) -> dict[str, Any]:
+    """What timm must know of a file of weights; it keeps the classifier if that has as many outputs as are wanted.
+
+    Raises: CheckpointError if the file holds no weights.
+    """
+    state_dict = checkpoint.weights(checkpoint.read(path), path)
+    known = timm.get_pretrained_cfg(name, allow_unregistered=True)
+    head = state_dict.get(f"{known.classifier}.weight") if known is not None else None
+    return {"file": path} | ({} if head is None else {"num_classes": head.shape[0]})
 
 
 def build(name: str, options: dict[str, Any], arguments: dict[str, Any], weights: str | None = None) -> nn.Module:

@@ -1,0 +1,216 @@
+"""Runs that are stopped in the middle end with the very weights of runs that are not."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import os
+import re
+import shlex
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.train import runs
+from tests.train.runs import STEPS
+from vision_mamba.train.engine import LAST, Position
+from vision_mamba.train.errors import Interrupted, NonFiniteError
+from vision_mamba.train.options import Config
+from vision_mamba.train.progress import Bar, Progress
+from vision_mamba.train.run import prepare, train
+
+
+class Stopping(Progress):
+    """Sends this process a signal after so many steps."""
+
+    def __init__(self, after: int, signum: int) -> None:
+        self.left, self.signum = after, signum
+
+    @contextlib.contextmanager
+    def bar(self, label: str, total: int, done: int = 0) -> Iterator[Bar]:
+        yield self
+
+    def advance(self, items: int, **figures: float) -> None:
+        if figures:  # a step of training, not the check of the images
+            self.left -= 1
+            if self.left == 0:
+                os.kill(os.getpid(), self.signum)
+
+
+def interrupted(config: Config, after: int, signum: int = signal.SIGINT) -> Interrupted:
+    with pytest.raises(Interrupted) as caught:
+        train(config, prepare(config), Stopping(after, signum))
+    return caught.value
+
+
+@pytest.fixture
+def whole(drawn: Path) -> tuple[Position, Path]:
+    """A run that nobody stopped."""
+    config = runs.config(drawn, experiment="whole")
+    return runs.fit(config), config.run_dir
+
+
+def rows(run_dir: Path) -> list[dict[str, str]]:
+    with open(run_dir / "summary.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.mark.parametrize(
+    "after, options",
+    [
+        (1, {}),
+        (STEPS, {}),  # the epoch is trained, not yet evaluated
+        (STEPS + 2, {"workers": 1}),
+    ],
+)
+def test_a_stopped_run_ends_like_one_that_was_not(
+    drawn: Path, whole: tuple[Position, Path], after: int, options: dict[str, Any]
+) -> None:
+    config = runs.config(drawn, **options)
+    stopped = interrupted(config, after)
+    assert stopped.signum == signal.SIGINT
+    saved = torch.load(stopped.checkpoint, weights_only=True)
+    assert saved["epoch"] * STEPS + saved["batch"] == after
+    result = runs.fit(runs.config(drawn, resume="auto"))
+    assert runs.same(runs.weights(config.run_dir), runs.weights(whole[1]))
+    assert runs.same(runs.weights(config.run_dir, "best.pth"), runs.weights(whole[1], "best.pth"))
+    assert result.metric == whole[0].metric and result.best_epoch == whole[0].best_epoch
+    assert rows(config.run_dir) == rows(whole[1])
+
+
+def test_the_average_of_the_weights_and_float16_survive_a_stop(drawn: Path) -> None:
+    options = {"model_ema": True, "model_ema_decay": 0.5, "model_ema_warmup": True, "amp": True, "amp_dtype": "float16"}
+    whole = runs.config(drawn, experiment="whole", **options)
+    runs.fit(whole)
+    config = runs.config(drawn, **options)
+    interrupted(config, STEPS + 1)
+    runs.fit(runs.config(drawn, resume="auto", **options))
+    one, other = (torch.load(c.run_dir / LAST, weights_only=True) for c in (config, whole))
+    assert runs.same(one["state_dict"], other["state_dict"]) and runs.same(
+        one["state_dict_ema"], other["state_dict_ema"]
+    )
+    assert not runs.same(one["state_dict"], one["state_dict_ema"])
+    assert one["amp_scaler"] == other["amp_scaler"] and one["amp_scaler"]
+
+
+def test_a_finished_run_is_left_as_it_is(drawn: Path, whole: tuple[Position, Path]) -> None:
+    before = (whole[1] / LAST).read_bytes()
+    result = runs.fit(runs.config(drawn, experiment="whole", resume="auto"))
+    assert result == whole[0] and (whole[1] / LAST).read_bytes() == before
+
+
+def test_more_epochs_continue_a_finished_run_and_say_what_differs(
+    drawn: Path, whole: tuple[Position, Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level("INFO", "vision_mamba.train"):
+        result = runs.fit(runs.config(drawn, experiment="whole", resume="auto", epochs=3))
+    assert result.epoch == 3 and len(rows(whole[1])) == 3
+    assert "--epochs was 2 so far, is 3 from here on" in caplog.messages
+
+
+def test_the_seed_settles_the_run(drawn: Path, whole: tuple[Position, Path]) -> None:
+    runs.fit(runs.config(drawn))
+    runs.fit(runs.config(drawn, experiment="other", seed=4))
+    assert runs.same(runs.weights(drawn / "output" / "run"), runs.weights(whole[1]))
+    assert not runs.same(runs.weights(drawn / "output" / "other"), runs.weights(whole[1]))
+
+
+def follow(process: Any, line: str) -> str:
+    """What a process writes to stderr, until a line like this."""
+    told = ""
+    for text in process.stderr:
+        told += text
+        if re.search(line, text):
+            return told
+    raise AssertionError(f"no line like {line!r} in:\n{told}")
+
+
+def test_ctrl_c_saves_prints_the_command_that_continues_and_exits_with_130(
+    drawn: Path, whole: tuple[Position, Path]
+) -> None:
+    config = runs.config(drawn, epochs=100, log_interval=1, sched="constant")  # so long that the signal comes in time
+    process = runs.start(*runs.flags(config))
+    follow(process, "epoch 1/100 1/3")
+    process.send_signal(signal.SIGINT)
+    told = process.stderr.read()
+    assert process.wait() == 130, told
+    command = re.search(r"^continue with: (.*)$", told, re.MULTILINE)
+    assert command is not None, told
+    python, script, *words = shlex.split(command[1])
+    assert (python, script) == ("python", "tools/train.py")
+    position = torch.load(config.run_dir / LAST, weights_only=True)
+    last = position["epoch"] + 1
+    again = runs.start(*words, "--epochs", str(last))
+    out, told = again.communicate()
+    assert again.returncode == 0, told
+    assert re.fullmatch(r"test_vmamba held-out accuracy \d+\.\d\d %\n", out)
+    straight = runs.config(drawn, epochs=last, sched="constant", experiment="straight")
+    runs.fit(straight)
+    assert runs.same(runs.weights(config.run_dir), runs.weights(straight.run_dir))
+
+
+def test_a_killed_run_continues_from_its_last_save(drawn: Path) -> None:
+    config = runs.config(drawn, epochs=100, log_interval=1, sched="constant", recovery_interval=1)
+    process = runs.start(*runs.flags(config))
+    follow(process, "epoch 1/100 2/3")
+    process.kill()
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+    saved = torch.load(config.run_dir / LAST, weights_only=True)
+    assert saved["epoch"] * STEPS + saved["batch"] >= 1
+    last = saved["epoch"] + 1
+    straight = runs.config(drawn, epochs=last, sched="constant", experiment="straight")
+    for each in (runs.config(drawn, epochs=last, sched="constant", resume="auto"), straight):
+        runs.fit(each)
+    assert runs.same(runs.weights(config.run_dir), runs.weights(straight.run_dir))
+
+
+def test_sigterm_is_told_apart(drawn: Path) -> None:
+    assert interrupted(runs.config(drawn), 1, signal.SIGTERM).signum == signal.SIGTERM
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL, "the handlers are put back"
+
+
+def test_a_loss_that_is_not_finite_stops_with_the_state_of_before(drawn: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from vision_mamba.train import engine
+
+    config = runs.config(drawn, clip_grad=1.0)
+    steps = 0
+    forward = engine.ClassificationTask.forward
+
+    def spoiled(self: Any, images: torch.Tensor, targets: torch.Tensor) -> dict[str, torch.Tensor]:
+        nonlocal steps
+        steps += 1
+        result = forward(self, images, targets)
+        return result if steps != STEPS + 2 else {**result, "loss": result["loss"] * float("nan")}
+
+    monkeypatch.setattr(engine.ClassificationTask, "forward", spoiled)
+    with pytest.raises(
+        NonFiniteError, match=r"step 2 of epoch 2: the loss is nan, .* at learning rate \d\.\d+e-0\d; the"
+    ):
+        runs.fit(config)
+    path = config.run_dir / engine.BEFORE_NON_FINITE
+    assert all(bool(value.isfinite().all()) for value in runs.weights(config.run_dir, path.name).values())
+    monkeypatch.undo()
+    runs.fit(runs.config(drawn, resume=str(path), clip_grad=1.0))
+    straight = runs.config(drawn, experiment="straight", clip_grad=1.0)
+    runs.fit(straight)
+    assert runs.same(runs.weights(config.run_dir), runs.weights(straight.run_dir))
+
+
+def test_a_gradient_that_is_not_finite_never_reaches_the_weights(drawn: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from vision_mamba.train import engine
+
+    def spoiled(self: Any, images: torch.Tensor, targets: torch.Tensor) -> dict[str, torch.Tensor]:
+        output = self.trainable_module(images)
+        return {"loss": (output - output.detach()).abs().sqrt().sum(), "output": output}  # 0, with slope inf * 0
+
+    monkeypatch.setattr(engine.ClassificationTask, "forward", spoiled)
+    config = runs.config(drawn)
+    with pytest.raises(NonFiniteError, match=r"step 1 of epoch 1: the loss is 0.0, the norm of its gradient nan"):
+        runs.fit(config)
+    saved = runs.weights(config.run_dir, engine.BEFORE_NON_FINITE)
+    assert all(bool(value.isfinite().all()) for value in saved.values())
