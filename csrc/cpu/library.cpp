@@ -57,6 +57,7 @@ struct Level {
 
 #if defined(VISION_MAMBA_AVX2) || defined(VISION_MAMBA_AVX512)
 bool has_avx2() {
+  __builtin_cpu_init();
   return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
 }
 bool has_avx512() {

@@ -21,11 +21,54 @@ constexpr int kChannels = 16;
 constexpr int kProducts = (kSteps + 1) / 2;   // tiles of 4 segments x 2 steps
 constexpr int kDepth = (kRank + 15) / 16;     // 16 columns of the rank each
 constexpr bool kTensor = kRank > 0 && TENSOR;
+constexpr bool kSoftplus = SOFTPLUS;
 
 // Where the pair of a token's channels lies in the sum over routes: rows of 16 channels, pairs moved about so that
 // segments meet few banks twice.
 DEVICE int place(int token, int pair) {
     return token * kChannels + 2 * (pair ^ ((token >> 1 ^ token >> 3) & 1) * 4);
+}
+
+// A tensor as one lane reads it, at (b, k) and its channels. Lanes past the last channel read channel 0 and steps off the
+// route token 0, so that no load waits for a branch; what they read is zeroed. An address is one multiply-add.
+struct Place {
+    const char* base;
+    unsigned step, second;  // bytes between tokens, and from the first channel to the second
+
+    DEVICE const char* at(int token) const { return base + (unsigned long long)(unsigned)max(token, 0) * step; }
+};
+template <class T>
+DEVICE Place place_of(const void* data, long long batch, long long b, int route, long long k, long long l, long long d,
+                      int first, int valid) {
+    const long long lane = valid > 0 ? first * d : 0;
+    return {(const char*)data + (batch * b + route * k + lane) * (long long)sizeof(T), (unsigned)(l * sizeof(T)),
+            valid > 1 ? (unsigned)(d * sizeof(T)) : 0u};
+}
+template <class T, int V> DEVICE Pack<T, V> read(const Place& place, int token) {
+    Pack<T, V> pack;
+    const char* at = place.at(token);
+    if constexpr (V == 1 || (kVector && sizeof(T) == 2)) {
+        if constexpr (V * sizeof(T) == 4) pack.words[0] = __ldg((const unsigned*)at);
+        else pack.words[0] = __ldg((const unsigned short*)at);
+    } else if constexpr (kVector) {
+        const uint2 two = __ldg((const uint2*)at);
+        pack.words[0] = two.x, pack.words[1] = two.y;
+    } else if constexpr (sizeof(T) == 4) {
+        pack.words[0] = __ldg((const unsigned*)at), pack.words[1] = __ldg((const unsigned*)(at + place.second));
+    } else {
+        pack.words[0] = __ldg((const unsigned short*)at) | __ldg((const unsigned short*)(at + place.second)) << 16;
+    }
+    if (token < 0) pack.clear();
+    return pack;
+}
+
+// Add a pair of values to a sum in shared memory, if asked, without a branch.
+DEVICE void add_to(float* sum, float v0, float v1, bool wanted) {
+    asm volatile(
+        "{\n\t.reg .pred p;\n\t.reg .f32 a, b;\n\tsetp.ne.u32 p, %3, 0;\n\t"
+        "@p ld.shared.v2.f32 {a, b}, [%0];\n\t@p add.f32 a, a, %1;\n\t@p add.f32 b, b, %2;\n\t"
+        "@p st.shared.v2.f32 [%0], {a, b};\n\t}"
+        :: "r"((unsigned)__cvta_generic_to_shared(sum)), "f"(v0), "f"(v1), "r"((unsigned)wanted) : "memory");
 }
 
 // High and low bfloat16 halves of two neighbouring weights.
@@ -36,21 +79,29 @@ DEVICE void split(float v0, float v1, unsigned& high, unsigned& low) {
 
 // The columns of a low-rank step size that the lane holds of B in `multiply_add`: product i joins, for each of the
 // warp's segments, the steps 2i and 2i + 1.
-DEVICE void fetch_ranks(unsigned* ranks, const int* tokens, const DT_TYPE* dt, int token_stride, int stride, int lane) {
+DEVICE void fetch_ranks(unsigned* ranks, const int* tokens, const Params& p, long long batch, int route, int lane) {
     const int segment = lane >> 3;
     const bool odd = lane >> 2 & 1;
+    const char* base = (const char*)p.dt + (batch * p.dt_b + route * p.dt_k) * (long long)sizeof(DT_TYPE);
+    const unsigned step = (unsigned)(p.dt_l * sizeof(DT_TYPE)), stride = (unsigned)(p.dt_d * sizeof(DT_TYPE));
 #pragma unroll
     for (int i = 0; i < kProducts; ++i) {
         const int even_token = __shfl_sync(kAll, tokens[2 * i], segment);
-        const int odd_token = 2 * i + 1 < kSteps ? __shfl_sync(kAll, tokens[2 * i + 1 < kSteps ? 2 * i + 1 : 0], segment) : -2;
-        const long long token = odd ? odd_token : even_token;
+        const int odd_token =
+            2 * i + 1 < kSteps ? __shfl_sync(kAll, tokens[2 * i + 1 < kSteps ? 2 * i + 1 : 0], segment) : -2;
+        const int token = odd ? odd_token : even_token;
+        const char* row = base + (unsigned long long)(unsigned)max(token, 0) * step;
 #pragma unroll
         for (int word = 0; word < 2 * kDepth; ++word) {
             const int rank = 8 * word + 2 * (lane & 3);
-            Pack<DT_TYPE, 2> two;
-            load<kVectorRank>(two, dt + token * token_stride + (long long)rank * stride, stride,
-                              token >= 0 ? kRank - rank : 0);
-            ranks[i * 2 * kDepth + word] = two.words[0];
+            unsigned two = 0;
+            if constexpr (kVectorRank) {
+                if (rank < kRank) two = __ldg((const unsigned*)(row + rank * sizeof(DT_TYPE)));
+            } else {
+                if (rank < kRank) two = __ldg((const unsigned short*)(row + rank * stride));
+                if (rank + 1 < kRank) two |= __ldg((const unsigned short*)(row + (rank + 1) * stride)) << 16;
+            }
+            ranks[i * 2 * kDepth + word] = token < 0 ? 0 : two;
         }
     }
 }

@@ -29,13 +29,12 @@ extern "C" __global__ void __launch_bounds__(32 * kMaxWarps, 1) narrow_backward(
     const int from = kMerge ? 0 : blockIdx.x / blocks % (int)p.routes, routes = kMerge ? (int)p.routes : 1;
     const long long batch = kMerge ? blockIdx.x / blocks : blockIdx.x / blocks / (int)p.routes;
     const int chunk_steps = 4 * warps * kSteps, chunks = (steps + chunk_steps - 1) / chunk_steps;
-    const int rounds = routes * chunks;
+    const int rounds = routes * chunks, own_step = (warp * 4 + q) * kSteps;
 
-    auto token_at = [&](int round, int t) {
-        const int route = from + round / chunks;
-        const int step = (chunks - 1 - round % chunks) * chunk_steps + (warp * 4 + q) * kSteps + t;
-        return round >= rounds || step >= steps ? -2
-               : p.indices ? __ldg(p.indices + (long long)route * steps + step) : step;
+    auto token_at = [&](int route, int chunk, int t) {
+        const int step = chunk * chunk_steps + own_step + t;
+        const int token = __ldg(p.indices + (long long)min(route, from + routes - 1) * steps + min(step, steps - 1));
+        return step < steps ? token : -2;
     };
     auto behind = [&](int route, int j) {
         const long long at = ((batch * p.routes + route) * channels) + first + j;
@@ -54,16 +53,16 @@ extern "C" __global__ void __launch_bounds__(32 * kMaxWarps, 1) narrow_backward(
     Weights weights;
     int ahead[kSteps];
 #pragma unroll
-    for (int t = 0; t < kSteps; ++t) ahead[t] = token_at(0, t);
+    for (int t = 0; t < kSteps; ++t) ahead[t] = token_at(from, chunks - 1, t);
 
+    int route = from, chunk = chunks - 1;
     for (int round = 0; round < rounds; ++round) {
-        const int route = from + round / chunks, chunk = chunks - 1 - round % chunks, turn = round & 1;
+        const int turn = round & 1;
         const long long sequence = batch * p.routes + route;
-        const X_TYPE* x_at = (const X_TYPE*)p.x + batch * p.x_b + route * p.x_k + first * p.x_d;
-        const Y_TYPE* dy_at = (const Y_TYPE*)p.dy + batch * p.dy_b + route * p.dy_k + first * p.dy_d;
-        const DT_TYPE* dt_at = (const DT_TYPE*)p.dt + batch * p.dt_b + route * p.dt_k;
-        const B_TYPE* B_at = (const B_TYPE*)p.B + batch * p.B_b + route * p.B_k;
-        const C_TYPE* C_at = (const C_TYPE*)p.C + batch * p.C_b + route * p.C_k;
+        const Place x_at = place_of<X_TYPE>(p.x, batch, p.x_b, route, p.x_k, p.x_l, p.x_d, first, valid);
+        const Place dy_at = place_of<Y_TYPE>(p.dy, batch, p.dy_b, route, p.dy_k, p.dy_l, p.dy_d, first, valid);
+        const Place B_at = place_of<B_TYPE>(p.B, batch, p.B_b, route, p.B_k, p.B_l, 0, 0, 1);
+        const Place C_at = place_of<C_TYPE>(p.C, batch, p.C_b, route, p.C_k, p.C_l, 0, 0, 1);
 
         int tokens[kSteps];
         Pack<X_TYPE, 2> x[kSteps];
@@ -75,24 +74,27 @@ extern "C" __global__ void __launch_bounds__(32 * kMaxWarps, 1) narrow_backward(
 #pragma unroll
         for (int t = 0; t < kSteps; ++t) {
             tokens[t] = ahead[t];
-            const long long token = tokens[t];
-            const int there = token >= 0 ? valid : 0;
-            load<kVector>(x[t], x_at + token * (int)p.x_l, (int)p.x_d, there);
-            if (kRank == 0) load<kVector>(dt[t], dt_at + token * (int)p.dt_l + first * p.dt_d, (int)p.dt_d, there);
-            if (p.dy) load<kVector>(dy[t], dy_at + token * (int)p.dy_l, (int)p.dy_d, there);
+            x[t] = read<X_TYPE, 2>(x_at, tokens[t]);
+            if (p.dy) dy[t] = read<Y_TYPE, 2>(dy_at, tokens[t]);
             else dy[t].clear();
-            load<false>(B[t], B_at + token * (int)p.B_l, 0, token >= 0);
-            load<false>(C[t], C_at + token * (int)p.C_l, 0, token >= 0);
+            B[t] = read<B_TYPE, 1>(B_at, tokens[t]);
+            C[t] = read<C_TYPE, 1>(C_at, tokens[t]);
         }
-        if constexpr (kTensor) fetch_ranks(ranks, tokens, dt_at, (int)p.dt_l, (int)p.dt_d, lane);
+        if constexpr (kRank == 0) {
+            const Place dt_at = place_of<DT_TYPE>(p.dt, batch, p.dt_b, route, p.dt_k, p.dt_l, p.dt_d, first, valid);
 #pragma unroll
-        for (int t = 0; t < kSteps; ++t) ahead[t] = token_at(round + 1, t);
+            for (int t = 0; t < kSteps; ++t) dt[t] = read<DT_TYPE, 2>(dt_at, tokens[t]);
+        }
+        if constexpr (kTensor) fetch_ranks(ranks, tokens, p, batch, route, lane);
+        const int next_chunk = chunk ? chunk - 1 : chunks - 1, next_route = chunk ? route : route + 1;
+#pragma unroll
+        for (int t = 0; t < kSteps; ++t) ahead[t] = token_at(next_route, next_chunk, t);
         float h[2], g[2];
 #pragma unroll
         for (int j = 0; j < 2; ++j) {
             h[j] = j < valid ? __ldg(p.saved + (sequence * chunks + chunk) * channels + first + j) : 0.f;
         }
-        if (round % chunks == 0) {
+        if (chunk == chunks - 1) {
 #pragma unroll
             for (int j = 0; j < 2; ++j) {
                 const bool there = j < valid;
@@ -117,7 +119,7 @@ extern "C" __global__ void __launch_bounds__(32 * kMaxWarps, 1) narrow_backward(
 #pragma unroll
             for (int j = 0; j < 2; ++j) {
                 float v = (kRank ? s[t][j] : dt[kRank ? 0 : t].get(j)) + bias[j];
-                if (p.softplus) v = softplus<sizeof(DT_TYPE) == 4>(v);
+                if (kSoftplus) v = softplus<sizeof(DT_TYPE) == 4>(v);
                 s[t][j] = tokens[t] == -2 ? 0.f : v;
                 a[t][j] = ex2(s[t][j] * A[j]);
                 total_b[j] = fmaf(a[t][j], total_b[j], s[t][j] * x[t].get(j) * B[t].get(0));
@@ -191,8 +193,8 @@ extern "C" __global__ void __launch_bounds__(32 * kMaxWarps, 1) narrow_backward(
         for (int t = 0; t < kSteps; ++t) {
 #pragma unroll
             for (int j = 0; j < 2; ++j) {
-                h[j] = fmaf(a[t][j], h[j], s[t][j] * x[t].get(j) * B[t].get(0));
                 state[t][j] = h[j];
+                h[j] = fmaf(a[t][j], h[j], s[t][j] * x[t].get(j) * B[t].get(0));
             }
         }
         float sums[16];  // dB of the steps, then dC
@@ -207,26 +209,24 @@ extern "C" __global__ void __launch_bounds__(32 * kMaxWarps, 1) narrow_backward(
             for (int j = 0; j < 2; ++j) {
                 const float u = x[t].get(j), out = dy[t].get(j), b = B[t].get(0), su = s[t][j] * u;
                 g[j] = fmaf(C[t].get(0), out, g[j]);
-                const float decayed = fmaf(-su, b, state[t][j]), product = g[j] * decayed, gb = g[j] * b;
+                const float after = t + 1 < kSteps ? state[t + 1 < kSteps ? t + 1 : 0][j] : h[j], gb = g[j] * b;
                 sums[t] = fmaf(g[j], su, sums[t]);
-                sums[8 + t] = fmaf(out, state[t][j], sums[8 + t]);
+                sums[8 + t] = fmaf(out, after, sums[8 + t]);
+                g[j] *= a[t][j];
+                const float product = g[j] * state[t][j];
                 dx_out[j] = fmaf(D[j], out, s[t][j] * gb);
                 float ds = fmaf(u, gb, product * (A[j] * kLn2));
-                if (p.softplus) ds *= softplus_slope(s[t][j]);
+                if (kSoftplus) ds *= softplus_slope(s[t][j]);
                 if (tokens[t] == -2) ds = 0.f;
                 ddt_out[j] = ds;
                 dA[j] = fmaf(product, s[t][j], dA[j]);
                 dD[j] = fmaf(out, u, dD[j]);
                 dbias[j] += ds;
-                g[j] *= a[t][j];
                 if constexpr (kTensor) s[t][j] = ds;
             }
+            if constexpr (kMerge) add_to(block.sum + place(tokens[t], pair), dx_out[0], dx_out[1], tokens[t] >= 0);
             if (tokens[t] >= 0) {
-                if constexpr (kMerge) {
-                    float2* sum = reinterpret_cast<float2*>(block.sum + place(tokens[t], pair));
-                    const float2 before = *sum;
-                    *sum = make_float2(before.x + dx_out[0], before.y + dx_out[1]);
-                } else {
+                if constexpr (!kMerge) {
                     Pack<DX_TYPE, 2> packed;
                     packed.set(dx_out);
                     store<kVector>(packed, dx + (long long)tokens[t] * (int)p.dx_l, (int)p.dx_d, valid);
@@ -244,7 +244,7 @@ extern "C" __global__ void __launch_bounds__(32 * kMaxWarps, 1) narrow_backward(
 #pragma unroll
             for (int i = 0; i < 2; ++i) {
                 const int t = (own + i) & 7;
-                const long long token = t < kSteps ? token_at(round, t) : -1;
+                const long long token = t < kSteps ? token_at(route, chunk, t) : -1;
                 if (token >= 0) {
                     (own & 8 ? p.dC : p.dB)[((tile * p.batch + batch) * p.tokens + token) * p.routes + route] = sums[i];
                 }
@@ -337,6 +337,7 @@ extern "C" __global__ void __launch_bounds__(32 * kMaxWarps, 1) narrow_backward(
             }
             __syncthreads();
         }
+        route = next_route, chunk = next_chunk;
     }
 
     if constexpr (kMerge) {

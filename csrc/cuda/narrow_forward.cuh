@@ -29,34 +29,35 @@ extern "C" __global__ void __launch_bounds__(32 * kMaxWarps, 1) narrow_forward(c
     const int from = kMerge ? 0 : blockIdx.x / blocks % (int)p.routes, routes = kMerge ? (int)p.routes : 1;
     const long long batch = kMerge ? blockIdx.x / blocks : blockIdx.x / blocks / (int)p.routes;
     const int chunk_steps = 4 * warps * kSteps, chunks = (steps + chunk_steps - 1) / chunk_steps;
-    const int rounds = routes * chunks;
+    const int rounds = routes * chunks, own_step = (warp * 4 + q) * kSteps;
 
-    auto fetch_tokens = [&](int* tokens, int round) {
-        const int route = from + round / chunks, start = round % chunks * chunk_steps + (warp * 4 + q) * kSteps;
+    auto fetch_tokens = [&](int* tokens, int route, int chunk) {
+        const int start = chunk * chunk_steps + own_step;
+        const int* table = p.indices + (long long)min(route, from + routes - 1) * steps;
 #pragma unroll
         for (int t = 0; t < kSteps; ++t) {
             const int step = start + t;
-            tokens[t] = round >= rounds || step >= steps ? -2
-                        : p.indices ? __ldg(p.indices + (long long)route * steps + step) : step;
+            const int token = __ldg(table + min(step, steps - 1));
+            tokens[t] = step < steps ? token : -2;
         }
     };
     // The lane's tokens must be in place already.
-    auto fetch = [&](Raw& raw, int round) {
-        const int route = from + round / chunks;
-        const X_TYPE* x = (const X_TYPE*)p.x + batch * p.x_b + route * p.x_k + first * p.x_d;
-        const DT_TYPE* dt = (const DT_TYPE*)p.dt + batch * p.dt_b + route * p.dt_k;
-        const B_TYPE* B = (const B_TYPE*)p.B + batch * p.B_b + route * p.B_k;
-        const C_TYPE* C = (const C_TYPE*)p.C + batch * p.C_b + route * p.C_k;
+    auto fetch = [&](Raw& raw, int route) {
+        const Place x = place_of<X_TYPE>(p.x, batch, p.x_b, route, p.x_k, p.x_l, p.x_d, first, valid);
+        const Place B = place_of<B_TYPE>(p.B, batch, p.B_b, route, p.B_k, p.B_l, 0, 0, 1);
+        const Place C = place_of<C_TYPE>(p.C, batch, p.C_b, route, p.C_k, p.C_l, 0, 0, 1);
 #pragma unroll
         for (int t = 0; t < kSteps; ++t) {
-            const long long token = raw.tokens[t];
-            const int there = token >= 0 ? valid : 0;
-            load<kVector>(raw.x[t], x + token * (int)p.x_l, (int)p.x_d, there);
-            if (kRank == 0) load<kVector>(raw.dt[t], dt + token * (int)p.dt_l + first * p.dt_d, (int)p.dt_d, there);
-            load<false>(raw.B[t], B + token * (int)p.B_l, 0, token >= 0);
-            load<false>(raw.C[t], C + token * (int)p.C_l, 0, token >= 0);
+            raw.x[t] = read<X_TYPE, 2>(x, raw.tokens[t]);
+            raw.B[t] = read<B_TYPE, 1>(B, raw.tokens[t]);
+            raw.C[t] = read<C_TYPE, 1>(C, raw.tokens[t]);
         }
-        if constexpr (kTensor) fetch_ranks(raw.ranks, raw.tokens, dt, (int)p.dt_l, (int)p.dt_d, lane);
+        if constexpr (kRank == 0) {
+            const Place dt = place_of<DT_TYPE>(p.dt, batch, p.dt_b, route, p.dt_k, p.dt_l, p.dt_d, first, valid);
+#pragma unroll
+            for (int t = 0; t < kSteps; ++t) raw.dt[t] = read<DT_TYPE, 2>(dt, raw.tokens[t]);
+        }
+        if constexpr (kTensor) fetch_ranks(raw.ranks, raw.tokens, p, batch, route, lane);
     };
 
     float A[2], D[2], bias[2];
@@ -86,11 +87,17 @@ extern "C" __global__ void __launch_bounds__(32 * kMaxWarps, 1) narrow_forward(c
     }
     int ahead[kSteps];
     Raw raw;
-    fetch_tokens(raw.tokens, 0);
-    fetch_tokens(ahead, 1);
-    fetch(raw, 0);
-    for (int round = 0; round < rounds; ++round) {
-        const int route = from + round / chunks, chunk = round % chunks, turn = round & 1;
+    int route = from, chunk = 0;                     // of this round
+    int next_route = from, next_chunk = 0;           // of the round whose tokens were read last
+    auto advance = [&](int& r, int& c) {
+        if (++c == chunks) c = 0, ++r;
+    };
+    fetch_tokens(raw.tokens, from, 0);
+    advance(next_route, next_chunk);
+    fetch_tokens(ahead, next_route, next_chunk);
+    fetch(raw, from);
+    for (int round = 0; round < rounds; ++round, advance(route, chunk)) {
+        const int turn = round & 1;
         const long long sequence = batch * p.routes + route;
         if (chunk == 0) enter(route);
 
@@ -105,7 +112,7 @@ extern "C" __global__ void __launch_bounds__(32 * kMaxWarps, 1) narrow_forward(c
 #pragma unroll
             for (int j = 0; j < 2; ++j) {
                 float s = (kRank ? b[t][j] : raw.dt[kRank ? 0 : t].get(j)) + bias[j];
-                if (p.softplus) s = softplus<sizeof(DT_TYPE) == 4>(s);
+                if (kSoftplus) s = softplus<sizeof(DT_TYPE) == 4>(s);
                 if (tokens[t] == -2) s = 0.f;
                 a[t][j] = ex2(s * A[j]);
                 b[t][j] = s * raw.x[t].get(j) * raw.B[t].get(0);
@@ -116,8 +123,9 @@ extern "C" __global__ void __launch_bounds__(32 * kMaxWarps, 1) narrow_forward(c
         // The next chunk's loads travel while this one is joined.
 #pragma unroll
         for (int t = 0; t < kSteps; ++t) raw.tokens[t] = ahead[t];
-        if (round + 1 < rounds) fetch(raw, round + 1);
-        fetch_tokens(ahead, round + 2);
+        if (round + 1 < rounds) fetch(raw, next_route);
+        advance(next_route, next_chunk);
+        fetch_tokens(ahead, next_route, next_chunk);
 
         float before_a[2], before_b[2];
 #pragma unroll
@@ -170,16 +178,12 @@ extern "C" __global__ void __launch_bounds__(32 * kMaxWarps, 1) narrow_forward(c
                 h[j] = fmaf(a[t][j], h[j], b[t][j]);
                 out[j] = fmaf(c[t], h[j], D[j] * x[t].get(j));
             }
-            if (tokens[t] >= 0) {
-                if constexpr (kMerge) {
-                    float2* sum = reinterpret_cast<float2*>(block.sum + place(tokens[t], pair));
-                    const float2 before = *sum;
-                    *sum = make_float2(before.x + out[0], before.y + out[1]);
-                } else {
-                    Pack<Y_TYPE, 2> packed;
-                    packed.set(out);
-                    store<kVector>(packed, y + (long long)tokens[t] * (int)p.y_l, (int)p.y_d, valid);
-                }
+            if constexpr (kMerge) {
+                add_to(block.sum + place(tokens[t], pair), out[0], out[1], tokens[t] >= 0);
+            } else if (tokens[t] >= 0) {
+                Pack<Y_TYPE, 2> packed;
+                packed.set(out);
+                store<kVector>(packed, y + (long long)tokens[t] * (int)p.y_l, (int)p.y_d, valid);
             }
         }
     }

@@ -9,7 +9,7 @@ struct Params {
     const void* dt;
     const void* B;
     const void* C;
-    const int* indices;          // (K, S), null = 0, 1, 2, ...
+    const int* indices;          // (K, S)
     const float* A;              // (K, D, N)
     const float* D;              // (K, D)
     const float* dt_weight;      // (K, D, R)
@@ -38,7 +38,6 @@ struct Params {
     long long steps;
     long long channels;
     long long states;
-    long long softplus;
     // Strides.
     long long x_b;
     long long x_l;

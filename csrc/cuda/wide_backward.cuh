@@ -16,6 +16,7 @@
 constexpr int kLanes = LANES;
 constexpr int kStates = STATES;
 constexpr int kSlots = SLOTS;
+constexpr bool kSoftplus = SOFTPLUS;
 constexpr int kRank = RANK;
 constexpr int kWarps = WARPS;
 constexpr bool kVectorX = VECTOR_X;
@@ -73,7 +74,7 @@ extern "C" __global__ void __launch_bounds__(32 * kWarps, MIN_BLOCKS) wide_backw
     const Y_TYPE* dy = (const Y_TYPE*)p.dy + batch * p.dy_b + route * p.dy_k + first * p.dy_d;
     DX_TYPE* dx = (DX_TYPE*)p.dx + batch * p.dx_b + route * p.dx_k + first * p.dx_d;
     DDT_TYPE* ddt = (DDT_TYPE*)p.ddt + batch * p.ddt_b + route * p.ddt_k + first * p.ddt_d;
-    const int* indices = p.indices ? p.indices + (long long)route * steps : nullptr;
+    const int* indices = p.indices + (long long)route * steps;
 
     auto sums_row = [&](long long token) {
         return ((block_of_channels * p.batch + batch) * p.tokens + token) * p.routes + route;
@@ -105,7 +106,7 @@ extern "C" __global__ void __launch_bounds__(32 * kWarps, MIN_BLOCKS) wide_backw
         // The block's rows of B, C and of a low-rank step size.
         if (threadIdx.x < kTile) {
             const int step = start + threadIdx.x;
-            block.tokens[threadIdx.x] = step >= steps ? -2 : indices ? __ldg(indices + step) : step;
+            block.tokens[threadIdx.x] = step >= steps ? -2 : __ldg(indices + step);
         }
         __syncthreads();
         for (int i = threadIdx.x; i < kTile * kRow; i += 32 * kWarps) {
@@ -150,7 +151,7 @@ extern "C" __global__ void __launch_bounds__(32 * kWarps, MIN_BLOCKS) wide_backw
                     }
                 }
                 if (p.dt_bias && there) s += __ldg(p.dt_bias + at);
-                if (p.softplus) s = softplus<sizeof(DT_TYPE) == 4>(s);
+                if (kSoftplus) s = softplus<sizeof(DT_TYPE) == 4>(s);
                 if (token == -2) s = 0.f;
                 mine.s[lane][run + i] = s;
                 mine.u[lane][run + i] = s * x_row.get(i);
@@ -283,7 +284,7 @@ extern "C" __global__ void __launch_bounds__(32 * kWarps, MIN_BLOCKS) wide_backw
                 const float skip = p.D && channel < channels ? __ldg(p.D + (long long)route * channels + channel) : 0.f;
                 dx_out[i] = fmaf(skip, dy_row.get(i), s * gB);
                 ddt_out[i] = fmaf(x_row.get(i), gB, ghA);
-                if (p.softplus) ddt_out[i] *= softplus_slope(s);
+                if (kSoftplus) ddt_out[i] *= softplus_slope(s);
                 if (token == -2) ddt_out[i] = 0.f;
                 mine.u[lane][run + i] = dy_row.get(i) * x_row.get(i);
                 mine.dy[lane][run + i] = ddt_out[i];

@@ -13,6 +13,7 @@
 constexpr int kLanes = LANES;    // lanes that share a group of channels
 constexpr int kStates = STATES;  // states a lane holds of each channel
 constexpr int kSlots = SLOTS;    // channels of a group
+constexpr bool kSoftplus = SOFTPLUS;
 constexpr int kRank = RANK;      // columns of a low-rank step size, 0 = dt comes whole
 constexpr int kWarps = WARPS;
 constexpr bool kVectorX = VECTOR_X;    // x, dt, y: channels are neighbours, aligned, a multiple of a run
@@ -79,7 +80,7 @@ extern "C" __global__ void __launch_bounds__(32 * kWarps, MIN_BLOCKS) wide_forwa
     const B_TYPE* B = (const B_TYPE*)p.B + batch * p.B_b + route * p.B_k + row_run * p.B_n;
     const C_TYPE* C = (const C_TYPE*)p.C + batch * p.C_b + route * p.C_k + row_run * p.C_n;
     Y_TYPE* y = (Y_TYPE*)p.y + batch * p.y_b + route * p.y_k + (first + run) * p.y_d;
-    const int* indices = p.indices ? p.indices + (long long)route * steps : nullptr;
+    const int* indices = p.indices + (long long)route * steps;
 
     for (int i = lane; i < kWarpChannels; i += 32) {
         bool there = first + i < channels;
@@ -104,7 +105,7 @@ extern "C" __global__ void __launch_bounds__(32 * kWarps, MIN_BLOCKS) wide_forwa
     }
 
     auto token_of = [&](int step) {
-        return step >= steps ? -2 : indices ? __ldg(indices + step) : step;
+        return step >= steps ? -2 : __ldg(indices + step);
     };
     auto fetch = [&](Raw& raw, int token) {
         raw.token = token;
@@ -156,7 +157,7 @@ extern "C" __global__ void __launch_bounds__(32 * kWarps, MIN_BLOCKS) wide_forwa
 #pragma unroll
         for (int i = 0; i < kRun; ++i) {
             s[i] += mine.bias[run + i];
-            if (p.softplus) s[i] = softplus<sizeof(DT_TYPE) == 4>(s[i]);
+            if (kSoftplus) s[i] = softplus<sizeof(DT_TYPE) == 4>(s[i]);
             if (raw.token == -2) s[i] = 0.f;  // past the end the state stays as it is
             mine.steps[row][run + i] = make_float2(s[i], s[i] * raw.x.get(i));
         }
