@@ -22,7 +22,7 @@ from vision_mamba.train.images import ImageSet
 
 
 class EpochBatches(Sampler[list[tuple[int, int, int]]]):
-    """Batches of keys (epoch, batch, index), in an order that is a function of (seed, epoch), without an incomplete last.
+    """Batches of keys (epoch, batch, index), in an order that is a function of (seed, epoch); none is incomplete.
 
     `at` sets where the next pass begins.
     """

@@ -108,7 +108,7 @@ def load(path: str, device: torch.device, name: str | None = None) -> Classifier
     return Classifier(
         name=name,
         model=model.to(device).eval(),
-        classes=[*(classes or []), *map(str, range(len(classes or []), int(model.num_classes)))],
+        classes=list(classes) if classes else [str(index) for index in range(model.num_classes)],
         data_config=content.get("data_config") or models.data_config(model, options),
         device=device,
     )
