@@ -1,0 +1,128 @@
+"""The Triton backend: its kernels under the interpreter, its refusals, and on a GPU the sweep over all cases."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests import cases
+from tests.cases import BF16, F64, Case, make_call, run
+from tests.tolerances import assert_close
+from vision_mamba.ops import BackendError, registry
+from vision_mamba.ops.backends import triton
+from vision_mamba.ops.backends.triton import Tile
+
+HERE = Path(__file__).parent
+ALL = cases.options() + cases.shapes() + cases.types() + cases.layouts()
+TILES = [(room, forward, triton.BACKWARD[room]) for room, forward in triton.FORWARD.items()]
+
+
+def gpu() -> torch.device:
+    return torch.device(torch.accelerator.current_accelerator(), 0)
+
+
+def assert_matches(found: dict[str, Tensor], case: Case) -> None:
+    reference = run(cases.double(make_call(case)), "reference")
+    assert found.keys() == reference.keys()
+    for name, tensor in reference.items():
+        assert_close(name, found[name], tensor)
+
+
+def test_kernels_under_the_interpreter() -> None:
+    """In a process of its own, since Triton decides at import whether to interpret."""
+    command = [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", str(HERE / "triton_interpreted.py")]
+    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    outcome = subprocess.run(
+        command, env=environment, cwd=HERE.parent.parent, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    assert outcome.returncode == 0, outcome.stdout[-8000:]
+
+
+def test_says_why_it_can_not_run() -> None:
+    assert "TRITON_INTERPRET=1" in str(registry.get("triton").unavailable(torch.device("cpu")))
+    with pytest.raises(BackendError, match=r"'triton' refuses this call: its tensors are on cpu"):
+        run(make_call(Case()), "triton")
+    assert "float64" in str(triton.BACKEND.refuses(make_call(Case(dtypes=(F64,) * 4))))
+    assert "rank 300, over 256" in str(triton.BACKEND.refuses(make_call(Case(rank=300))))
+
+
+def test_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    triton._unavailable.cache_clear()
+    assert "pip install triton" in str(triton._unavailable(torch.device("cuda")))
+    triton._unavailable.cache_clear()
+
+
+@pytest.mark.parametrize("states", [1, 2, 3, 16, 17, 64, 200, 256])
+def test_saved_states_follow_the_tile_of_the_backward_pass(states: int) -> None:
+    saved = triton.BACKEND.new_saved(make_call(Case(states=states)))
+    steps = triton.tile_for(triton.BACKWARD, states).steps
+    assert saved.shape == (2, 2, -(-35 // steps), states, 20) and saved.dtype == torch.float32
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", ALL, ids=str)
+def test_matches_the_reference(case: Case, poisoned: None) -> None:
+    assert_matches(run(make_call(case, device=gpu()), "triton"), case)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("states", "forward", "backward"), TILES, ids=str)
+def test_every_tile(states: int, forward: Tile, backward: Tile, poisoned: None) -> None:
+    """With more channels than one program takes, and a last block that is not full."""
+    channels = 2 * max(forward.channels, backward.channels) + 3
+    case = Case(states=states, channels=channels, order="local_2", batch=1, state=True, dtypes=(BF16,) * 4)
+    assert_matches(run(make_call(case, device=gpu()), "triton"), case)
+
+
+@pytest.mark.gpu
+def test_bitwise_deterministic() -> None:
+    call = make_call(Case(order="cross", rank=4, states=16, channels=70, batch=3), device=gpu())
+    first = run(call, "triton")
+    for _ in range(20):
+        for name, tensor in run(call, "triton").items():
+            assert torch.equal(tensor, first[name]), name
+
+
+@pytest.mark.gpu
+def test_offsets_beyond_32_bits() -> None:
+    """A batch item of which the last tokens lie more than 2^31 elements from the first."""
+    call = make_call(Case(grid=(1, 5), batch=1, routes=1, channels=4, dtypes=(BF16,) * 4), device=gpu())
+    far = torch.empty(4 * 2**29 + 64, dtype=BF16, device=gpu()).as_strided(call.x.shape, (0, 2**29, 1))
+    far.copy_(call.x)
+    near = run(call, "triton")
+    for name, tensor in run(call._replace(x=far), "triton").items():
+        assert torch.equal(tensor, near[name]), name
+
+
+@pytest.mark.gpu
+def test_on_another_stream_and_in_a_graph() -> None:
+    call = make_call(Case(order="cross", rank=4, states=16), device=gpu())
+    scan = torch.ops.vision_mamba.cross_selective_scan
+    eager = scan(*call, "triton")[0]
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        there = scan(*call, "triton")[0]
+    side.synchronize()
+    assert torch.equal(there, eager)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = scan(*call, "triton")[0]
+    call.x.neg_()
+    graph.replay()
+    assert torch.equal(captured, scan(*call, "triton")[0])
+
+
+@pytest.mark.gpu
+def test_on_a_device_that_is_not_current() -> None:
+    if torch.accelerator.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    case = Case(order="cross", states=16)
+    assert_matches(run(make_call(case, device=torch.device(gpu().type, 1)), "triton"), case)
