@@ -236,6 +236,19 @@ def test_under_autocast() -> None:
     assert all(p.grad.isfinite().all() for p in mixer.parameters())
 
 
+@torch.no_grad()
+def test_torchs_tools() -> None:
+    """One graph without breaks, of whole sequences and of single steps; exported; without memory."""
+    mixer, u = Mamba(16), torch.randn(2, 6, 16)
+    expected = mixer(u)
+    assert torch.allclose(torch.compile(mixer, backend="eager", fullgraph=True)(u), expected, atol=1e-6)
+    step, cache = torch.compile(mixer.step, backend="eager", fullgraph=True), mixer.allocate_inference_cache(2)
+    steps = torch.cat([step(u[:, t : t + 1], *cache)[0] for t in range(6)], 1)
+    assert torch.allclose(steps, expected, atol=1e-6)
+    assert torch.allclose(torch.export.export(mixer, (u,)).module()(u), expected, atol=1e-6)
+    assert Mamba(16, device="meta")(u.to("meta")).shape == u.shape
+
+
 def test_an_empty_batch() -> None:
     assert Mamba(16)(torch.zeros(0, 5, 16)).shape == (0, 5, 16)
 
