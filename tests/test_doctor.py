@@ -140,7 +140,7 @@ def test_a_missing_kernel_is_a_warning_with_its_fix(quick, monkeypatch, capsys) 
     text = capsys.readouterr().out
     line = next(line for line in text.splitlines() if "install one" in line)
     assert line.startswith("  ! cpu")
-    assert "warning" in text.splitlines()[-1]
+    assert "1 warning" in text.splitlines()[-1]
 
 
 def test_a_backend_without_its_device_is_neither(quick, monkeypatch, capsys) -> None:
@@ -161,9 +161,9 @@ def test_json_says_the_same(quick, capsys) -> None:
 
 def test_rich_and_plain_say_the_same(capsys) -> None:
     findings = [doctor.Finding("parts", "one", "fine"), doctor.Finding("parts", "two", "bad [red]", doctor.BROKEN)]
-    doctor._write_plain(findings)
+    assert doctor._report(findings, doctor._write_plain) == findings
     plain = capsys.readouterr().out.split()
-    doctor._write_rich(findings)
+    doctor._report(findings, doctor._rich_writer())
     assert capsys.readouterr().out.split() == plain
 
 

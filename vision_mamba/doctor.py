@@ -16,7 +16,7 @@ import json
 import logging
 import platform
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ from vision_mamba.ops import registry
 
 OK, ABSENT, WARNING, BROKEN = "ok", "absent", "warning", "broken"
 _MARKS = {OK: "+", ABSENT: "-", WARNING: "!", BROKEN: "X"}
+_NAME_WIDTH = 28
 _COLOURS = {OK: "green", ABSENT: "dim", WARNING: "yellow", BROKEN: "red"}
 
 # What the library stands on, under each name that it is distributed by; the first found is shown.
@@ -128,8 +129,9 @@ def backends() -> Iterator[Finding]:
         slow = not any(reason is None and registry.get(name).fast for name, reason in reasons.items())
         for name, reason in reasons.items():
             fast = registry.get(name).fast
-            # What is missing is a loss only while nothing fast takes its place.
-            missed = WARNING if slow and fast else ABSENT
+            # What is missing is a loss only while nothing fast takes its place; the CPU has one fast backend, its own.
+            meant_for_it = (name == "cpu") == (device.type == "cpu")
+            missed = WARNING if slow and fast and meant_for_it else ABSENT
             value = f"no: {reason}" if reason else "yes" if fast else "yes, slow"
             yield Finding(f"backends on {device.type}", name, value, missed if reason else OK)
 
@@ -195,13 +197,14 @@ def _train_once(name: str, device: torch.device) -> Finding:
     return Finding("self-test", label, "forward and backward finite")
 
 
-def examine() -> list[Finding]:
-    """The whole report; takes seconds."""
+def examine() -> Iterator[Finding]:
+    """The whole report, line by line; takes seconds, or two minutes where kernels for a GPU are compiled first."""
     log = logging.getLogger("vision_mamba")
     before = log.level
     log.setLevel(logging.ERROR)  # the warning of a slow backend refers to this very report
     try:
-        return [finding for part in (versions, machine, backends, parity, models) for finding in part()]
+        for part in (versions, machine, backends, parity, models):
+            yield from part()
     finally:
         log.setLevel(before)
 
@@ -218,36 +221,43 @@ def summary(findings: Sequence[Finding]) -> str:
 
 def _write(text: str) -> None:
     sys.stdout.write(text + "\n")
+    sys.stdout.flush()
 
 
-def _write_plain(findings: Sequence[Finding]) -> None:
-    width = max(len(finding.name) for finding in findings)
-    topic = ""
-    for finding in findings:
-        if finding.topic != topic:
-            topic = finding.topic
-            _write(f"\n{topic}")
-        _write(f"  {_MARKS[finding.verdict]} {finding.name:{width}}  {finding.value}")
-    _write(f"\n{summary(findings)}")
+def _write_plain(finding: Finding) -> None:
+    _write(f"  {_MARKS[finding.verdict]} {finding.name:{_NAME_WIDTH}}  {finding.value}")
 
 
-def _write_rich(findings: Sequence[Finding]) -> None:
+def _rich_writer() -> Callable[[Finding], None]:
+    """As _write_plain, in colour and with long lines wrapped in their column."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
-    table = Table("", "", "", show_header=False, box=None, padding=(0, 1))
-    topic = ""
-    for finding in findings:
-        if finding.topic != topic:
-            topic = finding.topic
-            table.add_row("", Text(f"\n{topic}", "bold"), "")
-        style = _COLOURS[finding.verdict]
-        value = Text(finding.value, "" if finding.verdict == OK else style)
-        table.add_row(Text(_MARKS[finding.verdict], style), finding.name, value)
     console = Console()
-    console.print(table)
-    console.print(f"\n{summary(findings)}", markup=False, highlight=False)
+
+    def write(finding: Finding) -> None:
+        style = _COLOURS[finding.verdict]
+        line = Table.grid(padding=(0, 2, 0, 0))
+        line.add_column(width=3)
+        line.add_column(width=_NAME_WIDTH)
+        value = Text(finding.value, "" if finding.verdict == OK else style)
+        line.add_row(Text(f"  {_MARKS[finding.verdict]}", style), Text(finding.name), value)
+        console.print(line)
+
+    return write
+
+
+def _report(findings: Iterable[Finding], write: Callable[[Finding], None]) -> list[Finding]:
+    """Write each finding as it comes, under its topic; returns them all."""
+    seen: list[Finding] = []
+    for finding in findings:
+        if not seen or seen[-1].topic != finding.topic:
+            _write(f"\n{finding.topic}")
+        write(finding)
+        seen.append(finding)
+    _write(f"\n{summary(seen)}")
+    return seen
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -256,13 +266,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser("python -m vision_mamba.doctor", description=__doc__, formatter_class=formatter)
     parser.add_argument("--json", action="store_true", help="write JSON, to paste into a bug report")
     options = parser.parse_args(arguments)
-    findings = examine()
     if options.json:
+        findings = list(examine())
         _write(json.dumps({"summary": summary(findings), "findings": [asdict(f) for f in findings]}, indent=2))
-    elif sys.stdout.isatty() and importlib.util.find_spec("rich"):
-        _write_rich(findings)
     else:
-        _write_plain(findings)
+        colour = sys.stdout.isatty() and importlib.util.find_spec("rich")
+        findings = _report(examine(), _rich_writer() if colour else _write_plain)
     return int(any(finding.verdict == BROKEN for finding in findings))
 
 
