@@ -37,9 +37,10 @@ class Tile(NamedTuple):
         return self.groups * self.lanes
 
 
-#: Tiles of the two passes by the states they are for, padded to a power of two.
-FORWARD = {1: Tile(1, 32, 32), 4: Tile(1, 32, 16), 16: Tile(1, 32, 8), 64: Tile(1, 8, 8), 256: Tile(1, 8, 8, 4)}
-BACKWARD = {1: Tile(1, 64, 16), 4: Tile(1, 32, 8), 16: Tile(2, 8, 8), 64: Tile(1, 8, 4, 2), 256: Tile(1, 8, 4, 4)}
+#: Tiles of the two passes by the states they have room for, padded to a power of two. Forward saves the states every
+#: so many steps as a tile of the backward pass has.
+FORWARD = {1: Tile(1, 32, 16), 4: Tile(1, 32, 16), 16: Tile(1, 16, 8), 64: Tile(1, 8, 8), 256: Tile(1, 8, 8, 4)}
+BACKWARD = {1: Tile(1, 64, 8), 4: Tile(1, 32, 8), 16: Tile(2, 8, 8), 64: Tile(1, 8, 4, 2), 256: Tile(1, 8, 4, 4)}
 
 
 def tile_for(table: dict[int, Tile], states: int) -> Tile:
@@ -102,6 +103,8 @@ def _forward(call: ScanCall, save: bool) -> tuple[Tensor, Tensor, Tensor]:
     if not _complete(call):
         shares.zero_()
     tile, keep = tile_for(FORWARD, call.states), tile_for(BACKWARD, call.states)
+    if save:  # states are written between tiles
+        tile = tile._replace(steps=min(tile.steps, keep.steps))
     with _on(call.x.device):
         triton_kernels.forward[_grid(call, tile)](
             *_inputs(call),
@@ -112,7 +115,7 @@ def _forward(call: ScanCall, save: bool) -> tuple[Tensor, Tensor, Tensor]:
             *_sizes(call),
             *target.stride(),
             SAVED=keep.steps,
-            **_constants(call, tile._replace(steps=min(tile.steps, keep.steps)), target),
+            **_constants(call, tile, target),
         )
         if call.merge:
             _merge(shares, y)
