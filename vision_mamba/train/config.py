@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import types
 import typing
 from collections.abc import Callable, Sequence
@@ -201,9 +202,9 @@ def parse(argv: Sequence[str], saved_options: Callable[[str], dict[str, Any]]) -
     if path is not None:
         values = read_yaml(path)
     elif flags.get("resume") not in (None, "auto"):
-        resumed = Path(flags["resume"])
-        values = from_saved(saved_options(flags["resume"]), resumed)
-        values |= {"output": str(resumed.parent.parent), "experiment": resumed.resolve().parent.name}
+        values = from_saved(saved_options(flags["resume"]), flags["resume"])
+        folder = Path(flags["resume"]).resolve().parent
+        values |= {"output": os.path.relpath(folder.parent), "experiment": folder.name}
     for name, text in flags.items():
         values[name] = _checked(name, _from_text(name, text), f"--{name.replace('_', '-')}")
     return Config(**values)

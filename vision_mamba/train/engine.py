@@ -18,7 +18,7 @@ from timm.utils import dispatch_clip_grad, trim_summary, update_summary
 from torch import Tensor, nn
 
 from vision_mamba.train import checkpoint
-from vision_mamba.train.errors import ConfigError, Interrupted, NonFiniteError
+from vision_mamba.train.errors import CheckpointError, ConfigError, Interrupted, NonFiniteError
 from vision_mamba.train.options import Config
 from vision_mamba.train.progress import Progress
 from vision_mamba.train.signals import StopSignals
@@ -105,8 +105,12 @@ class Trainer:
         return self.config.run_dir
 
     @property
+    def _groups(self) -> list[dict[str, Any]]:
+        return self.optimizer.param_groups
+
+    @property
     def lr(self) -> float:
-        return max(group["lr"] for group in self.optimizer.param_groups)
+        return max(group["lr"] for group in self._groups)
 
     @property
     def done(self) -> bool:
@@ -197,7 +201,7 @@ class Trainer:
             f"--clip-grad 1, or try --no-amp; then --resume {path} or begin again."
         )
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def _evaluate(self, stop: StopSignals) -> dict[str, float]:
         """Loss and accuracies on the held-out images."""
         model = self.task.get_eval_model(ema=self.config.model_ema)
@@ -259,10 +263,19 @@ class Trainer:
 
         arch = self.config.model
         checkpoint.load(self.model, checkpoint.weights(content, path, use_ema=False), path, arch, entry("arch"))
-        if self.config.model_ema and "state_dict_ema" in content:
-            self.task.load_checkpoint_state(content["state_dict_ema"], ema=True)
+        if self.config.model_ema:  # an average that begins only now begins at the weights
+            self.task.load_checkpoint_state(content.get("state_dict_ema") or entry("state_dict"), ema=True)
         self.position = Position(**{key: entry(key) for key in asdict(self.position)})
-        self.optimizer.load_state_dict(entry("optimizer"))
+        chosen = [{key: value for key, value in group.items() if key != "params"} for group in self._groups]
+        try:
+            self.optimizer.load_state_dict(entry("optimizer"))
+        except ValueError as error:
+            raise CheckpointError(
+                f"checkpoint {path} holds the state of another optimizer: {error}; keep --opt and --layer-decay "
+                "as they were, and --weight-decay 0 or not, or begin from its weights with --initial-checkpoint."
+            ) from error
+        for group, options in zip(self._groups, chosen, strict=True):
+            group.update(options)  # what the options say now, not what they said when it was saved
         if entry("amp_scaler"):
             self.scaler.load_state_dict(content["amp_scaler"])
         checkpoint.set_random_state(entry("random_state"))

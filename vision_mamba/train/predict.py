@@ -101,14 +101,21 @@ def load(path: str, device: torch.device, name: str | None = None) -> Classifier
         raise CheckpointError(f"checkpoint {path} does not say which model it is of; pass --model NAME.")
     models.check_name(name, "--model" if not options else f"{path}: model")
     classes = content.get("classes")
-    outputs = options.get("num_classes") or (len(classes) if classes else None)
-    arguments = {"num_classes": outputs, **(options.get("model_kwargs") or {})}
+    arguments = {
+        "num_classes": options.get("num_classes") or (len(classes) if classes else None),
+        **(options.get("model_kwargs") or {}),
+    }
     model = models.build(name, options, arguments)
     checkpoint.load(model, state_dict, path, name, content.get("arch"))
     return Classifier(
         name=name,
         model=model.to(device).eval(),
-        classes=list(classes) if classes else [str(index) for index in range(model.num_classes)],
+        classes=_numbered(classes or [], model.num_classes),  # type: ignore[arg-type]
         data_config=content.get("data_config") or models.data_config(model, options),
         device=device,
     )
+
+
+def _numbered(classes: list[str], outputs: int) -> list[str]:
+    """As many names as there are outputs: the numbers of those that have none."""
+    return [*classes, *map(str, range(len(classes), outputs))]

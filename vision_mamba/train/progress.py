@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Protocol
 
 from rich.console import Console
-from rich.logging import RichHandler
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -78,15 +77,22 @@ class Progress:
             yield _Drawn(drawn, total, done, label)
 
 
+class _ToConsole(logging.Handler):
+    """Lines above the bar, as they are: a command must stay on one line to be copied."""
+
+    def __init__(self, console: Console) -> None:
+        super().__init__()
+        self.console = console
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.console.print(self.format(record), soft_wrap=True, markup=False, highlight=False)
+
+
 @contextlib.contextmanager
 def logging_to(console: Console, file: Path | None = None, level: int = logging.INFO) -> Iterator[None]:
     """Send the package's log to the console and, as plain lines with dates, to a file, until the block ends."""
     root = logging.getLogger("vision_mamba")
-    handlers: list[logging.Handler] = []
-    if console.is_terminal:
-        handlers.append(RichHandler(console=console, show_path=False, show_level=False, markup=False))
-    else:
-        handlers.append(logging.StreamHandler(console.file))
+    handlers: list[logging.Handler] = [_ToConsole(console)]
     if file is not None:
         handlers.append(logging.FileHandler(file, encoding="utf-8"))
         handlers[-1].setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))

@@ -146,8 +146,8 @@ def _resume(trainer: Trainer, path: Path, extras: dict[str, Any]) -> None:
     for name, was in checkpoint.entry(content, "args", path).items():
         if (now := trainer.config.plain().get(name)) != was and name not in ("output", "experiment", "overwrite"):
             _log.warning("--%s was %s so far, is %s from here on", name.replace("_", "-"), was, now)
-    if content["images"] != extras["images"]:
-        _log.warning("the data had %d images so far, has %d from here on", content["images"], extras["images"])
+    if (images := checkpoint.entry(content, "images", path)) != extras["images"]:
+        _log.warning("the data had %d images so far, has %d from here on", images, extras["images"])
     position = trainer.position
     where = f"after epoch {position.epoch}" + (f" and {position.batch} steps" if position.batch else "")
     _log.info("%s %s: %s", "finished" if trainer.done else "continuing", where, path)
