@@ -4,9 +4,10 @@ Along every route, with v_t = dt_t + dt_bias and s_t = softplus(v_t):
 
     h_t = exp(s_t A) h_{t-1} + s_t B_t x_t          y_t = <C_t, h_t> + D x_t
 
-Grid: one program = one batch item, one route and BLOCK_D channels. It holds their BLOCK_N x BLOCK_D states in
-registers, float32, and walks the route STEPS at a time, following the index table. Channels lie across the lanes of a
-warp, so a step reads neighbouring elements of one token whatever the order, and sums over states need few exchanges.
+Grid: one program = one batch item, one route and GROUPS x LANES channels. It holds their states, (GROUPS, BLOCK_N,
+LANES) float32, in registers, and walks the route STEPS at a time, following the index table. Channels lie across the
+lanes of a warp, so a step reads neighbouring elements of one token whatever the order; lanes that LANES leaves over
+share a channel's states, and GROUPS channels a lane save exchanges where dB and dC are summed over channels.
 
 Tiles: x, dt and dy come STEPS rows at once, so that many loads are in flight and all lanes form the step sizes; `_row`
 then takes a row out for the recurrence. Where a thread holds whole columns that is free: the compiler sees which
