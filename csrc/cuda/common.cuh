@@ -20,14 +20,10 @@ DEVICE float ex2(float v) {
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(v));
     return r;
 }
-DEVICE float lg2(float v) {
+// The same, where the compiler must not keep an earlier result in a register instead.
+DEVICE float ex2_again(float v) {
     float r;
-    asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(v));
-    return r;
-}
-DEVICE float reciprocal(float v) {
-    float r;
-    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(v));
+    asm volatile("ex2.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(v));
     return r;
 }
 
@@ -83,6 +79,14 @@ template <class T, int V> struct Pack {
     DEVICE void clear() {
 #pragma unroll
         for (int i = 0; i < kWords; ++i) words[i] = 0;
+    }
+    DEVICE void keep(int count) {  // the first of two elements, both, or none
+        if constexpr (kWords == 2) {
+            if (count < 2) words[1] = 0;
+            if (count < 1) words[0] = 0;
+        } else {
+            if (count < 2) words[0] = count < 1 ? 0 : words[0] & 0xffffu;
+        }
     }
     DEVICE float get(int i) const {
         if constexpr (sizeof(T) == 4) {

@@ -13,12 +13,12 @@ struct alignas(16) BlockMemory {
     float4 totals[2][kMaxWarps][kChannels / 2];  // a warp's joined map (a, b) of both channels, of two chunks in turn
     float2 totals_back[2][kMaxWarps][kChannels / 2];  // and c of the map of gradients
     float carry[2][kChannels];                        // the gradient behind the chunk
-    float scratch[kMaxWarps][kTensor ? 128 : 48];
+    float scratch[kMaxWarps][kTensor ? kRankTiles * 128 + 48 : 48];
     float sum[1];  // (tokens, 16), where routes are added up
 };
 extern "C" __device__ int launch_shape[2] = {0, (int)sizeof(BlockMemory)};
 
-extern "C" __global__ void __launch_bounds__(32 * kMaxWarps, 1) narrow_backward(const __grid_constant__ Params p) {
+extern "C" __global__ void __launch_bounds__(32 * kMaxWarps, MIN_BLOCKS) narrow_backward(const __grid_constant__ Params p) {
     extern __shared__ __align__(16) char shared[];
     BlockMemory& block = *reinterpret_cast<BlockMemory*>(shared);
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, warps = blockDim.x >> 5;
@@ -77,6 +77,7 @@ extern "C" __global__ void __launch_bounds__(32 * kMaxWarps, 1) narrow_backward(
             x[t] = read<X_TYPE, 2>(x_at, tokens[t]);
             if (p.dy) dy[t] = read<Y_TYPE, 2>(dy_at, tokens[t]);
             else dy[t].clear();
+            dy[t].keep(valid);  // channels past the last have no share in dB and dC
             B[t] = read<B_TYPE, 1>(B_at, tokens[t]);
             C[t] = read<C_TYPE, 1>(C_at, tokens[t]);
         }
@@ -308,6 +309,16 @@ extern "C" __global__ void __launch_bounds__(32 * kMaxWarps, 1) narrow_backward(
                 of_channel[i] += __shfl_xor_sync(kAll, of_channel[i], 2);
                 if (q == 0) block.scratch[warp][i / 2 * 16 + 2 * pair + i % 2] = of_channel[i];
             }
+            if constexpr (kTensor) {
+#pragma unroll
+                for (int ranks_of = 0; ranks_of < kRankTiles; ++ranks_of) {
+#pragma unroll
+                    for (int i = 0; i < 4; ++i) {
+                        const int at = 48 + ranks_of * 128 + (2 * pair + i / 2) * 8 + 2 * q + i % 2;
+                        block.scratch[warp][at] = dweight[ranks_of][i];
+                    }
+                }
+            }
             __syncthreads();
             for (int i = threadIdx.x; i < 48; i += blockDim.x) {
                 float sum = 0.f;
@@ -317,21 +328,12 @@ extern "C" __global__ void __launch_bounds__(32 * kMaxWarps, 1) narrow_backward(
                 if (to && channel < channels) to[sequence * channels + channel] = sum;
             }
             if constexpr (kTensor) {
-#pragma unroll
-                for (int tile_of_ranks = 0; tile_of_ranks < kRankTiles; ++tile_of_ranks) {
-                    __syncthreads();
-#pragma unroll
-                    for (int i = 0; i < 4; ++i) {
-                        block.scratch[warp][(2 * pair + i / 2) * 8 + 2 * q + i % 2] = dweight[tile_of_ranks][i];
-                    }
-                    __syncthreads();
-                    for (int i = threadIdx.x; i < 128; i += blockDim.x) {
-                        float sum = 0.f;
-                        for (int w = 0; w < warps; ++w) sum += block.scratch[w][i];
-                        const int channel = tile * kChannels + i / 8, rank = 8 * tile_of_ranks + i % 8;
-                        if (channel < channels && rank < kRank) {
-                            p.ddt_weight[(sequence * channels + channel) * kRank + rank] = sum;
-                        }
+                for (int i = threadIdx.x; i < kRankTiles * 128; i += blockDim.x) {
+                    float sum = 0.f;
+                    for (int w = 0; w < warps; ++w) sum += block.scratch[w][48 + i];
+                    const int channel = tile * kChannels + i % 128 / 8, rank = i / 128 * 8 + i % 8;
+                    if (channel < channels && rank < kRank) {
+                        p.ddt_weight[(sequence * channels + channel) * kRank + rank] = sum;
                     }
                 }
             }

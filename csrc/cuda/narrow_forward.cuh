@@ -18,7 +18,7 @@ struct Raw {
     Pack<C_TYPE, 1> C[kSteps];
 };
 
-extern "C" __global__ void __launch_bounds__(32 * kMaxWarps, 1) narrow_forward(const __grid_constant__ Params p) {
+extern "C" __global__ void __launch_bounds__(32 * kMaxWarps, MIN_BLOCKS) narrow_forward(const __grid_constant__ Params p) {
     extern __shared__ __align__(16) char shared[];
     BlockMemory& block = *reinterpret_cast<BlockMemory*>(shared);
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, warps = blockDim.x >> 5;

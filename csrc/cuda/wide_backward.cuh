@@ -1,7 +1,7 @@
 // wide_backward.cuh: gradients of the scan of wide_forward.cuh. With g_t = dL/dh_t, steps taken backwards:
 //     g_t = C_t dy_t + exp(s_{t+1} A) g_{t+1}      dC_t = sum_d dy_t h_t         dB_t = sum_d g_t s_t x_t
-//     dx_t = s_t <g_t, B_t> + D dy_t               ds_t = x_t <g_t, B_t> + <g_t (h_t - s_t B_t x_t), A>
-//     dA = sum_t g_t (h_t - s_t B_t x_t) s_t, since h_t - s_t B_t x_t = exp(s_t A) h_{t-1} takes no second exponential.
+//     dx_t = s_t <g_t, B_t> + D dy_t               ds_t = x_t <g_t, B_t> + <g_t exp(s_t A) h_{t-1}, A>
+//     dA = sum_t g_t exp(s_t A) h_{t-1} s_t, where g_t exp(s_t A) is what goes on to the step before.
 //
 // Grid: a block = one (b, k) and kWarps * kWarpChannels channels, a warp = kWarpChannels of them; lanes as in forward,
 // in natural order of the slots. The steps go by in tiles of kCheckpoint, from the last: forward saved the state before
@@ -42,6 +42,9 @@ struct alignas(16) WarpMemory {
     float dy[kTile][kPitch];  // later <g h A>, later a share of ddt_bias
     float mid[kSubs][kSlots * kStates][32];
     float sums[kDirect ? 1 : kTile][2 * kRowPitch];  // dB, then dC
+    float bias[kWarpChannels];
+    float D[kWarpChannels];
+    float weight[kRank + 1][kWarpChannels];
 };
 struct alignas(16) BlockMemory {
     float B[kTile][kRowPitch];
@@ -51,6 +54,31 @@ struct alignas(16) BlockMemory {
     WarpMemory warps[kWarps];
 };
 extern "C" __device__ int launch_shape[2] = {32 * kWarps, (int)sizeof(BlockMemory)};
+
+// A run of channels in shared memory, four at a time where that is aligned.
+DEVICE void get(float* v, const float* at) {
+    if constexpr (kRun % 4 == 0) {
+#pragma unroll
+        for (int i = 0; i < kRun; i += 4) {
+            const float4 four = *reinterpret_cast<const float4*>(at + i);
+            v[i] = four.x, v[i + 1] = four.y, v[i + 2] = four.z, v[i + 3] = four.w;
+        }
+    } else {
+#pragma unroll
+        for (int i = 0; i < kRun; ++i) v[i] = at[i];
+    }
+}
+DEVICE void put(float* at, const float* v) {
+    if constexpr (kRun % 4 == 0) {
+#pragma unroll
+        for (int i = 0; i < kRun; i += 4) {
+            *reinterpret_cast<float4*>(at + i) = make_float4(v[i], v[i + 1], v[i + 2], v[i + 3]);
+        }
+    } else {
+#pragma unroll
+        for (int i = 0; i < kRun; ++i) at[i] = v[i];
+    }
+}
 
 extern "C" __global__ void __launch_bounds__(32 * kWarps, MIN_BLOCKS) wide_backward(const __grid_constant__ Params p) {
     extern __shared__ __align__(16) char shared[];
@@ -94,6 +122,13 @@ extern "C" __global__ void __launch_bounds__(32 * kWarps, MIN_BLOCKS) wide_backw
             dA[j][n] = 0.f;
         }
     }
+    for (int i = lane; i < kWarpChannels; i += 32) {
+        const bool there = first + i < channels;
+        const long long at = (long long)route * channels + first + i;
+        mine.bias[i] = there && p.dt_bias ? p.dt_bias[at] : 0.f;
+        mine.D[i] = there && p.D ? p.D[at] : 0.f;
+        for (int r = 0; r < kRank; ++r) mine.weight[r][i] = there ? p.dt_weight[at * kRank + r] : 0.f;
+    }
     // Column sums of a tile: lane i adds dD of channel i, ddt_bias of channel i - kWarpChannels, as far as lanes go.
     constexpr int kColumns = (2 * kWarpChannels + 31) / 32;
     float columns[kColumns];
@@ -125,6 +160,7 @@ extern "C" __global__ void __launch_bounds__(32 * kWarps, MIN_BLOCKS) wide_backw
             __syncthreads();
         }
 
+        __syncwarp();
         // This warp's channels: a lane unpacks one row.
         const long long token = block.tokens[lane];
 #pragma unroll
@@ -137,26 +173,30 @@ extern "C" __global__ void __launch_bounds__(32 * kWarps, MIN_BLOCKS) wide_backw
             if (kRank == 0) load<kVectorX>(dt_row, dt + token * (int)p.dt_l + run * p.dt_d, (int)p.dt_d, valid);
             if (p.dy) load<kVectorX>(dy_row, dy + token * (int)p.dy_l + run * p.dy_d, (int)p.dy_d, valid);
             else dy_row.clear();
+            float s[kRun], u[kRun], out[kRun];
+            get(s, mine.bias + run);
+            if constexpr (kRank == 0) {
+#pragma unroll
+                for (int i = 0; i < kRun; ++i) s[i] += dt_row.get(i);
+            } else {
+#pragma unroll 4
+                for (int r = 0; r < kRank; ++r) {
+                    float weight[kRun];
+                    get(weight, mine.weight[r] + run);
+#pragma unroll
+                    for (int i = 0; i < kRun; ++i) s[i] = fmaf(weight[i], block.rank[lane][r], s[i]);
+                }
+            }
 #pragma unroll
             for (int i = 0; i < kRun; ++i) {
-                const int channel = first + run + i;
-                const long long at = (long long)route * channels + channel;
-                const bool there = channel < channels;
-                float s = 0.f;
-                if constexpr (kRank == 0) {
-                    s = dt_row.get(i);
-                } else {
-                    for (int r = 0; there && r < kRank; ++r) {
-                        s = fmaf(__ldg(p.dt_weight + at * kRank + r), block.rank[lane][r], s);
-                    }
-                }
-                if (p.dt_bias && there) s += __ldg(p.dt_bias + at);
-                if (kSoftplus) s = softplus<sizeof(DT_TYPE) == 4>(s);
-                if (token == -2) s = 0.f;
-                mine.s[lane][run + i] = s;
-                mine.u[lane][run + i] = s * x_row.get(i);
-                mine.dy[lane][run + i] = dy_row.get(i);
+                if (kSoftplus) s[i] = softplus<sizeof(DT_TYPE) == 4>(s[i]);
+                if (token == -2) s[i] = 0.f;
+                u[i] = s[i] * x_row.get(i);
+                out[i] = dy_row.get(i);
             }
+            put(mine.s[lane] + run, s);
+            put(mine.u[lane] + run, u);
+            put(mine.dy[lane] + run, out);
         }
         __syncthreads();
 
@@ -198,6 +238,10 @@ extern "C" __global__ void __launch_bounds__(32 * kWarps, MIN_BLOCKS) wide_backw
 #pragma unroll 1
         for (int sub = kSubs - 1; sub >= 0; --sub) {
             float history[kSub][kSlots][kStates];  // the state after each step
+            // Results wait in registers: a store between the steps would hold back the next step's loads.
+            constexpr int kOwnSums = owned_count<kSums, 16, kLanes>();
+            constexpr int kOwnInner = owned_count<2 * kSlots, kLanes / 2, 1>();
+            float kept_sums[kSub][kOwnSums], kept_inner[kSub][kOwnInner];
 #pragma unroll
             for (int t = 0; t < kSub; ++t) {
                 const int row = sub * kSub + t;
@@ -226,41 +270,46 @@ extern "C" __global__ void __launch_bounds__(32 * kWarps, MIN_BLOCKS) wide_backw
                     for (int n = 0; n < kStates; ++n) {
                         const float b = block.B[row][q * kStates + n], c = block.C[row][q * kStates + n];
                         const float g = fmaf(c, dy_t, carried[j][n]);
-                        const float decayed = fmaf(-u, b, history[t][j][n]);
-                        const float product = g * decayed;
+                        const float before = t ? history[t - 1][j][n] : mine.mid[sub][j * kStates + n][lane];
+                        carried[j][n] = g * ex2_again(s * A[j][n]);
+                        const float product = carried[j][n] * before;
                         sums[n] = fmaf(g, u, sums[n]);
                         sums[kStates + n] = fmaf(dy_t, history[t][j][n], sums[kStates + n]);
                         inner[j] = fmaf(g, b, inner[j]);
                         inner[kSlots + j] = fmaf(product, A[j][n], inner[kSlots + j]);
                         dA[j][n] = fmaf(product, s, dA[j][n]);
-                        carried[j][n] = g * ex2(s * A[j][n]);
                     }
                 }
                 reduce_scatter<kSums, 16, kLanes>(sums, lane);
+                reduce_scatter<2 * kSlots, kLanes / 2, 1>(inner, lane);
+#pragma unroll
+                for (int i = 0; i < kOwnSums; ++i) kept_sums[t][i] = sums[i];
+#pragma unroll
+                for (int i = 0; i < kOwnInner; ++i) kept_inner[t][i] = inner[i];
+            }
+            __syncwarp();  // every lane has read these rows of u and dy
+#pragma unroll
+            for (int t = 0; t < kSub; ++t) {
+                const int row = sub * kSub + t;
                 if (owns_first<kSums, 16, kLanes>(lane)) {
                     const int from = owned_from<kSums, 16, kLanes>(lane);
 #pragma unroll
-                    for (int i = 0; i < owned_count<kSums, 16, kLanes>(); ++i) {
-                        const int kind = (from + i) / kStates, n = (from + i) % kStates;
-                        if constexpr (kDirect) {
-                            const int state = q * kStates + n;
-                            if (block.tokens[row] >= 0 && state < states) {
-                                (kind ? p.dC : p.dB)[sums_row(block.tokens[row]) * states + state] = sums[i];
-                            }
-                        } else {
-                            mine.sums[row][kind * kRowPitch + q * kStates + n] = sums[i];
+                    for (int i = 0; i < kOwnSums; ++i) {
+                        const int kind = (from + i) / kStates, state = q * kStates + (from + i) % kStates;
+                        if constexpr (!kDirect) {
+                            mine.sums[row][kind * kRowPitch + state] = kept_sums[t][i];
+                        } else if (block.tokens[row] >= 0 && state < states) {
+                            (kind ? p.dC : p.dB)[sums_row(block.tokens[row]) * states + state] = kept_sums[t][i];
                         }
                     }
                 }
-                reduce_scatter<2 * kSlots, kLanes / 2, 1>(inner, lane);
-                __syncwarp();  // every lane has read this row of u and dy
                 if (owns_first<2 * kSlots, kLanes / 2, 1>(lane)) {
                     const int from = owned_from<2 * kSlots, kLanes / 2, 1>(lane);
 #pragma unroll
-                    for (int i = 0; i < owned_count<2 * kSlots, kLanes / 2, 1>(); ++i) {
+                    for (int i = 0; i < kOwnInner; ++i) {
                         const int j = (from + i) % kSlots;
-                        if (from + i < kSlots) mine.u[row][group + j] = inner[i];
-                        else mine.dy[row][group + j] = inner[i] * kLn2;
+                        if (from + i < kSlots) mine.u[row][group + j] = kept_inner[t][i];
+                        else mine.dy[row][group + j] = kept_inner[t][i] * kLn2;
                     }
                 }
             }
@@ -276,19 +325,22 @@ extern "C" __global__ void __launch_bounds__(32 * kWarps, MIN_BLOCKS) wide_backw
             load<kVectorX>(x_row, x + token * (int)p.x_l + run * p.x_d, (int)p.x_d, valid);
             if (p.dy) load<kVectorX>(dy_row, dy + token * (int)p.dy_l + run * p.dy_d, (int)p.dy_d, valid);
             else dy_row.clear();
-            float dx_out[kRun], ddt_out[kRun];
+            float dx_out[kRun], ddt_out[kRun], s[kRun], gB[kRun], ghA[kRun], skip[kRun];
+            get(s, mine.s[lane] + run);
+            get(gB, mine.u[lane] + run);
+            get(ghA, mine.dy[lane] + run);
+            get(skip, mine.D + run);
 #pragma unroll
             for (int i = 0; i < kRun; ++i) {
-                const int channel = first + run + i;
-                const float s = mine.s[lane][run + i], gB = mine.u[lane][run + i], ghA = mine.dy[lane][run + i];
-                const float skip = p.D && channel < channels ? __ldg(p.D + (long long)route * channels + channel) : 0.f;
-                dx_out[i] = fmaf(skip, dy_row.get(i), s * gB);
-                ddt_out[i] = fmaf(x_row.get(i), gB, ghA);
-                if (kSoftplus) ddt_out[i] *= softplus_slope(s);
+                const float u = x_row.get(i), out = dy_row.get(i);
+                dx_out[i] = fmaf(skip[i], out, s[i] * gB[i]);
+                ddt_out[i] = fmaf(u, gB[i], ghA[i]);
+                if (kSoftplus) ddt_out[i] *= softplus_slope(s[i]);
                 if (token == -2) ddt_out[i] = 0.f;
-                mine.u[lane][run + i] = dy_row.get(i) * x_row.get(i);
-                mine.dy[lane][run + i] = ddt_out[i];
+                gB[i] = out * u;
             }
+            put(mine.u[lane] + run, gB);
+            put(mine.dy[lane] + run, ddt_out);
             if (token >= 0) {
                 Pack<DX_TYPE, kRun> dx_row;
                 Pack<DDT_TYPE, kRun> ddt_row;

@@ -125,7 +125,7 @@ extern "C" __global__ void __launch_bounds__(32 * kWarps, MIN_BLOCKS) wide_forwa
     fetch(raw, token_of(row));
     int next = token_of(row + kTile);
     for (int start = 0; start < steps; start += kTile) {
-        // Unpack the tile into shared memory, and start reading the next one.
+        // Unpack the tile into shared memory, and start reading the one that takes its place.
         if (kRow >= 4 || quarter < kRow) {
 #pragma unroll
             for (int i = 0; i < kRowRun; ++i) {
@@ -183,6 +183,8 @@ extern "C" __global__ void __launch_bounds__(32 * kWarps, MIN_BLOCKS) wide_forwa
             }
         }
 
+        // Results wait in registers: a store between the steps would hold back the next step's loads.
+        float results[kTile];
 #pragma unroll
         for (int t = 0; t < kTile; ++t) {
             float b[kStates], c[kStates], sum[kSlots];
@@ -208,7 +210,11 @@ extern "C" __global__ void __launch_bounds__(32 * kWarps, MIN_BLOCKS) wide_forwa
             for (int offset = kSlots; offset < kLanes; offset *= 2) {
                 mine_y += __shfl_xor_sync(kAll, mine_y, offset);
             }
-            if (kSlots == kLanes || q < kSlots) mine.y[t][group + slot] = mine_y;
+            results[t] = mine_y;
+        }
+        if (kSlots == kLanes || q < kSlots) {
+#pragma unroll
+            for (int t = 0; t < kTile; ++t) mine.y[t][group + slot] = results[t];
         }
         __syncwarp();
 

@@ -49,11 +49,19 @@ def _refuses(call: ScanCall) -> str | None:
 
 def _new_saved(call: ScanCall) -> Tensor:
     if call.states == 1:
-        pieces = kernels.narrow_chunk(call.steps)[1]
+        _, pieces = _narrow_chunk(call)
     else:
         pieces = (call.steps + kernels.CHECKPOINT - 1) // kernels.CHECKPOINT
     shape = (call.batch, call.routes, pieces, call.channels, call.states)
     return call.x.new_empty(shape, dtype=torch.float32)
+
+
+def _max_warps(call: ScanCall) -> int:
+    return kernels.narrow_warps(call.batch * call.routes, call.channels)
+
+
+def _narrow_chunk(call: ScanCall) -> tuple[int, int]:
+    return kernels.narrow_chunk(call.steps, _max_warps(call))
 
 
 class _Launch(NamedTuple):
@@ -169,7 +177,7 @@ _backward_plans: dict[Any, _Plan] = {}
 def _key(call: ScanCall) -> tuple[Any, ...]:
     """All that a plan depends on."""
     tensors = tuple((t.dtype, t.shape, t.stride(), t.data_ptr() & 15) for t in (call.x, call.dt, call.B, call.C))
-    flags = (call.dt_softplus, call.merge, call.out_dtype, call.rank, call.A.shape, call.indices is None, call.steps)
+    flags = (call.dt_softplus, call.merge, call.out_dtype, call.rank, call.A.shape, call.steps)
     return (call.x.device.index, tensors, flags)
 
 
@@ -184,11 +192,11 @@ def _plan_forward(call: ScanCall, y: Tensor, device: int) -> _Plan:
             _narrow_launch(kernels.narrow_forward(types, *flags), call, fields, merging, device), merging, parts
         )
     wide = call.batch * call.routes * call.channels * call.states >= 4096 * _multiprocessors(device)
-    shape = kernels.wide_shape(call.states, 4 if wide else 1)
+    shape = kernels.wide_shape(call.states, 4) if wide else kernels.wide_shape(call.states, 1, 2)
     row = shape.lanes * shape.states
     vector_x = vector(shape.channels // 4, call.x, view, None if call.rank else call.dt)
     vector_bc = call.states == row and vector(max(row // 4, 1), call.B, call.C)
-    kernel = kernels.wide_forward(shape, types, call.rank, vector_x, vector_bc)
+    kernel = kernels.wide_forward(shape, types, call.rank, call.dt_softplus, vector_x, vector_bc)
     return _Plan(_wide_launch(kernel, shape, kernels.WARPS, call, fields, device), merging, parts)
 
 
@@ -213,7 +221,7 @@ def _plan_backward(call: ScanCall, dy: Tensor | None, dx: Tensor, device: int) -
         return _Plan(_narrow_launch(kernel, call, fields, merging, device), merging, parts)
     shape = kernels.wide_shape(call.states, 2)
     vector_x = vector(min(shape.channels, 8), *across)
-    kernel = kernels.wide_backward(shape, types, call.rank, vector_x, TYPES[view.dtype], ddt_type)
+    kernel = kernels.wide_backward(shape, types, call.rank, call.dt_softplus, vector_x, TYPES[view.dtype], ddt_type)
     return _Plan(_wide_launch(kernel, shape, kernels.backward_warps(shape), call, fields, device), merging, parts)
 
 
@@ -232,23 +240,28 @@ def _merging(call: ScanCall, wanted: bool, result: Tensor, device: int) -> tuple
 
 
 def _sum_fits(call: ScanCall, result: Tensor, device: int) -> bool:
-    """Whether a block can hold its channels' sum over routes, and whether that leaves a block for everyone."""
+    """Whether blocks keep their channels' sums over routes: where several such blocks fit a multiprocessor, and where
+    taking the routes one after the other leaves a block for everyone."""
     width = kernels.NARROW_CHANNELS
-    needed = 4 * width * call.tokens + 16 * 1024
     blocks = call.batch * ((call.channels + width - 1) // width)
-    return needed <= nvrtc.shared_limit(device) and blocks >= _multiprocessors(device) and vector(8, result)
+    return 4 * width * call.tokens <= _SUM_BYTES and blocks >= _multiprocessors(device) and vector(8, result)
 
 
-def _narrow_flags(call: ScanCall, merging: bool, view: Tensor, *across: Tensor | None) -> tuple[int, bool, bool, bool]:
+_SUM_BYTES = 24 * 1024
+
+
+def _narrow_flags(
+    call: ScanCall, merging: bool, view: Tensor, *across: Tensor | None
+) -> tuple[int, int, bool, bool, bool, bool]:
     across = across or (call.x, view, None if call.rank else call.dt)
     vector_rank = call.rank > 0 and call.rank % 2 == 0 and vector(2, call.dt)
-    return call.rank, merging, vector(2, *across), vector_rank
+    return _max_warps(call), call.rank, call.dt_softplus, merging, vector(2, *across), vector_rank
 
 
 def _narrow_launch(
     wanted: nvrtc.Specialisation, call: ScanCall, fields: dict[str, int], merging: bool, device: int
 ) -> _Launch:
-    warps, _ = kernels.narrow_chunk(call.steps)
+    warps, _ = _narrow_chunk(call)
     width = kernels.NARROW_CHANNELS
     grid = call.batch * ((call.channels + width - 1) // width) * (1 if merging else call.routes)
     more = 4 * width * call.tokens if merging else 0
@@ -319,7 +332,9 @@ def _prepared(call: ScanCall) -> ScanCall:
         tensor = getattr(call, name)
         if tensor is not None and not (tensor.dtype == torch.float32 and tensor.is_contiguous()):
             changed[name] = tensor.to(torch.float32).contiguous()
-    if call.indices is not None and not call.indices.is_contiguous():
+    if call.indices is None:
+        changed["indices"] = _in_order(call.x.device, call.routes, call.tokens)
+    elif not call.indices.is_contiguous():
         changed["indices"] = call.indices.contiguous()
     if changed:
         call = call._replace(**changed)
@@ -328,6 +343,20 @@ def _prepared(call: ScanCall) -> ScanCall:
         dt = torch.einsum("blkr,kdr->blkd", call.dt.float(), call.dt_weight)
         call = call._replace(dt=dt, dt_weight=None)
     return call
+
+
+def _in_order(device: torch.device, routes: int, tokens: int) -> Tensor:
+    """The table of routes that visit tokens in their order."""
+    key = (device, routes, tokens)
+    table = _tables_in_order.get(key)
+    if table is None:
+        table = torch.arange(tokens, device=device, dtype=torch.int32).repeat(routes, 1)
+        if not torch.cuda.is_current_stream_capturing():  # memory of a capture is the graph's own
+            _tables_in_order[key] = table
+    return table
+
+
+_tables_in_order: dict[tuple[torch.device, int, int], Tensor] = {}
 
 
 def _rank_in_kernel(call: ScanCall) -> bool:
@@ -362,7 +391,7 @@ def _sizes(call: ScanCall) -> dict[str, int]:
     """Fields of struct Params that both passes fill alike."""
     x = call.x.unsqueeze(2).expand(-1, -1, call.routes, -1) if call.shared_x else call.x
     fields = dict(batch=call.batch, tokens=call.tokens, routes=call.routes, steps=call.steps)
-    fields |= dict(channels=call.channels, states=call.states, softplus=int(call.dt_softplus))
+    fields |= dict(channels=call.channels, states=call.states)
     for name, tensor in (("x", x), ("dt", call.dt), ("B", call.B), ("C", call.C)):
         fields |= _strides(name, tensor)
     return fields

@@ -14,7 +14,6 @@ MAX_RANK = 64  # columns of a low-rank step size that the kernels multiply thems
 CHECKPOINT = 32  # steps between two states that the wide kernels save
 WARPS = 4  # of a block of the wide kernels
 STEPS = 7  # of a segment of the narrow kernels; odd, so that neighbouring segments meet other banks
-MAX_WARPS = 16  # of a block of the narrow kernels
 NARROW_CHANNELS = 16
 
 Types = tuple[str, str, str, str, str]  # of x, dt, B, C and y
@@ -33,12 +32,12 @@ class Shape(NamedTuple):
         return self.slots * 32 // self.lanes
 
 
-def wide_shape(states: int, slots: int) -> Shape:
-    """Lanes of a group, states a lane holds, and channels of a group, at most `slots` if that leaves a warp four."""
-    if states <= 4:
-        return Shape(1, 1 << (states - 1).bit_length(), 1)
-    lanes = min(32, 1 << (states - 1).bit_length() - 2)
-    return Shape(lanes, 4 if states <= 128 else 8, min(lanes, max(slots, lanes // 8)))
+def wide_shape(states: int, slots: int, per_lane: int = 4) -> Shape:
+    """Lanes of a group, states a lane holds, and channels of a group: at most `slots` if that leaves a warp four."""
+    states = 1 << (states - 1).bit_length()
+    per_lane = min(states, max(per_lane, states // 32))
+    lanes = states // per_lane
+    return Shape(lanes, per_lane, min(lanes, max(slots, lanes // 8)))
 
 
 def backward_warps(shape: Shape) -> int:
@@ -46,32 +45,47 @@ def backward_warps(shape: Shape) -> int:
     return WARPS if shape.lanes * shape.states <= 64 else 1
 
 
-def narrow_chunk(steps: Any) -> tuple[Any, Any]:
+def narrow_warps(sequences: Any, channels: Any) -> int:
+    """Warps of a block of the narrow kernels at most: few where there are blocks enough, so that they overlap."""
+    return 4 if sequences * channels >= 16384 else 16
+
+
+def narrow_chunk(steps: Any, max_warps: int) -> tuple[Any, Any]:
     """Warps of a block of the narrow kernels, and chunks that a route of so many steps is taken in."""
     warp_steps = 4 * STEPS
-    chunks = (steps + warp_steps * MAX_WARPS - 1) // (warp_steps * MAX_WARPS)
+    chunks = (steps + warp_steps * max_warps - 1) // (warp_steps * max_warps)
     return (steps + warp_steps * chunks - 1) // (warp_steps * chunks), chunks
 
 
-def wide_forward(shape: Shape, types: Types, rank: int, vector_x: bool, vector_bc: bool) -> Specialisation:
-    more = dict(WARPS=WARPS, MIN_BLOCKS=5)
-    return Specialisation("wide_forward", _macros(types, **_wide(shape, rank, vector_x, vector_bc), **more))
+def wide_forward(
+    shape: Shape, types: Types, rank: int, softplus: bool, vector_x: bool, vector_bc: bool
+) -> Specialisation:
+    more = dict(WARPS=WARPS, MIN_BLOCKS=4)
+    return Specialisation("wide_forward", _macros(types, **_wide(shape, rank, softplus, vector_x, vector_bc), **more))
 
 
-def wide_backward(shape: Shape, types: Types, rank: int, vector_x: bool, dx: str, ddt: str) -> Specialisation:
+def wide_backward(
+    shape: Shape, types: Types, rank: int, softplus: bool, vector_x: bool, dx: str, ddt: str
+) -> Specialisation:
     warps = backward_warps(shape)
-    more = dict(WARPS=warps, MIN_BLOCKS=16 // warps, SUB=8 if shape.states <= 4 else 4, DX_TYPE=dx, DDT_TYPE=ddt)
-    return Specialisation("wide_backward", _macros(types, **_wide(shape, rank, vector_x, True), **more))
+    more = dict(WARPS=warps, MIN_BLOCKS=12 // warps, SUB=8 if shape.states <= 4 else 4, DX_TYPE=dx, DDT_TYPE=ddt)
+    return Specialisation("wide_backward", _macros(types, **_wide(shape, rank, softplus, vector_x, True), **more))
 
 
-def narrow_forward(types: Types, rank: int, merge: bool, vector: bool, vector_rank: bool) -> Specialisation:
-    return Specialisation("narrow_forward", _macros(types, **_narrow(types, rank, merge, vector, vector_rank)))
+def narrow_forward(
+    types: Types, warps: int, rank: int, softplus: bool, merge: bool, vector: bool, vector_rank: bool
+) -> Specialisation:
+    return Specialisation(
+        "narrow_forward", _macros(types, **_narrow(types, warps, rank, softplus, merge, vector, vector_rank))
+    )
 
 
 def narrow_backward(
-    types: Types, rank: int, merge: bool, vector: bool, vector_rank: bool, dx: str, ddt: str
+    types: Types, warps: int, rank: int, softplus: bool, merge: bool, vector: bool, vector_rank: bool, dx: str, ddt: str
 ) -> Specialisation:
-    macros = _macros(types, **_narrow(types, rank, merge, vector, vector_rank), DX_TYPE=dx, DDT_TYPE=ddt)
+    macros = _macros(
+        types, **_narrow(types, warps, rank, softplus, merge, vector, vector_rank), DX_TYPE=dx, DDT_TYPE=ddt
+    )
     return Specialisation("narrow_backward", macros)
 
 
@@ -84,14 +98,18 @@ def on_tensor_cores(rank: int, dt: str) -> bool:
     return rank > 0 and dt == "Bfloat"
 
 
-def _wide(shape: Shape, rank: int, vector_x: bool, vector_bc: bool) -> dict[str, Any]:
+def _wide(shape: Shape, rank: int, softplus: bool, vector_x: bool, vector_bc: bool) -> dict[str, Any]:
     sizes = dict(LANES=shape.lanes, STATES=shape.states, SLOTS=shape.slots, RANK=rank)
-    return sizes | dict(VECTOR_X=vector_x, VECTOR_BC=vector_bc, CHECKPOINT=CHECKPOINT)
+    return sizes | dict(SOFTPLUS=softplus, VECTOR_X=vector_x, VECTOR_BC=vector_bc, CHECKPOINT=CHECKPOINT)
 
 
-def _narrow(types: Types, rank: int, merge: bool, vector: bool, vector_rank: bool) -> dict[str, Any]:
-    flags = dict(VECTOR=vector, VECTOR_RANK=vector_rank, MERGE=merge, TENSOR=on_tensor_cores(rank, types[1]))
-    return dict(RANK=rank, STEPS=STEPS) | flags
+def _narrow(
+    types: Types, warps: int, rank: int, softplus: bool, merge: bool, vector: bool, vector_rank: bool
+) -> dict[str, Any]:
+    flags = dict(
+        SOFTPLUS=softplus, VECTOR=vector, VECTOR_RANK=vector_rank, MERGE=merge, TENSOR=on_tensor_cores(rank, types[1])
+    )
+    return dict(MAX_WARPS=warps, MIN_BLOCKS=1 if warps > 4 else 3 if rank else 4, RANK=rank, STEPS=STEPS) | flags
 
 
 def _macros(types: Types, **more: Any) -> tuple[tuple[str, str], ...]:
@@ -120,11 +138,11 @@ _FULL: Types = ("Float",) * 5
 
 #: What the published models run: compiled for every architecture by the tests, and warmed by the doctor.
 SHIPPED = (
-    narrow_forward(_HALF, 6, True, True, True),
-    narrow_forward(_FULL, 0, False, True, True),
-    narrow_backward(_HALF, 6, True, True, True, "Bfloat", "Bfloat"),
-    wide_forward(wide_shape(16, 4), _HALF, 0, True, True),
-    wide_forward(wide_shape(64, 4), _FULL, 0, True, True),
-    wide_backward(wide_shape(16, 2), _HALF, 0, True, "Bfloat", "Bfloat"),
+    narrow_forward(_HALF, 4, 6, True, True, True, True),
+    narrow_forward(_FULL, 16, 0, True, False, True, True),
+    narrow_backward(_HALF, 4, 6, True, True, True, True, "Bfloat", "Bfloat"),
+    wide_forward(wide_shape(16, 4), _HALF, 0, True, True, True),
+    wide_forward(wide_shape(64, 4), _FULL, 0, True, True, True),
+    wide_backward(wide_shape(16, 2), _HALF, 0, True, True, "Bfloat", "Bfloat"),
     merge("Bfloat", "Bfloat", 8),
 )

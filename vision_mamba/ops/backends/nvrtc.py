@@ -135,7 +135,6 @@ def compile_source(wanted: Specialisation, architecture: int) -> tuple[bytes, st
         include_path=str(source_dir() / "cuda"),
         define_macro=list(wanted.macros),
         ptxas_options="-v",
-        ftz=True,
     )
     log = io.StringIO()
     try:

@@ -1,0 +1,126 @@
+"""Run-time compilation without a GPU: every shipped kernel for every architecture, its registers, and the cache."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import stat
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from vision_mamba.ops.backends import cuda_kernels as kernels
+from vision_mamba.ops.backends import nvrtc
+
+pytestmark = pytest.mark.skipif(nvrtc.missing() is not None, reason=str(nvrtc.missing()))
+
+ARCHITECTURES = (80, 90, 100, 120)
+
+#: Bytes of registers that may spill to memory, by kernel; measured, and to be lowered where a change allows it.
+SPILLS = dict(wide_forward=200, wide_backward=500, narrow_forward=200, narrow_backward=500, merge=0)
+
+
+@pytest.fixture
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("VISION_MAMBA_CACHE", str(tmp_path / "cache"))
+    nvrtc.cache_dir.cache_clear()
+    yield tmp_path / "cache"
+    nvrtc.cache_dir.cache_clear()
+
+
+@pytest.mark.parametrize("wanted", kernels.SHIPPED, ids=lambda s: "-".join((s.name, *dict(s.macros).values())))
+def test_nvrtc_compiles_every_shipped_kernel(wanted: nvrtc.Specialisation) -> None:
+    known = [a for a in ARCHITECTURES if a in nvrtc.known_architectures()]
+    with ThreadPoolExecutor(2) as pool:
+        built = dict(zip(known, pool.map(lambda a: nvrtc.compile_source(wanted, a), known), strict=True))
+    assert 80 in built and 90 in built
+    for architecture, (code, report) in built.items():
+        assert code[:4] == b"\x7fELF"
+        assert re.search(rf"{wanted.name}' for 'sm_{architecture}", report)
+        spilled = sum(int(n) for n in re.findall(r"(\d+) bytes spill stores", report))
+        assert "spill stores" in report and spilled <= SPILLS[wanted.name], f"sm_{architecture}: {spilled} bytes"
+
+
+MERGE = kernels.merge("Float", "Half", 4)
+
+
+def test_nvrtc_keeps_what_it_compiled(own_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    code = nvrtc.cubin(MERGE, 90)
+    monkeypatch.setattr(nvrtc, "compile_source", lambda *_: pytest.fail("compiled again"))
+    assert nvrtc.cubin(MERGE, 90) == code
+    assert len(list(own_cache.iterdir())) == 1
+
+
+def test_nvrtc_builds_a_damaged_entry_again(own_cache: Path, caplog: pytest.LogCaptureFixture) -> None:
+    code = nvrtc.cubin(MERGE, 90)
+    (entry,) = own_cache.iterdir()
+    entry.write_bytes(entry.read_bytes()[:-7])
+    with caplog.at_level(logging.WARNING, "vision_mamba"):
+        assert nvrtc.cubin(MERGE, 90) == code
+    assert "damaged" in caplog.text
+    entry.write_bytes(b"")
+    assert nvrtc.cubin(MERGE, 90) == code
+
+
+def test_nvrtc_survives_a_race_for_one_entry(own_cache: Path) -> None:
+    with ThreadPoolExecutor(4) as pool:
+        codes = list(pool.map(lambda _: nvrtc.cubin(MERGE, 80), range(4)))
+    assert len(set(codes)) == 1
+    (entry,) = own_cache.iterdir()  # no half-written file is left
+    assert entry.suffix == ".cubin"
+
+
+def test_nvrtc_names_entries_by_all_that_decides_them(own_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nvrtc, "compile_source", lambda wanted, architecture: (b"code", ""))
+    nvrtc.cubin(MERGE, 90)
+    nvrtc.cubin(MERGE, 80)
+    nvrtc.cubin(kernels.merge("Float", "Half", 2), 90)
+    monkeypatch.setattr(nvrtc, "compiler_version", lambda: (99, 9))
+    nvrtc.cubin(MERGE, 90)
+    monkeypatch.setattr(nvrtc, "_sources", lambda: "changed")
+    nvrtc.cubin(MERGE, 90)
+    assert len(list(own_cache.iterdir())) == 5
+
+
+def test_nvrtc_works_where_nothing_can_be_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    blocked = tmp_path / "a_file"
+    blocked.write_text("")
+    blocked.chmod(stat.S_IRUSR)
+    monkeypatch.setenv("VISION_MAMBA_CACHE", str(blocked / "cache"))
+    nvrtc.cache_dir.cache_clear()
+    with caplog.at_level(logging.WARNING, "vision_mamba"):
+        first = nvrtc.cubin(MERGE, 90)
+        assert nvrtc.cubin(MERGE, 90) == first
+    assert caplog.text.count("set VISION_MAMBA_CACHE") == 1
+    spare = nvrtc.cache_dir()
+    assert stat.S_IMODE(os.stat(spare).st_mode) == 0o700
+    nvrtc.cache_dir.cache_clear()
+
+
+def test_nvrtc_error_names_the_kernel() -> None:
+    with pytest.raises(RuntimeError, match=r"narrow_forward.*does not compile for sm_90"):
+        nvrtc.compile_source(nvrtc.Specialisation("narrow_forward", (("X_TYPE", "Bfloat"),)), 90)
+
+
+def test_nvrtc_parameters_are_read_from_the_source() -> None:
+    names = nvrtc.field_names()
+    assert names[0] == "x" and names[-1] == "ddt_d" and len(set(names)) == len(names)
+
+
+@pytest.mark.parametrize("states", [1, 2, 3, 5, 16, 17, 64, 100, 128, 129, 256])
+def test_lanes_hold_every_state(states: int) -> None:
+    for slots, per_lane in ((4, 4), (2, 4), (1, 2)):
+        shape = kernels.wide_shape(states, slots, per_lane)
+        assert shape.lanes * shape.states >= states and shape.lanes <= 32 and shape.channels >= 2
+
+
+@pytest.mark.parametrize("steps", [1, 27, 28, 29, 196, 784, 3136, 6085, 100_000])
+@pytest.mark.parametrize("most", [4, 16])
+def test_chunks_cover_a_route(steps: int, most: int) -> None:
+    warps, chunks = kernels.narrow_chunk(steps, most)
+    assert 1 <= warps <= most
+    assert 4 * kernels.STEPS * warps * (chunks - 1) < steps <= 4 * kernels.STEPS * warps * chunks
