@@ -1,0 +1,1 @@
+"""Measurements: named cases (cases.py), the stopwatch (run.py), tables (render.py)."""

@@ -1,0 +1,71 @@
+"""Turn records of measurements into a table in Markdown.
+
+    python tools/bench/render.py results/cpu_scan.jsonl
+
+One row for each case and implementation, one column for each pass: the median, the 20th and 80th percentiles and, where
+the implementation is not ours, how many times longer it takes. Of several records of one figure the last counts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+OURS = ("cpu", "cuda", "triton", "eager", "reference")
+
+Record = dict[str, Any]
+
+
+def latest(records: Iterable[Record]) -> list[Record]:
+    """The last record of each figure, in the order in which figures first came."""
+    keys = ("device", "threads", "level", "dtype", "case", "backend", "pass")
+    return list({tuple(record.get(key) for key in keys): record for record in records}.values())
+
+
+def table(records: Iterable[Record]) -> str:
+    """The records in Markdown, one table for each machine and type."""
+    machines: dict[str, list[Record]] = {}
+    for r in latest(records):
+        threads = f", {r['threads']} threads" if "threads" in r else ""
+        title = f"{r['device']}{threads}, {r['dtype']}, torch {r['torch']}; milliseconds: p50 (p20 to p80)"
+        machines.setdefault(title, []).append(r)
+    return "\n".join(_machine(title, found) for title, found in machines.items())
+
+
+def _machine(title: str, records: list[Record]) -> str:
+    passes = list(dict.fromkeys(record["pass"] for record in records))
+    rows = dict.fromkeys((record["case"], record["backend"]) for record in records)
+    found = {(record["case"], record["backend"], record["pass"]): record for record in records}
+    head = ["case", "implementation", *passes, "peak MiB", "rel. RMS error"]
+    lines = [title, "", "| " + " | ".join(head) + " |", "|---|---|" + "--:|" * (len(passes) + 2)]
+    for case, backend in rows:
+        mine = [found.get((case, backend, which)) for which in passes]
+        last = [record for record in mine if record][-1]
+        cells = [_cell(record, found) if record else "" for record in mine]
+        lines.append("| " + " | ".join([case, backend, *cells, str(last["peak_mib"]), f"{last['rel_rms']:.1e}"]) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _cell(record: Record, found: dict[tuple[str, str, str], Record]) -> str:
+    low, middle, high = record["ms"]
+    cell = f"{middle:.4g} ({low:.4g} to {high:.4g})"
+    if record["backend"] in OURS:
+        return cell
+    ours = [found[key]["ms"][1] for b in OURS if (key := (record["case"], b, record["pass"])) in found]
+    return f"{cell}, {middle / min(ours):.0f}x" if ours else cell
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("files", type=Path, nargs="+", help="files of one JSON line a figure")
+    lines = [line for path in parser.parse_args().files for line in path.read_text().splitlines()]
+    sys.stdout.write(table(map(json.loads, lines)))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

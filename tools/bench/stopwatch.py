@@ -1,0 +1,119 @@
+"""The stopwatch: times and peak memory on a CPU or a GPU, and where a record comes from."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import datetime
+import gc
+import os
+import platform
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vision_mamba.ops.backends import cpu
+
+ROOT = Path(__file__).resolve().parents[2]
+MEASURED = ("csrc", "vision_mamba/ops", "vision_mamba/scans", "tools/bench")  # what a record's commit must cover
+
+
+class Stopwatch:
+    """Times a call on a device, and says what memory it took at its peak beyond what stood before."""
+
+    def __init__(self, device: torch.device, seconds: float, least: int = 4, most: int = 300) -> None:
+        self.device, self.seconds, self.least, self.most = device, seconds, least, most
+        self.cuda = device.type == "cuda"
+
+    def _once(self, prepare: Callable[[], Any], work: Callable[[Any], Any]) -> float:
+        """Milliseconds of work(prepare()), without prepare."""
+        prepared = prepare()
+        if not self.cuda:
+            begun = time.perf_counter()
+            work(prepared)
+            return (time.perf_counter() - begun) * 1e3
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        torch.cuda._sleep(200_000)  # the device waits while the CPU queues, so that launches are not timed
+        start.record()
+        work(prepared)
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end)
+
+    def time(self, prepare: Callable[[], Any], work: Callable[[Any], Any]) -> list[float]:
+        """[p20, p50, p80] of as many runs as fit the time, after a warm-up."""
+        until = time.perf_counter() + self.seconds
+        for _ in range(3):
+            self._once(prepare, work)
+            if time.perf_counter() > until:
+                break
+        until, times = time.perf_counter() + self.seconds, list[float]()
+        while len(times) < self.least or (time.perf_counter() < until and len(times) < self.most):
+            times.append(self._once(prepare, work))
+        times.sort()
+        return [round(times[min(len(times) - 1, int(len(times) * q))], 4) for q in (0.2, 0.5, 0.8)]
+
+    def peak_mib(self, prepare: Callable[[], Any], work: Callable[[Any], Any]) -> float | None:
+        """MiB; None where the system does not tell."""
+        gc.collect()
+        _return_free_memory()
+        prepared = prepare()
+        if self.cuda:
+            before = torch.cuda.memory_allocated()
+            torch.cuda.reset_peak_memory_stats()
+            kept = work(prepared)
+            peak = torch.cuda.max_memory_allocated() - before
+        elif (clear := Path("/proc/self/clear_refs")).exists():
+            clear.write_text("5")  # forgets the peak so far
+            before = _resident("VmRSS")
+            kept = work(prepared)
+            peak = _resident("VmHWM") - before
+        else:
+            return None
+        del kept
+        return round(peak / 2**20, 2)
+
+
+def _return_free_memory() -> None:
+    """Give the pages that the allocator keeps for later back to the system, so that their reuse is seen as growth."""
+    with contextlib.suppress(AttributeError, OSError):
+        ctypes.CDLL(None).malloc_trim(0)  # glibc has it
+
+
+def _resident(field: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
+
+
+def provenance(device: torch.device) -> dict[str, Any]:
+    """Which code ran on which machine."""
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+
+    record = {
+        "commit": git("rev-parse", "HEAD"),
+        "dirty": bool(git("status", "--porcelain", "--", *MEASURED)),
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_model(),
+        "torch": torch.__version__,
+    }
+    if device.type == "cpu":
+        level = os.environ.get(cpu.LEVEL_VARIABLE) or next(iter(cpu.levels()), None)
+        record |= {"threads": torch.get_num_threads(), "level": level}
+    return record
+
+
+def _cpu_model() -> str:
+    """The processor's name and family, which tell more together when a hypervisor hides the name."""
+    wanted = ("model name", "cpu family", "model", "stepping")
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text().splitlines() if path.exists() else []
+    found = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+    if "model name" not in found:
+        return platform.processor() or platform.machine()
+    return found["model name"] + " (" + ", ".join(f"{key} {found[key]}" for key in wanted[1:] if key in found) + ")"
