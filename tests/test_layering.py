@@ -133,6 +133,7 @@ def test_kernel_sources_are_opened_by_the_backends_alone() -> None:
 def test_importing_the_package_brings_no_extra() -> None:
     """What pip installs without extras is enough, and nobody pays for pictures or training who does not ask."""
     extras = ("matplotlib", "sklearn", "rich", "onnx", "pycocotools", "vision_mamba.train", "vision_mamba.viz")
-    check = f"import sys, vision_mamba; sys.exit(str([m for m in {extras!r} if m in sys.modules]))"
+    check = "import sys, torch, timm; before = set(sys.modules); import vision_mamba; "
+    check += f"sys.exit(str([m for m in {extras!r} if m in sys.modules and m not in before]))"
     done = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True)
     assert done.stderr.strip().splitlines()[-1:] == ["[]"], done.stderr

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tests import cases
 from tests.cases import Case, make_call, run
-from tests.tolerances import assert_close
+from tests.tolerances import RELATIVE_RMS, assert_close
 from vision_mamba.ops import registry
 from vision_mamba.ops.call import GRADIENTS
 
@@ -33,7 +33,7 @@ def test_matches_the_reference(case: Case, backend: str, poisoned: None) -> None
 
 
 @pytest.mark.parametrize("backend", CPU_BACKENDS)
-@pytest.mark.parametrize("raw", [-80.0, 80.0])
+@pytest.mark.parametrize("raw", [-80.0, -60.0, 60.0, 80.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_extreme_step_sizes(backend: str, raw: float, dtype: torch.dtype) -> None:
     case = Case(dtypes=(dtype,) * 4, states=16, order="cross")
@@ -42,12 +42,11 @@ def test_extreme_step_sizes(backend: str, raw: float, dtype: torch.dtype) -> Non
     found, reference = run(call, backend), run(cases.double(call), "reference")
     for name, tensor in found.items():
         assert torch.isfinite(tensor).all(), name
-        # Values below the smallest number of the type round to zero, which a relative error can't see past.
-        tiny = torch.finfo(tensor.dtype).smallest_normal * tensor.numel() ** 0.5
-        if reference[name].abs().max() > 1e3 * tiny:
-            assert_close(name, tensor, reference[name])
-        else:
-            assert (tensor.double() - reference[name]).abs().max() <= 1e3 * tiny, name
+        # exp(-80) is near the smallest normal number: each addend of a sum, and the sum, may be flushed to zero.
+        addends = 1 + call.batch * call.steps * call.states
+        lost = addends * max(torch.finfo(t).smallest_normal for t in (torch.float32, tensor.dtype))
+        error, scale = (tensor.double() - reference[name]).norm(), reference[name].norm()
+        assert error <= RELATIVE_RMS[tensor.dtype] * scale + lost * tensor.numel() ** 0.5, name
 
 
 @pytest.mark.parametrize("backend", CPU_BACKENDS)
@@ -133,7 +132,7 @@ def test_second_derivatives_of_a_kernel_are_refused() -> None:
     x = call.x.requires_grad_()
     y, _ = torch.ops.vision_mamba.cross_selective_scan(*call._replace(x=x), "cpu")
     (gradient,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match=r"second derivatives .* use_backend\('eager'\)"):
+    with pytest.raises(RuntimeError, match=r"second derivatives are .*use_backend\('eager'\)"):
         gradient.sum().backward()
 
 
