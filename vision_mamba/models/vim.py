@@ -655,7 +655,7 @@ def vim_base_patch16_224(pretrained: bool = False, **kwargs: Any) -> VisionMamba
 @register_model
 def test_vim(pretrained: bool = False, **kwargs: Any) -> VisionMamba:
     """A Vim small enough for tests, and for small images with patch_size=4, img_size=32."""
-    return _create_vim("test_vim", pretrained, **dict(dict(embed_dim=48, depth=4), **kwargs))
+    return _create_vim("test_vim", pretrained, **dict(dict(img_size=160, embed_dim=48, depth=4), **kwargs))
 
 
 _SUFFIX = "224_bimambav2_final_pool_mean_abs_pos_embed_with"
