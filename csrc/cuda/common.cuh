@@ -20,13 +20,6 @@ DEVICE float ex2(float v) {
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(v));
     return r;
 }
-// The same, where the compiler must not keep an earlier result in a register instead.
-DEVICE float ex2_again(float v) {
-    float r;
-    asm volatile("ex2.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(v));
-    return r;
-}
-
 DEVICE float widen(Float v) { return __uint_as_float(v.bits); }
 DEVICE float widen(Bfloat v) { return __uint_as_float((unsigned)v.bits << 16); }
 DEVICE float widen(Half v) {

@@ -238,10 +238,6 @@ extern "C" __global__ void __launch_bounds__(32 * kWarps, MIN_BLOCKS) wide_backw
 #pragma unroll 1
         for (int sub = kSubs - 1; sub >= 0; --sub) {
             float history[kSub][kSlots][kStates];  // the state after each step
-            // Results wait in registers: a store between the steps would hold back the next step's loads.
-            constexpr int kOwnSums = owned_count<kSums, 16, kLanes>();
-            constexpr int kOwnInner = owned_count<2 * kSlots, kLanes / 2, 1>();
-            float kept_sums[kSub][kOwnSums], kept_inner[kSub][kOwnInner];
 #pragma unroll
             for (int t = 0; t < kSub; ++t) {
                 const int row = sub * kSub + t;
@@ -271,7 +267,7 @@ extern "C" __global__ void __launch_bounds__(32 * kWarps, MIN_BLOCKS) wide_backw
                         const float b = block.B[row][q * kStates + n], c = block.C[row][q * kStates + n];
                         const float g = fmaf(c, dy_t, carried[j][n]);
                         const float before = t ? history[t - 1][j][n] : mine.mid[sub][j * kStates + n][lane];
-                        carried[j][n] = g * ex2_again(s * A[j][n]);
+                        carried[j][n] = g * ex2(s * A[j][n]);
                         const float product = carried[j][n] * before;
                         sums[n] = fmaf(g, u, sums[n]);
                         sums[kStates + n] = fmaf(dy_t, history[t][j][n], sums[kStates + n]);
@@ -281,35 +277,27 @@ extern "C" __global__ void __launch_bounds__(32 * kWarps, MIN_BLOCKS) wide_backw
                     }
                 }
                 reduce_scatter<kSums, 16, kLanes>(sums, lane);
-                reduce_scatter<2 * kSlots, kLanes / 2, 1>(inner, lane);
-#pragma unroll
-                for (int i = 0; i < kOwnSums; ++i) kept_sums[t][i] = sums[i];
-#pragma unroll
-                for (int i = 0; i < kOwnInner; ++i) kept_inner[t][i] = inner[i];
-            }
-            __syncwarp();  // every lane has read these rows of u and dy
-#pragma unroll
-            for (int t = 0; t < kSub; ++t) {
-                const int row = sub * kSub + t;
                 if (owns_first<kSums, 16, kLanes>(lane)) {
                     const int from = owned_from<kSums, 16, kLanes>(lane);
 #pragma unroll
-                    for (int i = 0; i < kOwnSums; ++i) {
+                    for (int i = 0; i < owned_count<kSums, 16, kLanes>(); ++i) {
                         const int kind = (from + i) / kStates, state = q * kStates + (from + i) % kStates;
                         if constexpr (!kDirect) {
-                            mine.sums[row][kind * kRowPitch + state] = kept_sums[t][i];
+                            mine.sums[row][kind * kRowPitch + state] = sums[i];
                         } else if (block.tokens[row] >= 0 && state < states) {
-                            (kind ? p.dC : p.dB)[sums_row(block.tokens[row]) * states + state] = kept_sums[t][i];
+                            (kind ? p.dC : p.dB)[sums_row(block.tokens[row]) * states + state] = sums[i];
                         }
                     }
                 }
+                reduce_scatter<2 * kSlots, kLanes / 2, 1>(inner, lane);
+                __syncwarp();  // every lane has read this row of u and dy
                 if (owns_first<2 * kSlots, kLanes / 2, 1>(lane)) {
                     const int from = owned_from<2 * kSlots, kLanes / 2, 1>(lane);
 #pragma unroll
-                    for (int i = 0; i < kOwnInner; ++i) {
+                    for (int i = 0; i < owned_count<2 * kSlots, kLanes / 2, 1>(); ++i) {
                         const int j = (from + i) % kSlots;
-                        if (from + i < kSlots) mine.u[row][group + j] = kept_inner[t][i];
-                        else mine.dy[row][group + j] = kept_inner[t][i] * kLn2;
+                        if (from + i < kSlots) mine.u[row][group + j] = inner[i];
+                        else mine.dy[row][group + j] = inner[i] * kLn2;
                     }
                 }
             }

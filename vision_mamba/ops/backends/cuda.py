@@ -78,7 +78,7 @@ class _Launch(NamedTuple):
         for name, tensor in addresses.items():
             if tensor is not None:
                 params[slots[name]] = tensor.data_ptr()
-        stream = torch._C._cuda_getCurrentRawStream(device)
+        stream = torch._C._cuda_getCurrentRawStream(device)  # the public function makes an object each time
         self.kernel.launch(self.grid, params, stream, self.threads, self.more_shared)
 
 
@@ -191,8 +191,7 @@ def _plan_forward(call: ScanCall, y: Tensor, device: int) -> _Plan:
         return _Plan(
             _narrow_launch(kernels.narrow_forward(types, *flags), call, fields, merging, device), merging, parts
         )
-    wide = call.batch * call.routes * call.channels * call.states >= 4096 * _multiprocessors(device)
-    shape = kernels.wide_shape(call.states, 4) if wide else kernels.wide_shape(call.states, 1, 2)
+    shape = kernels.wide_shape(call.states, 2 if _plenty(call, device) else 1)
     row = shape.lanes * shape.states
     vector_x = vector(shape.channels // 4, call.x, view, None if call.rank else call.dt)
     vector_bc = call.states == row and vector(max(row // 4, 1), call.B, call.C)
@@ -219,10 +218,18 @@ def _plan_backward(call: ScanCall, dy: Tensor | None, dx: Tensor, device: int) -
         flags = _narrow_flags(call, merging, view, *across)
         kernel = kernels.narrow_backward(types, *flags, TYPES[view.dtype], ddt_type)
         return _Plan(_narrow_launch(kernel, call, fields, merging, device), merging, parts)
-    shape = kernels.wide_shape(call.states, 2)
+    shape = kernels.wide_shape(call.states, 2) if _plenty(call, device) else kernels.wide_shape(call.states, 1, 2)
     vector_x = vector(min(shape.channels, 8), *across)
-    kernel = kernels.wide_backward(shape, types, call.rank, call.dt_softplus, vector_x, TYPES[view.dtype], ddt_type)
-    return _Plan(_wide_launch(kernel, shape, kernels.backward_warps(shape), call, fields, device), merging, parts)
+    warps = kernels.backward_warps(shape, nvrtc.shared_limit(device))
+    kernel = kernels.wide_backward(
+        shape, warps, types, call.rank, call.dt_softplus, vector_x, TYPES[view.dtype], ddt_type
+    )
+    return _Plan(_wide_launch(kernel, shape, warps, call, fields, device), merging, parts)
+
+
+def _plenty(call: ScanCall, device: int) -> bool:
+    """Whether two channels a group of lanes leave warps enough for every multiprocessor."""
+    return call.batch * call.routes * call.channels * call.states >= 2048 * _multiprocessors(device)
 
 
 def _merging(call: ScanCall, wanted: bool, result: Tensor, device: int) -> tuple[torch.dtype | None, bool, Tensor]:

@@ -40,9 +40,12 @@ def wide_shape(states: int, slots: int, per_lane: int = 4) -> Shape:
     return Shape(lanes, per_lane, min(lanes, max(slots, lanes // 8)))
 
 
-def backward_warps(shape: Shape) -> int:
-    """Warps of a block of the backward kernel: one where the rows of many states would fill the shared memory."""
-    return WARPS if shape.lanes * shape.states <= 64 else 1
+def backward_warps(shape: Shape, shared: int) -> int:
+    """Warps of a block of the wide backward kernel, of which the rows of many states leave fewer the shared memory."""
+    row = shape.lanes * shape.states
+    if row <= 64:
+        return WARPS if row < 64 or shared >= 128 * 1024 else WARPS // 2
+    return 1
 
 
 def narrow_warps(sequences: Any, channels: Any) -> int:
@@ -65,9 +68,8 @@ def wide_forward(
 
 
 def wide_backward(
-    shape: Shape, types: Types, rank: int, softplus: bool, vector_x: bool, dx: str, ddt: str
+    shape: Shape, warps: int, types: Types, rank: int, softplus: bool, vector_x: bool, dx: str, ddt: str
 ) -> Specialisation:
-    warps = backward_warps(shape)
     more = dict(WARPS=warps, MIN_BLOCKS=12 // warps, SUB=8 if shape.states <= 4 else 4, DX_TYPE=dx, DDT_TYPE=ddt)
     return Specialisation("wide_backward", _macros(types, **_wide(shape, rank, softplus, vector_x, True), **more))
 
@@ -141,8 +143,8 @@ SHIPPED = (
     narrow_forward(_HALF, 4, 6, True, True, True, True),
     narrow_forward(_FULL, 16, 0, True, False, True, True),
     narrow_backward(_HALF, 4, 6, True, True, True, True, "Bfloat", "Bfloat"),
-    wide_forward(wide_shape(16, 4), _HALF, 0, True, True, True),
-    wide_forward(wide_shape(64, 4), _FULL, 0, True, True, True),
-    wide_backward(wide_shape(16, 2), _HALF, 0, True, True, "Bfloat", "Bfloat"),
+    wide_forward(wide_shape(16, 2), _HALF, 0, True, True, True),
+    wide_forward(wide_shape(64, 2), _FULL, 0, True, True, True),
+    wide_backward(wide_shape(16, 2), 4, _HALF, 0, True, True, "Bfloat", "Bfloat"),
     merge("Bfloat", "Bfloat", 8),
 )

@@ -14,8 +14,9 @@ import logging
 import os
 import tempfile
 from array import array
+from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -38,23 +39,22 @@ class Specialisation(NamedTuple):
 class Kernel(NamedTuple):
     """A compiled kernel on one device."""
 
+    starter: Callable[..., tuple[Any]]  # cuLaunchKernel
     handle: object
     threads: int  # of a block; 0 = chosen at each launch
     shared: int  # bytes of dynamic shared memory a block takes at least
 
     def launch(self, grid: int, params: array[int], stream: int, threads: int = 0, more_shared: int = 0) -> None:
         """Start it on the current device; `params` are the eight-byte fields of csrc/cuda/params.cuh in their order."""
-        from cuda.bindings import driver
-
         pointers = array("Q", [params.buffer_info()[0]])
         threads, shared = threads or self.threads, self.shared + more_shared
         arguments = (self.handle, grid, 1, 1, threads, 1, 1, shared, stream, pointers.buffer_info()[0], 0)
-        (status,) = driver.cuLaunchKernel(*arguments)
-        if status == driver.CUresult.CUDA_ERROR_INVALID_CONTEXT:
+        (status,) = self.starter(*arguments)
+        if status and status.name == "CUDA_ERROR_INVALID_CONTEXT":
             # A thread that has not touched the device yet: one call of the runtime makes torch's context its own.
             torch.cuda.synchronize()
-            (status,) = driver.cuLaunchKernel(*arguments)
-        if status != driver.CUresult.CUDA_SUCCESS:
+            (status,) = self.starter(*arguments)
+        if status:
             raise RuntimeError(
                 f"vision_mamba: a kernel could not be launched with {grid} blocks of {threads} threads and {shared} "
                 f"bytes of shared memory: {status.name}."
@@ -208,7 +208,7 @@ def kernel(wanted: Specialisation, device: int) -> Kernel:
     if limit > 48 * 1024:
         attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
         _checked(driver.cuKernelSetAttribute(attribute, limit, handle, driver.CUdevice(device)))
-    return Kernel(driver.CUfunction(int(handle)), threads, shared)
+    return Kernel(driver.cuLaunchKernel, driver.CUfunction(int(handle)), threads, shared)
 
 
 @functools.cache
