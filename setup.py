@@ -1,8 +1,8 @@
 """Build steps that pyproject.toml cannot say: the optional C++ kernel, and csrc as package data.
 
-The kernel is one shared library without Python's or torch's headers, opened with ctypes. Its source is compiled once for
-every instruction set that the compiler knows; the library asks the processor when it runs. Without a working compiler
-the package installs all the same and falls back to plain torch.
+The kernel is one shared library without Python's or torch's headers, opened with ctypes. Its source is compiled once
+for every instruction set that the compiler knows; the library asks the processor when it runs. Without a working
+compiler the package installs all the same and falls back to plain torch.
 """
 
 from __future__ import annotations
@@ -19,8 +19,16 @@ from setuptools.command.build_py import build_py
 
 SOURCES = "csrc"
 
-COMMON = ["-std=c++17", "-O3", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden"]
-# GCC 12 takes the undefined operands inside its own intrinsics for mistakes, and warns of an ABI that no call here uses.
+COMMON = [
+    "-std=c++17",
+    "-O3",
+    "-g0",
+    "-ffp-contract=fast",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-fvisibility=hidden",
+]
+# GCC 12 takes the undefined operands in its own intrinsics for mistakes, and warns of an ABI that no call here uses.
 COMMON += ["-Wno-maybe-uninitialized", "-Wno-psabi"]
 
 # Instruction set -> flags of its copy of the kernel. The baseline is what every processor of the platform has.

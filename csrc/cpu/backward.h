@@ -379,18 +379,21 @@ inline void backward(const Job& job) {
   const int64_t most_channels = 64 * most(1, p.states / 16);
   const int64_t chunks = most((p.channels + most_channels - 1) / most_channels, least(2, (p.channels + 31) / 32));
   const Plan plan(p, chunks, summed, job.threads);
-  const Buffer dx(summed && plan.split ? plan.items * plan.result(p) : 0);
-  const Buffer rows(p.batch * p.routes * plan.chunks * p.steps * BackwardPass::row_width(p));
-  const Buffer weights(p.batch * p.routes * plan.chunks * plan.chunk * BackwardPass::weight_rows(p));
+  const int64_t dx_floats = summed && plan.split ? plan.items * plan.result(p) : 0;
+  const int64_t row_floats = p.batch * p.routes * plan.chunks * p.steps * BackwardPass::row_width(p);
+  const int64_t weight_floats = p.batch * p.routes * plan.chunks * plan.chunk * BackwardPass::weight_rows(p);
+  const Buffer dx(dx_floats), rows(row_floats), weights(weight_floats);
   BackwardPass pass{job, p, plan, dx.data, rows.data, weights.data};
   Arena count{nullptr};
   BackwardPass::Scratch(count, p, plan);
-  vision_mamba::parallel(plan.items, job.threads, count.used, BackwardPass::item, &pass);
-  if (summed && plan.split) {
-    vision_mamba::parallel(p.batch * plan.chunks, job.threads, kTile * kLanes, BackwardPass::dx_item, &pass);
+  using vision_mamba::parallel;
+  parallel(plan.items, job.threads, count.used, BackwardPass::item, &pass);
+  if (dx_floats) {
+    const int64_t threads = moving_threads(job, dx_floats);
+    parallel(p.batch * plan.chunks, threads, kTile * kLanes, BackwardPass::dx_item, &pass);
   }
-  vision_mamba::parallel(p.batch * p.routes, job.threads, 0, BackwardPass::rows_item, &pass);
-  vision_mamba::parallel(p.routes * plan.chunks, job.threads, 0, BackwardPass::weights_item, &pass);
+  parallel(p.batch * p.routes, moving_threads(job, row_floats), 0, BackwardPass::rows_item, &pass);
+  parallel(p.routes * plan.chunks, moving_threads(job, weight_floats), 0, BackwardPass::weights_item, &pass);
 }
 
 }  // namespace VISION_MAMBA_LEVEL

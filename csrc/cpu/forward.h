@@ -214,6 +214,9 @@ struct Plan {
   int64_t result(const ScanParams& p) const { return round_up(p.tokens * chunk, 16); }
 };
 
+// Threads for a pass that only moves floats: each should have a quarter of a megabyte, or it costs more than it saves.
+INLINE int64_t moving_threads(const Job& job, int64_t floats) { return least(job.threads, 1 + floats / 65536); }
+
 // Add up `count` results (L, chunk) in order, round once, and write them as columns of a tensor.
 INLINE void emit(const ScanParams& p, const Tokens& target, const float* results, int64_t count, int64_t stride, int64_t batch,
                  int64_t first, int64_t chunk, int64_t columns, float* tile) {
@@ -344,7 +347,8 @@ inline void forward(const Job& job) {
   ForwardPass::Scratch(count, p, plan);
   vision_mamba::parallel(plan.items, job.threads, count.used, ForwardPass::item, &pass);
   if (summed && plan.split) {
-    vision_mamba::parallel(p.batch * plan.chunks, job.threads, kTile * kLanes, ForwardPass::sum_item, &pass);
+    const int64_t threads = moving_threads(job, plan.items * plan.result(p));
+    vision_mamba::parallel(p.batch * plan.chunks, threads, kTile * kLanes, ForwardPass::sum_item, &pass);
   }
 }
 
