@@ -80,6 +80,7 @@ def test_exports_with_any_batch(name: str) -> None:
     assert any("cross_selective_scan" in target for target in called)
 
 
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")  # a trace holds for its own size, and says so
 @small_model
 def test_jit_trace_agrees(name: str) -> None:
     model, x = create(name).eval(), torch.randn(SIZE)
