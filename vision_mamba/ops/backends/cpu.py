@@ -166,8 +166,9 @@ def _backward(call: ScanCall, saved: Tensor, dy: Tensor | None, dlast: Tensor | 
         **{f"d{name}": total for name, total in sums.items()},
     )  # fmt: skip
     for name, total in sums.items():
-        if total is not None:
-            grads[name].copy_(total)
+        grad = grads[name]
+        if grad is not None and total is not None:
+            grad.copy_(total)
     return tuple(grads[name] for name in GRADIENTS)
 
 
