@@ -1,0 +1,50 @@
+"""The benchmark's parts that are not a stopwatch: cases, the check before timing, tables."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
+
+from bench import render, run
+from bench.cases import CASES, ScanCase, make_call
+
+from vision_mamba.ops import contract, selective_scan
+
+SMALL = ScanCase(2, 4, 8, 3, 4, 5, rank=2)
+CLASSIC = ScanCase(2, 3, 8, 3, 1, 20, order=None)
+
+
+def test_cases_keep_the_contract() -> None:
+    for case in (SMALL, CLASSIC, CASES["vmamba_t_stage4_b1"], CASES["vim_s_b1"]):
+        contract.check(make_call(case, torch.bfloat16, torch.device("cpu")))
+
+
+@pytest.mark.parametrize("case", [SMALL, CLASSIC], ids=["cross", "classic"])
+def test_ours_passes_the_check_and_a_wrong_scan_does_not(case: ScanCase) -> None:
+    call = make_call(case, torch.float32, torch.device("cpu"))
+    peers = {
+        "right": lambda *t: selective_scan(*t[:6], delta_bias=t[6], delta_softplus=True, backend="eager"),
+        "wrong": lambda *t: selective_scan(*t[:6], delta_bias=t[6] * 1.1, delta_softplus=True, backend="eager"),
+    }
+    found = {subject.name: subject for subject in run.subjects(case, call, ["eager"], peers)}
+    assert run.check(found["eager"], case.batch) < 1e-5
+    assert run.check(found["right"], case.batch) < 1e-5
+    with pytest.raises(ArithmeticError, match="ddelta"):
+        run.check(found["wrong"], case.batch)
+
+
+def test_table() -> None:
+    record = dict(device="a CPU", threads=2, torch="2", dtype="float32", case="c", peak_mib=1.5, rel_rms=1e-7)
+    records = [
+        record | {"backend": "cpu", "pass": "fwd", "ms": [9.0, 9.0, 9.0]},
+        record | {"backend": "cpu", "pass": "fwd", "ms": [1.0, 2.0, 3.0]},
+        record | {"backend": "theirs", "pass": "fwd", "ms": [70.0, 80.0, 90.0]},
+    ]
+    lines = render.table(records).splitlines()
+    assert "| c | cpu | 2 (1 to 3) | 1.5 | 1.0e-07 |" in lines
+    assert "| c | theirs | 80 (70 to 90), 40x | 1.5 | 1.0e-07 |" in lines
