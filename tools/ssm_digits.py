@@ -1,7 +1,7 @@
 """Where the matrix A starts decides what a state-space model can learn: digits, read pixel by pixel.
 
-    python tools/ssm_digits.py                                   # about 15 minutes on one core; the record in results/
-    python tools/ssm_digits.py --inits legs random --seeds 1     # a minute; add --out elsewhere.jsonl to keep the record
+    python tools/ssm_digits.py                                 # a quarter of an hour; the record and its page
+    python tools/ssm_digits.py --inits legs random --seeds 1   # minutes; not on record without --out
 
 One S4D layer of 16 channels reads the 64 pixels of an 8 x 8 digit (scikit-learn's, 1,797 of them, a quarter held out)
 one after the other, and the last token is classified. What differs is the diagonal A, from HiPPO's or from a random
@@ -17,7 +17,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,9 @@ from vision_mamba.ssm import DIAGONALS, S4D
 
 ROOT = Path(__file__).resolve().parents[1]
 RECORD = ROOT / "results" / "ssm_digits.jsonl"
+PAGE = ROOT / "docs" / "state_spaces.md"
+BEGIN, END = "<!-- table of results/ssm_digits.jsonl -->\n", "<!-- end of table -->\n"
+HEAD = ("A starts as", "A stays fixed", "A is trained")
 PIXELS, CLASSES = 64, 10
 SETTING: dict[str, Any] = dict(dim=16, d_state=32, depth=1, batch=50, lr=5e-3, weight_decay=0.01)
 
@@ -111,16 +114,36 @@ def provenance() -> dict[str, Any]:
     }
 
 
-def table(records: list[dict[str, Any]]) -> Table:
-    """Mean and spread of the test accuracy over seeds."""
-    shown = Table("A starts as", "stays so", "is trained", title="share of test digits right, mean ± deviation")
+def rows(records: list[dict[str, Any]]) -> Iterator[tuple[str, str, str]]:
+    """Of each start: mean and deviation of the test accuracy over seeds, in percent, with A fixed and trained."""
     for init in dict.fromkeys(r["init"] for r in records):
         cells = []
         for train_a in (False, True):
             found = [100 * r["accuracy"] for r in records if (r["init"], r["train_a"]) == (init, train_a)]
             cells.append(f"{statistics.mean(found):.1f} ± {statistics.pstdev(found):.1f}")
-        shown.add_row(init, *cells)
+        yield init, cells[0], cells[1]
+
+
+def markdown(records: list[dict[str, Any]]) -> str:
+    """The rows as a table for a page."""
+    lines = [f"| {' | '.join(HEAD)} |", "|---|--:|--:|"]
+    return (
+        "\n".join([*lines, *(f"| `{init}` | {fixed} | {trained} |" for init, fixed, trained in rows(records))]) + "\n"
+    )
+
+
+def table(records: list[dict[str, Any]]) -> Table:
+    """The rows as a table for a terminal."""
+    shown = Table(*HEAD, title="test digits right, %, mean ± deviation")
+    for row in rows(records):
+        shown.add_row(*row)
     return shown
+
+
+def publish(records: list[dict[str, Any]]) -> None:
+    """Put the record's table on the page that shows it, between its two marks."""
+    text = PAGE.read_text()
+    PAGE.write_text(text[: text.index(BEGIN) + len(BEGIN)] + markdown(records) + text[text.index(END) :])
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -135,6 +158,7 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error("--seeds and --epochs must be at least 1")
     default = vars(options) == vars(parser.parse_args([]))
     out: Path | None = RECORD if default else options.out
+    common = provenance() | {"setting": SETTING | {"epochs": options.epochs}}
 
     torch.set_num_threads(1)  # threads cost more than they bring to models this small
     console, data = Console(), load()
@@ -148,10 +172,11 @@ def main(arguments: list[str] | None = None) -> int:
             records.append(train(init, train_a, seed, options.epochs, data, partial(bar.advance, task)))
     console.print(table(records))
     if out is not None:
-        common = provenance() | {"setting": SETTING | {"epochs": options.epochs}}
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text("".join(json.dumps(common | record) + "\n" for record in records))
         console.print(f"written to {out}")
+    if default:
+        publish(records)
     return 0
 
 
