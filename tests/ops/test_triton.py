@@ -24,7 +24,7 @@ TILES = [(room, forward, triton.BACKWARD[room]) for room, forward in triton.FORW
 
 
 def gpu() -> torch.device:
-    return torch.device(torch.accelerator.current_accelerator(), 0)
+    return torch.device(torch.accelerator.current_accelerator().type, 0)
 
 
 def assert_matches(found: dict[str, Tensor], case: Case) -> None:
