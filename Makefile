@@ -41,7 +41,7 @@ $(MODELS:%=train-%): train-%: $(VENV)/.demo
 
 .PHONY: test
 test: $(VENV)/.test ## the CPU test suite
-	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS) $(PYTEST_FLAGS)
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS) --dist worksteal $(PYTEST_FLAGS)
 
 .PHONY: lint
 lint: $(VENV)/.test ## ruff and mypy
