@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from tests.cases import BF16, Case, make_call, run
+from tests.tolerances import assert_close
 from vision_mamba import ops
 from vision_mamba.ops.call import ScanCall
 
@@ -76,9 +77,9 @@ def test_more_than_32_bits_of_elements(backend: str, states: int, merge: bool) -
     alone = call._replace(**{n: getattr(call, n).detach()[-1:].requires_grad_() for n in ("x", "dt", "B", "C")})
     y_alone, _ = torch.ops.vision_mamba.cross_selective_scan(*alone, backend)
     want = torch.autograd.grad(y_alone, [getattr(alone, n) for n in ("x", "dt", "B", "C")], seed)
-    # Another batch may take another tile, so sums may round differently.
+    # Another batch may take another tile, whose sums round differently.
     for name, tensor, expected in zip(("y", "dx", "ddt", "dB", "dC"), (y, *found), (y_alone, *want), strict=True):
-        torch.testing.assert_close(tensor[-1:], expected, rtol=2e-2, atol=2e-2, msg=lambda m, n=name: f"{n}: {m}")
+        assert_close(name, tensor[-1:], expected)
 
 
 @pytest.mark.parametrize("place", ["before", "after"])
@@ -94,7 +95,9 @@ def test_sanitizer(backend: str, tool: str) -> None:
     sanitizer = shutil.which("compute-sanitizer")
     if sanitizer is None:
         pytest.skip("compute-sanitizer is not installed")
-    # Without torch's cache every buffer is an allocation of its own, and its end is known.
-    command = (sanitizer, "--tool", tool, "--padding", "512", "--error-exitcode", "9", sys.executable, SWEEP, backend)
-    outcome = outcome_of(*command, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
-    assert outcome.returncode == 0, outcome.stdout[-3000:]
+    # Without torch's cache every buffer is an allocation of its own, and its end is known. Calls of the driver that
+    # fail are left to those who make them: cuda-core asks for what a kernel may lack.
+    options = ("--tool", tool, "--error-exitcode", "9", "--report-api-errors", "no")
+    options += ("--padding", "512") if tool == "memcheck" else ()
+    outcome = outcome_of(sanitizer, *options, sys.executable, SWEEP, backend, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
+    assert outcome.returncode == 0, outcome.stdout[:3000]

@@ -96,9 +96,10 @@ def _place(o_token, o_d, s_l, s_d):
 
 
 @triton.jit
-def _load_tile(p_tile, o_token, o_d, s_l, s_d, m_tile):
+def _load_tile(p_tile, o_token, o_d, m_d, s_l, s_d):
     # (STEPS, GROUPS, LANES)
-    return tl.load(p_tile + _place(o_token, o_d, s_l, s_d), mask=m_tile, other=0.0).to(tl.float32)
+    m_tile = (o_token >= 0)[:, None, None] & m_d[None, :, :]
+    return tl.load(p_tile + _place(o_token, o_d, s_l, s_d), mask=m_tile, other=0.0)
 
 
 @triton.jit
@@ -111,7 +112,7 @@ def _load_row(p_row, token, o_n, states, s_l, s_n):
 @triton.jit
 def _load_column(p_column, o_token, s_l):
     # (STEPS,): the only state of a tile's tokens
-    return tl.load(p_column + o_token * s_l, mask=o_token >= 0, other=0.0).to(tl.float32)
+    return tl.load(p_column + o_token * s_l, mask=o_token >= 0, other=0.0)
 
 
 @triton.jit
@@ -122,34 +123,31 @@ def _store_row(p_row, b_row, token, o_n, states, s_l, s_n):
 
 
 @triton.jit
-def _load_v(
-    p_dt,
-    p_indices,
-    p_dt_weight,
-    b_weight,
-    b_bias,
-    start,
-    steps,
-    rank,
-    o_t,
-    o_token,
-    o_d,
-    o_r,
-    m_tile,
-    s_dtl,
-    s_dtd,
-    STEPS: tl.constexpr,
-    LONG: tl.constexpr,
+def _load_ahead(
+    p_x, p_dt, p_B, p_C, o_token, o_d, m_d, s_xl, s_xd, s_dtl, s_dtd, s_Bl, s_Cl, WHOLE: tl.constexpr, ONE: tl.constexpr
 ):
-    """v = dt + dt_bias before softplus, (STEPS, GROUPS, LANES); a low-rank dt is multiplied out row by row."""
-    if p_dt_weight is None:
-        b_v = _load_tile(p_dt, o_token, o_d, s_dtl, s_dtd, m_tile)
-    else:
-        b_v = tl.zeros(m_tile.shape, tl.float32)
-        for t in tl.static_range(STEPS):
-            b_low = _load_row(p_dt, _token(p_indices, start + t, steps, LONG), o_r, rank, s_dtl, s_dtd)
-            b_v = _put(b_v, o_t, t, tl.sum(b_low[None, :, None] * b_weight, 1))
-    return b_v + b_bias[None, :, :]
+    """A tile of x; of dt, if it comes whole; and B and C, if they have one state. Else x or tokens stand in, unused.
+
+    Called a tile ahead of its use: the compiler moves loads down to where they are used, but not into the next pass.
+    """
+    b_x = _load_tile(p_x, o_token, o_d, m_d, s_xl, s_xd)
+    b_dt = b_x
+    if WHOLE:
+        b_dt = _load_tile(p_dt, o_token, o_d, m_d, s_dtl, s_dtd)
+    b_B, b_C = o_token, o_token
+    if ONE:
+        b_B, b_C = _load_column(p_B, o_token, s_Bl), _load_column(p_C, o_token, s_Cl)
+    return b_x, b_dt, b_B, b_C
+
+
+@triton.jit
+def _multiply_out(p_dt, p_indices, b_weight, start, steps, rank, o_t, o_r, b_x, s_dtl, s_dtd, LONG: tl.constexpr):
+    """A tile of dt from its columns of low rank, row by row."""
+    b_dt = tl.zeros(b_x.shape, tl.float32)
+    for t in tl.static_range(b_x.shape[0]):
+        b_low = _load_row(p_dt, _token(p_indices, start + t, steps, LONG), o_r, rank, s_dtl, s_dtd)
+        b_dt = _put(b_dt, o_t, t, tl.sum(b_low[None, :, None] * b_weight, 1))
+    return b_dt
 
 
 @triton.jit
@@ -248,57 +246,67 @@ def forward(
     else:
         b_h = tl.zeros((GROUPS, BLOCK_N, LANES), tl.float32)
 
+    # Tokens are read two tiles ahead, their tensors one.
+    o_token, o_next = _token(p_indices, o_t, steps, LONG), _token(p_indices, STEPS + o_t, steps, LONG)
+    b_x, b_dt, b_B, b_C = _load_ahead(
+        p_x, p_dt, p_B, p_C, o_token, o_d, m_d, s_xl, s_xd, s_dtl, s_dtd, s_Bl, s_Cl, p_dt_weight is None, BLOCK_N == 1
+    )
     for start in range(0, steps, STEPS):
         if p_saved is not None:  # noqa: SIM102 (the first condition is settled by the compiler, the second is not)
             if start % SAVED == 0:
                 i_tile = i_bk * tl.cdiv(steps, SAVED) + start // SAVED
                 o_saved = (i_tile * states + o_n)[None, :, None] * channels + o_d[:, None, :]
                 tl.store(p_saved + o_saved, b_h, mask=m_nd)
-        # (STEPS,)
-        o_token = _token(p_indices, start + o_t, steps, LONG)
-        m_tile = (o_token >= 0)[:, None, None] & m_d[None, :, :]
-        # (STEPS, GROUPS, LANES)
-        b_x = _load_tile(p_x, o_token, o_d, s_xl, s_xd, m_tile)
-        b_v = _load_v(
+        next_x, next_dt, next_B, next_C = _load_ahead(
+            p_x,
             p_dt,
-            p_indices,
-            p_dt_weight,
-            b_weight,
-            b_bias,
-            start,
-            steps,
-            rank,
-            o_t,
-            o_token,
+            p_B,
+            p_C,
+            o_next,
             o_d,
-            o_r,
-            m_tile,
+            m_d,
+            s_xl,
+            s_xd,
             s_dtl,
             s_dtd,
-            STEPS,
-            LONG,
+            s_Bl,
+            s_Cl,
+            p_dt_weight is None,
+            BLOCK_N == 1,
         )
+        # (STEPS,)
+        o_after = _token(p_indices, start + 2 * STEPS + o_t, steps, LONG)
+
+        b_x = b_x.to(tl.float32)
+        if p_dt_weight is None:
+            b_v = b_dt.to(tl.float32) + b_bias[None, :, :]
+        else:
+            b_v = _multiply_out(p_dt, p_indices, b_weight, start, steps, rank, o_t, o_r, b_x, s_dtl, s_dtd, LONG)
+            b_v += b_bias[None, :, :]
         b_s = _softplus(b_v) if SOFTPLUS else b_v
         b_s = tl.where((start + o_t < steps)[:, None, None], b_s, 0.0)  # past the end the state stays as it is
         b_sx = b_s * b_x
         b_y = tl.zeros((STEPS, GROUPS, LANES), tl.float32)
         if BLOCK_N == 1:  # one state: all but the recurrence itself is done a tile at a time
             b_a = tl.exp2(b_s * tl.sum(b_A, 1)[None, :, :])
-            b_u = b_sx * _load_column(p_B, o_token, s_Bl)[:, None, None]
+            b_u = b_sx * b_B.to(tl.float32)[:, None, None]
             for t in tl.static_range(STEPS):
                 b_h = _row(b_a, o_t, t)[:, None, :] * b_h + _row(b_u, o_t, t)[:, None, :]
                 b_y = _put(b_y, o_t, t, tl.sum(b_h, 1))
-            b_y *= _load_column(p_C, o_token, s_Cl)[:, None, None]
+            b_y *= b_C.to(tl.float32)[:, None, None]
         else:
             for t in tl.static_range(STEPS):
                 token = _token(p_indices, start + t, steps, LONG)
                 # (BLOCK_N,)
-                b_B = _load_row(p_B, token, o_n, states, s_Bl, s_Bn)
-                b_C = _load_row(p_C, token, o_n, states, s_Cl, s_Cn)
+                b_Bt = _load_row(p_B, token, o_n, states, s_Bl, s_Bn)
+                b_Ct = _load_row(p_C, token, o_n, states, s_Cl, s_Cn)
                 b_a = tl.exp2(_row(b_s, o_t, t)[:, None, :] * b_A)
-                b_h = b_a * b_h + _row(b_sx, o_t, t)[:, None, :] * b_B[None, :, None]
-                b_y = _put(b_y, o_t, t, tl.sum(b_h * b_C[None, :, None], 1))
+                b_h = b_a * b_h + _row(b_sx, o_t, t)[:, None, :] * b_Bt[None, :, None]
+                b_y = _put(b_y, o_t, t, tl.sum(b_h * b_Ct[None, :, None], 1))
+        m_tile = (o_token >= 0)[:, None, None] & m_d[None, :, :]
         tl.store(p_y + _place(o_token, o_d, s_yl, s_yd), b_y + b_D[None, :, :] * b_x, mask=m_tile)
+        o_token, o_next = o_next, o_after
+        b_x, b_dt, b_B, b_C = next_x, next_dt, next_B, next_C
 
     if p_last is not None:
         tl.store(p_last + o_state, b_h, mask=m_nd)
@@ -415,49 +423,64 @@ def backward(
     b_dweight = tl.zeros((GROUPS, BLOCK_R, LANES), tl.float32)
 
     tiles = tl.cdiv(steps, STEPS)
+    # Tokens are read two tiles ahead, their tensors one; before the first tile lies nothing, as behind the last.
+    o_last = (tiles - 1) * STEPS + o_t
+    o_token = _token(p_indices, o_last, steps, LONG)
+    o_next = _token(p_indices, tl.where(o_last < STEPS, steps, o_last - STEPS), steps, LONG)
+    b_x, b_dt, b_B, b_C = _load_ahead(
+        p_x, p_dt, p_B, p_C, o_token, o_d, m_d, s_xl, s_xd, s_dtl, s_dtd, s_Bl, s_Cl, p_dt_weight is None, BLOCK_N == 1
+    )
+    b_dy = b_x
+    if p_dy is not None:
+        b_dy = _load_tile(p_dy, o_token, o_d, m_d, s_dyl, s_dyd)
     for i_back in range(0, tiles):
         i_tile = tiles - 1 - i_back
         start = i_tile * STEPS
-        # (STEPS,)
-        o_token = _token(p_indices, start + o_t, steps, LONG)
-        m_tile = (o_token >= 0)[:, None, None] & m_d[None, :, :]
-        # (STEPS, GROUPS, LANES)
-        b_x = _load_tile(p_x, o_token, o_d, s_xl, s_xd, m_tile)
-        b_v = _load_v(
+        # The states before each step of the tile come from the saved one, (GROUPS, BLOCK_N, LANES).
+        o_saved = ((i_bk * tiles + i_tile) * states + o_n)[None, :, None] * channels + o_d[:, None, :]
+        b_h = tl.load(p_saved + o_saved, mask=m_nd, other=0.0)
+        next_x, next_dt, next_B, next_C = _load_ahead(
+            p_x,
             p_dt,
-            p_indices,
-            p_dt_weight,
-            b_weight,
-            b_bias,
-            start,
-            steps,
-            rank,
-            o_t,
-            o_token,
+            p_B,
+            p_C,
+            o_next,
             o_d,
-            o_r,
-            m_tile,
+            m_d,
+            s_xl,
+            s_xd,
             s_dtl,
             s_dtd,
-            STEPS,
-            LONG,
+            s_Bl,
+            s_Cl,
+            p_dt_weight is None,
+            BLOCK_N == 1,
         )
+        next_dy = next_x
+        if p_dy is not None:
+            next_dy = _load_tile(p_dy, o_next, o_d, m_d, s_dyl, s_dyd)
+        # (STEPS,)
+        o_after = start - 2 * STEPS + o_t
+        o_after = _token(p_indices, tl.where(o_after < 0, steps, o_after), steps, LONG)
+
+        b_x = b_x.to(tl.float32)
+        if p_dt_weight is None:
+            b_v = b_dt.to(tl.float32) + b_bias[None, :, :]
+        else:
+            b_v = _multiply_out(p_dt, p_indices, b_weight, start, steps, rank, o_t, o_r, b_x, s_dtl, s_dtd, LONG)
+            b_v += b_bias[None, :, :]
         m_t = (start + o_t < steps)[:, None, None]
         b_s = tl.where(m_t, _softplus(b_v) if SOFTPLUS else b_v, 0.0)
         b_sx = b_s * b_x
         if p_dy is not None:
-            b_dy = _load_tile(p_dy, o_token, o_d, s_dyl, s_dyd, m_tile)
+            b_dy = b_dy.to(tl.float32)
         else:
             b_dy = tl.zeros((STEPS, GROUPS, LANES), tl.float32)
 
-        # The states before each step of the tile, from the saved one.
-        o_saved = ((i_bk * tiles + i_tile) * states + o_n)[None, :, None] * channels + o_d[:, None, :]
-        # (GROUPS, BLOCK_N, LANES)
-        b_h = tl.load(p_saved + o_saved, mask=m_nd, other=0.0)
         if BLOCK_N == 1:
             b_a = tl.exp2(b_s * tl.sum(b_A, 1)[None, :, :])
-            b_B, b_C = _load_column(p_B, o_token, s_Bl)[:, None, None], _load_column(p_C, o_token, s_Cl)[:, None, None]
-            b_u, b_y = b_sx * b_B, b_C * b_dy
+            b_Bs = b_B.to(tl.float32)[:, None, None]
+            b_u, b_y = b_sx * b_Bs, b_C.to(tl.float32)[:, None, None] * b_dy
             b_before, b_gs = tl.zeros((STEPS, GROUPS, LANES), tl.float32), tl.zeros((STEPS, GROUPS, LANES), tl.float32)
             for t in tl.static_range(STEPS):
                 b_before = _put(b_before, o_t, t, tl.sum(b_h, 1))
@@ -469,17 +492,17 @@ def backward(
             b_kept = b_a * b_before  # the part of h_t that was there before
             tl.store(p_dC + o_token * s_dCl, tl.sum(tl.sum((b_kept + b_u) * b_dy, 1), 1), mask=o_token >= 0)
             tl.store(p_dB + o_token * s_dBl, tl.sum(tl.sum(b_gs * b_sx, 1), 1), mask=o_token >= 0)
-            b_dsx = b_gs * b_B
+            b_dsx = b_gs * b_Bs
             b_kept *= b_gs
             b_ds = b_kept * tl.sum(b_A, 1)[None, :, :]
             b_dA += tl.sum(b_s * b_kept, 0)[:, None, :]
         else:
             before = (b_h,)
             for t in tl.static_range(STEPS - 1):
-                b_B = _load_row(p_B, _token(p_indices, start + t, steps, LONG), o_n, states, s_Bl, s_Bn)
+                b_Bt = _load_row(p_B, _token(p_indices, start + t, steps, LONG), o_n, states, s_Bl, s_Bn)
                 b_h = (
                     tl.exp2(_row(b_s, o_t, t)[:, None, :] * b_A) * b_h
-                    + _row(b_sx, o_t, t)[:, None, :] * b_B[None, :, None]
+                    + _row(b_sx, o_t, t)[:, None, :] * b_Bt[None, :, None]
                 )
                 before = before + (b_h,)  # type: ignore[assignment] # noqa: RUF005 (Triton knows no star)
             b_ds = tl.zeros((STEPS, GROUPS, LANES), tl.float32)  # through the decay, for A log2(e)
@@ -487,17 +510,17 @@ def backward(
             for t in tl.static_range(STEPS - 1, -1, -1):
                 token = _token(p_indices, start + t, steps, LONG)
                 # (BLOCK_N,)
-                b_B = _load_row(p_B, token, o_n, states, s_Bl, s_Bn)
-                b_C = _load_row(p_C, token, o_n, states, s_Cl, s_Cn)
+                b_Bt = _load_row(p_B, token, o_n, states, s_Bl, s_Bn)
+                b_Ct = _load_row(p_C, token, o_n, states, s_Cl, s_Cn)
                 b_st, b_sxt = _row(b_s, o_t, t)[:, None, :], _row(b_sx, o_t, t)[:, None, :]
                 b_dyt = _row(b_dy, o_t, t)[:, None, :]
                 b_a = tl.exp2(b_st * b_A)
                 b_kept = b_a * before[t]
-                b_g += b_C[None, :, None] * b_dyt
-                b_h = b_kept + b_sxt * b_B[None, :, None]
+                b_g += b_Ct[None, :, None] * b_dyt
+                b_h = b_kept + b_sxt * b_Bt[None, :, None]
                 _store_row(p_dC, tl.sum(tl.sum(b_h * b_dyt, 0), 1), token, o_n, states, s_dCl, s_dCn)
                 _store_row(p_dB, tl.sum(tl.sum(b_g * b_sxt, 0), 1), token, o_n, states, s_dBl, s_dBn)
-                b_dsx = _put(b_dsx, o_t, t, tl.sum(b_g * b_B[None, :, None], 1))
+                b_dsx = _put(b_dsx, o_t, t, tl.sum(b_g * b_Bt[None, :, None], 1))
                 b_kept *= b_g
                 b_ds = _put(b_ds, o_t, t, tl.sum(b_kept * b_A, 1))
                 b_dA += b_st * b_kept
@@ -510,6 +533,7 @@ def backward(
         b_dx = b_s * b_dsx + b_D[None, :, :] * b_dy
         b_dD += tl.sum(b_dy * b_x, 0)
         b_dbias += tl.sum(b_dv, 0)
+        m_tile = (o_token >= 0)[:, None, None] & m_d[None, :, :]
         tl.store(p_dx + _place(o_token, o_d, s_dxl, s_dxd), b_dx, mask=m_tile)
         if p_dt_weight is None:
             tl.store(p_ddt + _place(o_token, o_d, s_ddtl, s_ddtd), b_dv, mask=m_tile)
@@ -521,6 +545,8 @@ def backward(
                 b_dvt = _row(b_dv, o_t, t)[:, None, :]
                 b_dweight += b_low[None, :, None] * b_dvt
                 _store_row(p_ddt, tl.sum(tl.sum(b_weight * b_dvt, 0), 1), token, o_r, rank, s_ddtl, s_ddtd)
+        o_token, o_next = o_next, o_after
+        b_x, b_dt, b_B, b_C, b_dy = next_x, next_dt, next_B, next_C, next_dy
 
     # (GROUPS, LANES) in each row of (N + 2 + R, D)
     p_dper_channel += i_bk * (states + 2 + rank) * channels + o_d
