@@ -2,8 +2,9 @@
 
     python tools/bench/render.py results/cpu_scan.jsonl
 
-One row for each case and implementation, one column for each pass: the median, the 20th and 80th percentiles and, where
-the implementation is not ours, how many times longer it takes. Of several records of one figure the last counts.
+One row for each case and implementation, one column for each pass: the median, the 20th and 80th percentiles, of ours on
+a GPU the share of the floor's speed (bytes at the rate of a copy, exponentials at the rate of the units that make them),
+of others how many times longer they take than the fastest of ours. Of several records of one figure the last counts.
 """
 
 from __future__ import annotations
@@ -54,7 +55,8 @@ def _cell(record: Record, found: dict[tuple[str, str, str], Record]) -> str:
     low, middle, high = record["ms"]
     cell = f"{middle:.4g} ({low:.4g} to {high:.4g})"
     if record["backend"] in OURS:
-        return cell
+        floor = record.get("floor_ms")
+        return f"{cell}, {max(floor.values()) / middle:.0%} of the floor's speed" if floor else cell
     ours = [found[key]["ms"][1] for b in OURS if (key := (record["case"], b, record["pass"])) in found]
     return f"{cell}, {middle / min(ours):.0f}x" if ours else cell
 

@@ -30,7 +30,7 @@ from torch import Tensor
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "tools"))
 
-from bench import peers, render  # noqa: E402
+from bench import floor, peers, render  # noqa: E402
 from bench.cases import CASES, ScanCase, make_call  # noqa: E402
 from bench.stopwatch import Stopwatch, provenance  # noqa: E402
 from vision_mamba import ops  # noqa: E402
@@ -230,6 +230,8 @@ def main() -> int:
             }
             for which in chosen.passes:
                 figure = measure(subject, which, watch, chosen.tries)
+                if device.type == "cuda":
+                    figure["floor_ms"] = floor.floor_ms(call, which)
                 records.append(source | what | figure | {"rel_rms": float(f"{error:.2e}")})
                 log.info("%s %s %s: %s ms", name, subject.name, which, figure["ms"])
                 if chosen.out:
