@@ -1,4 +1,4 @@
-"""Which implementation of the scan runs a call: a list in order of preference, each able to refuse and to say why."""
+"""Which implementation of an operator runs a call: a list in order of preference, each able to refuse and say why."""
 
 from __future__ import annotations
 
@@ -12,8 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vision_mamba.ops.call import ScanCall
-
 _log = logging.getLogger("vision_mamba")
 
 
@@ -23,7 +21,7 @@ class BackendError(RuntimeError):
 
 @dataclass(frozen=True)
 class Backend:
-    """One implementation of the scan.
+    """One implementation of an operator.
 
     Args:
         name: what ``backend=`` and ``use_backend`` call it.
@@ -31,67 +29,127 @@ class Backend:
         refuses: call -> None if it can run this very call, else the reason. Asked only where it is available.
         forward: (call, save) -> (y, last_state, saved); `saved` is what backward wants kept, of no elements
             without `save`.
-        backward: (call, saved, dy, dlast) -> a gradient or None for each of ``call.GRADIENTS``, like its argument
+        backward: (call, saved, dy, dlast) -> a gradient or None for each argument that has one, like its argument
             (`torch.empty_like`); dy or dlast is None where the loss does not see it. None where plain autograd
             differentiates `forward`, as it does for implementations written in torch.
         new_saved: call -> the uninitialised tensor that `forward` fills when asked to save.
         fast: False for those one falls back to; choosing one of them is said aloud, once.
+        automatic: False for one that runs when it is named alone.
+        fast_on: types of devices where one that is not fast is the fastest way all the same.
     """
 
     name: str
     unavailable: Callable[[torch.device], str | None]
-    refuses: Callable[[ScanCall], str | None]
-    forward: Callable[[ScanCall, bool], tuple[Tensor, Tensor, Tensor]]
-    backward: Callable[[ScanCall, Tensor, Tensor | None, Tensor | None], tuple[Tensor | None, ...]] | None = None
-    new_saved: Callable[[ScanCall], Tensor] = lambda call: call.x.new_empty(0)
+    refuses: Callable[[Any], str | None]
+    forward: Callable[[Any, bool], tuple[Tensor, Tensor, Tensor]]
+    backward: Callable[[Any, Tensor, Tensor | None, Tensor | None], tuple[Tensor | None, ...]] | None = None
+    new_saved: Callable[[Any], Tensor] = lambda call: call.x.new_empty(0)
     fast: bool = True
-    automatic: bool = True  # False: only runs when named
+    automatic: bool = True
+    fast_on: tuple[str, ...] = ()
 
 
-_backends: dict[str, Backend] = {}
 _forced: str | None = None
-_announced: set[tuple[str, str]] = set()
+_announced: set[tuple[str, str, str]] = set()
+_registries: dict[str, Registry] = {}
 
 
-def register(backend: Backend) -> None:
-    """Append a backend; the order of registration is the order of preference."""
-    if backend.name in _backends:
-        raise ValueError(f"registry.register: a backend named {backend.name!r} exists; choose another name.")
-    _backends[backend.name] = backend
+class Registry:
+    """The implementations of one operator, in order of preference.
 
+    Args:
+        operator: its name, as in ``torch.ops.vision_mamba``.
+        title: what the log calls it.
+    """
 
-def names() -> tuple[str, ...]:
-    return tuple(_backends)
+    def __init__(self, operator: str, title: str) -> None:
+        self.operator, self.title = operator, title
+        self.backends: dict[str, Backend] = {}
+        _registries[operator] = self
 
+    def register(self, backend: Backend) -> None:
+        """Append a backend; the order of registration is the order of preference."""
+        if backend.name in self.backends:
+            raise ValueError(f"registry.register: a backend named {backend.name!r} exists; choose another name.")
+        self.backends[backend.name] = backend
 
-def get(name: str) -> Backend:
-    if name not in _backends:
-        near = difflib.get_close_matches(name, _backends, n=1)
+    def names(self) -> tuple[str, ...]:
+        return tuple(self.backends)
+
+    def get(self, name: str) -> Backend:
+        if name in self.backends:
+            return self.backends[name]
+        if any(name in other.backends for other in _registries.values()):
+            raise BackendError(
+                f"{self.operator}: backend {name!r} does not implement it; those that do are "
+                f"{', '.join(self.backends)}."
+            )
+        near = difflib.get_close_matches(name, self.backends, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else "."
-        raise BackendError(f"backend {name!r} is unknown, known are {', '.join(_backends)}{hint}")
-    return _backends[name]
+        raise BackendError(f"backend {name!r} is unknown, known are {', '.join(self.backends)}{hint}")
+
+    def choose(self, call: Any, name: str | None) -> Backend:
+        """The backend that runs the call: the named one, or else the first that accepts it.
+
+        Raises: BackendError if the named one refuses; a named backend is obeyed or refused, never replaced.
+        """
+        name = name or _forced
+        if name is not None:
+            backend = self.get(name)
+            reason = reason_against(backend, call)
+            if reason is None:
+                return backend
+            accepting = [other.name for other in self.backends.values() if reason_against(other, call) is None]
+            raise BackendError(
+                f"{self.operator}: backend {name!r} refuses this call: {reason} "
+                f"Backends that accept it: {', '.join(accepting) or 'none'}."
+            )
+        refusals: list[str] = []
+        for backend in self.backends.values():
+            if not backend.automatic:
+                continue
+            reason = reason_against(backend, call)
+            if reason is None:
+                _announce(self, backend, call.x.device, refusals)
+                return backend
+            refusals.append(f"{backend.name}: {reason}")
+        raise BackendError(f"{self.operator}: no backend accepts this call. " + " ".join(refusals))
 
 
-def available_backends(device: torch.device | str | None = None) -> dict[str, str | None]:
+#: Those of the selective scans, and their functions by the names that the rest of the library calls.
+scans = Registry("cross_selective_scan", "selective scan")
+_backends = scans.backends
+register, names, get, choose = scans.register, scans.names, scans.get, scans.choose
+
+
+def available_backends(
+    device: torch.device | str | None = None, operator: str = "cross_selective_scan"
+) -> dict[str, str | None]:
     """Say of each backend whether it runs on a device of this machine.
 
     Args:
         device: the device to ask for; the default asks for the accelerator if there is one, else the CPU.
+        operator: "cross_selective_scan", on which `selective_scan` stands too, or "ssd".
 
     Returns: name -> None if it runs, else the reason and the way to make it run; in order of preference.
 
     >>> available_backends("cpu")["reference"] is None
     True
     """
+    if operator not in _registries:
+        raise ValueError(
+            f"available_backends: operator must be one of {', '.join(_registries)}, got {operator!r}; name the "
+            f"operator as in torch.ops.vision_mamba."
+        )
     if device is None:
         # By itself it names what torch was built for, whether or not there is one.
         device = (torch.accelerator.is_available() and torch.accelerator.current_accelerator()) or "cpu"
     device = torch.device(device)
-    return {name: backend.unavailable(device) for name, backend in _backends.items()}
+    return {name: backend.unavailable(device) for name, backend in _registries[operator].backends.items()}
 
 
-class use_backend(contextlib.ContextDecorator):
-    """Run every scan on one backend: at once and for good as a call, until the block ends as a context manager.
+class use_backend(contextlib.AbstractContextManager):
+    """Run every operator on one backend: at once and for good as a call, until the block ends as a context manager.
 
     Args:
         name: a backend, or None to let the library choose again.
@@ -121,50 +179,23 @@ def forced() -> str | None:
     return _forced
 
 
-def reason_against(backend: Backend, call: ScanCall) -> str | None:
+def reason_against(backend: Backend, call: Any) -> str | None:
     """None if the backend runs the call, else why not."""
     return backend.unavailable(call.x.device) or backend.refuses(call)
 
 
-def choose(call: ScanCall, name: str | None) -> Backend:
-    """The backend that runs the call: the named one, or else the first that accepts it.
-
-    Raises: BackendError if the named one refuses; a named backend is obeyed or refused, never replaced.
-    """
-    name = name or _forced
-    if name is not None:
-        backend = get(name)
-        reason = reason_against(backend, call)
-        if reason is None:
-            return backend
-        accepting = [other.name for other in _backends.values() if reason_against(other, call) is None]
-        raise BackendError(
-            f"cross_selective_scan: backend {name!r} refuses this call: {reason} "
-            f"Backends that accept it: {', '.join(accepting) or 'none'}."
-        )
-    refusals: list[str] = []
-    for backend in _backends.values():
-        if not backend.automatic:
-            continue
-        reason = reason_against(backend, call)
-        if reason is None:
-            _announce(backend, call.x.device, refusals)
-            return backend
-        refusals.append(f"{backend.name}: {reason}")
-    raise BackendError("cross_selective_scan: no backend accepts this call. " + " ".join(refusals))
-
-
-def _announce(backend: Backend, device: torch.device, refusals: list[str]) -> None:
-    """One log line per backend and kind of device; a warning when it is a slow one."""
-    key = (backend.name, device.type)
+def _announce(registry: Registry, backend: Backend, device: torch.device, refusals: list[str]) -> None:
+    """One log line per operator, backend and kind of device; a warning when it is a slow one."""
+    key = (registry.operator, backend.name, device.type)
     if key in _announced:
         return
     _announced.add(key)
-    if backend.fast:
-        _log.info("selective scan on %s: backend %r", device.type, backend.name)
+    if backend.fast or device.type in backend.fast_on:
+        _log.info("%s on %s: backend %r", registry.title, device.type, backend.name)
     else:
         _log.warning(
-            "selective scan on %s: backend %r, a slow one, since %s Run `python -m vision_mamba.doctor` for the fix.",
+            "%s on %s: backend %r, a slow one, since %s Run `python -m vision_mamba.doctor` for the fix.",
+            registry.title,
             device.type,
             backend.name,
             " ".join(refusals) or "it is the only one.",
