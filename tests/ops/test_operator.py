@@ -7,6 +7,7 @@ import logging
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.utils.flop_counter import FlopCounterMode
 
 from tests.cases import BF16, F32, Case, make_call, run
@@ -147,6 +148,43 @@ def test_inference_mode_and_no_grad_give_the_same() -> None:
         assert torch.equal(scan(*call)[0], expected)
     with torch.inference_mode():
         assert torch.equal(scan(*call)[0], expected)
+
+
+@pytest.mark.parametrize("name", ["x", "A"])
+def test_what_torch_has_not_computed_yet_is_seen(name: str) -> None:
+    """A negation that only a bit of the tensor tells of, and a zero without memory."""
+    call = make_call(Case(order="cross"))
+    value = getattr(call, name)
+    negation, zero = torch._neg_view(-value), torch._efficientzerotensor(value.shape)
+    assert torch.equal(scan(*call._replace(**{name: negation}))[0], scan(*call)[0])
+    assert torch.equal(
+        scan(*call._replace(**{name: zero}))[0], scan(*call._replace(**{name: torch.zeros_like(value)}))[0]
+    )
+    expected = run(call, "cpu")
+    for result, tensor in run(call._replace(**{name: negation}), "cpu").items():
+        assert torch.equal(tensor, expected[result]), result
+    seed, y = torch.randn(2, 35, 20), scan(*watched(call))[0]
+    grads = [torch.autograd.grad(y, call.x, s, retain_graph=True)[0] for s in (torch._neg_view(seed), -seed)]
+    assert torch.equal(*grads)
+
+
+def test_forward_mode_is_taken_by_plain_torch_and_refused_by_kernels() -> None:
+    call = make_call(Case(dtypes=(torch.float64,) * 4))
+    tangent = torch.randn_like(call.x)
+
+    def at(x: Tensor, backend: str) -> Tensor:
+        return scan(*call._replace(x=x), backend)[0]
+
+    for backend in ("eager", "reference"):
+        _, found = torch.func.jvp(lambda x: at(x, backend), (call.x,), (tangent,))  # noqa: B023
+        step = 1e-6 * tangent
+        torch.testing.assert_close(found, (at(call.x + step, backend) - at(call.x - step, backend)) / 2e-6)
+    narrow = make_call(Case())
+    with forward_ad.dual_level():
+        assert scan(*narrow)[0].shape == (2, 35, 20)  # where nothing has a tangent nothing is lost
+        x = forward_ad.make_dual(narrow.x, torch.ones_like(narrow.x))
+        with pytest.raises(RuntimeError, match=r"forward-mode derivatives are .*use_backend\('eager'\)"):
+            scan(*narrow._replace(x=x))
 
 
 def test_frozen_arguments_get_no_gradient() -> None:

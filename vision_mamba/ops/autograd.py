@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.utils.flop_counter import register_flop_formula
 
 from vision_mamba.ops import contract, registry
@@ -186,13 +187,34 @@ def _watched(arguments: tuple[Any, ...]) -> bool:
     return torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in arguments)
 
 
+def _as_in_memory(argument: Any) -> bool:
+    """Whether an argument is what its memory holds: not a subclass's, nor a lazy negation or zero of torch's."""
+    if not isinstance(argument, Tensor):
+        return True
+    plain = type(argument) is Tensor or type(argument) is torch.nn.Parameter
+    return plain and not (argument.is_neg() or argument._is_zerotensor())
+
+
 def _autograd_scan(*arguments: Any) -> tuple[Tensor, Tensor]:
+    if forward_ad._current_level >= 0:
+        _refuse_tangents(arguments)
     if _watched(arguments):
         return _Scan.apply(*arguments)
-    if torch._C._len_torch_dispatch_stack() == 0 and type(arguments[0]) in (Tensor, torch.nn.Parameter):
+    if torch._C._len_torch_dispatch_stack() == 0 and all(map(_as_in_memory, arguments)):
         return _scan(*arguments)  # nobody is watching below either, so the way back through the dispatcher is saved
     with torch._C._AutoDispatchBelowAutograd():
         return _scan_op(*arguments)
+
+
+def _refuse_tangents(arguments: tuple[Any, ...]) -> None:
+    """Kernels do not see the tangents of forward-mode differentiation, and would drop them without a word."""
+    if all(forward_ad.unpack_dual(a).tangent is None for a in arguments if isinstance(a, Tensor)):
+        return
+    if registry.choose(*_parse(arguments)).backward is not None:
+        raise RuntimeError(
+            "cross_selective_scan: forward-mode derivatives are taken by the backends 'eager' and 'reference' alone; "
+            "run the scan under vision_mamba.ops.use_backend('eager')."
+        )
 
 
 def _autograd_backward(*arguments: Any) -> tuple[Tensor, ...]:
