@@ -7,7 +7,15 @@ from typing import Any
 import pytest
 import torch
 
-from vision_mamba.ops import BackendError, available_backends, cross_selective_scan, selective_scan, use_backend
+from vision_mamba.ops import (
+    BackendError,
+    available_backends,
+    contract,
+    cross_selective_scan,
+    selective_scan,
+    use_backend,
+)
+from vision_mamba.ops.call import ScanCall
 from vision_mamba.scans import CROSS
 
 
@@ -59,10 +67,12 @@ CLASSIC = [
     (dict(A=ones(6, 0)), r"A must have 1 to 256 states"),
     (dict(A=ones(6, 257)), r"A must have 1 to 256 states"),
     (dict(B=ones(2, 2, 9, 3)), r"B must be .* = \(2, 2, 3, 9\), got \(2, 2, 9, 3\); move the length axis last"),
-    (dict(C=ones(2, 9)), r"C must be \(batch, state, length\) or \(batch, groups, state, length\), got 2 dim"),
+    (dict(B=ones(2, 9, 3)), r"B must be .* = \(2, 3, 9\), got \(2, 9, 3\); move the length axis last"),
+    (dict(C=ones(9)), r"C must be \(batch, state, length\) or .* or \(channels, state\), got 1 dimensions: \(9\)"),
+    (dict(C=ones(2, 9)), r"C must be \(channels, state\) = \(6, 3\), got \(2, 9\)"),
     (dict(B=ones(2, 4, 3, 9), C=ones(2, 4, 3, 9)), r"the groups of B must divide the channels of u, got 4 .* 6"),
-    (dict(B=ones(2, 1, 3, 9)), r"B and C must have one shape, got \(2, 1, 3, 9\) and \(2, 2, 3, 9\)"),
-    (dict(B=ones(2, 3, 9)), r"B and C must have one shape"),
+    (dict(B=ones(2, 1, 3, 9)), r"B and C must have as many groups, got \(2, 1, 3, 9\) and \(2, 2, 3, 9\)"),
+    (dict(B=ones(2, 3, 9)), r"B and C must have as many groups"),
     (dict(D=ones(5)), r"D must be \(channels,\) = \(6\), got \(5\)"),
     (dict(delta_bias=ones(6, 1)), r"delta_bias must be \(channels,\) = \(6\), got \(6, 1\)"),
     (dict(initial_state=ones(2, 6, 4)), r"initial_state must be .* = \(2, 6, 3\), got \(2, 6, 4\)"),
@@ -130,10 +140,25 @@ def test_a_table_changed_in_place_is_read_again() -> None:
         cross_selective_scan(**crossed(indices=table))
 
 
-def test_a_table_made_under_inference_mode_is_taken() -> None:
+def test_a_table_made_under_inference_mode_is_taken_and_read_each_time() -> None:
     with torch.inference_mode():
         table = torch.arange(6, dtype=torch.int32).expand(4, 6).contiguous()
         assert cross_selective_scan(**crossed(indices=table)).shape == (2, 6, 5)
+        table[1, 2] = 77  # which such a tensor does not count
+        with pytest.raises(ValueError, match="got 77 at route 1, step 2"):
+            cross_selective_scan(**crossed(indices=table))
+
+
+def test_whether_a_table_visits_all_is_found_when_it_is_read() -> None:
+    def visits_all(indices: torch.Tensor | None) -> bool:
+        arguments = crossed(indices=indices)
+        return contract.visits_all(ScanCall(**arguments))
+
+    table = CROSS.indices(2, 3).clone()
+    assert visits_all(None) and visits_all(table)
+    assert visits_all(torch.nn.functional.pad(table, (2, 0), value=-1)) and not visits_all(table[:, 1:])
+    table[3, 4] = -1
+    assert not visits_all(table)
 
 
 def test_a_model_calling_the_operator_gets_the_same_sentence() -> None:
@@ -178,6 +203,14 @@ def test_use_backend_sets_for_a_block_or_for_good() -> None:
     assert ask() == "reference"
     use_backend(None)
     assert ask() is None
+
+
+def test_use_backend_is_no_decorator() -> None:
+    """It sets when it is made, so that decorating would set it for everything else and for one call alone."""
+    with pytest.raises(TypeError, match="not callable"), use_backend(None):
+
+        @use_backend(None)
+        def scan() -> None: ...
 
 
 def test_backward_runs_on_the_backend_that_ran_forward() -> None:

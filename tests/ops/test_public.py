@@ -56,10 +56,50 @@ def test_selective_scan_is_the_equation(backend: str, dtype: torch.dtype) -> Non
     assert_close("y in two halves", torch.cat(ys, -1), expected_y)
 
 
+@pytest.mark.parametrize("backend", ["cpu", "eager", "reference"])
+@pytest.mark.parametrize("groups", [1, 3])
+@pytest.mark.parametrize("constant", ["B", "C", "BC"])
+def test_constant_weights_are_those_of_every_token(constant: str, groups: int, backend: str) -> None:
+    """(G*D, N) B or C against the same numbers written out for every token, each channel a group of its own."""
+    torch.manual_seed(0)
+    names = ("u", "delta", "A", "B", "C")
+    tensors = dict(u=torch.randn(2, 6, 7), delta=torch.rand(2, 6, 7), A=-torch.rand(6, 4))
+    written_out = {}
+    for name in "BC":
+        varying = torch.randn(2, groups, 4, 7)
+        tensors[name] = torch.randn(6, 4) if name in constant else varying
+        written_out[name] = (
+            tensors[name].expand(2, 7, 6, 4).permute(0, 2, 3, 1)
+            if name in constant
+            else varying.repeat_interleave(6 // groups, 1)
+        )
+    z, h, seed = torch.randn(2, 6, 7), torch.randn(2, 6, 4), torch.randn(2, 6, 7)
+    for t in tensors.values():
+        t.requires_grad_()
+    y, last = selective_scan(**tensors, z=z, return_last_state=True, initial_state=h, backend=backend)
+    leaves = {n: t.detach().double().requires_grad_() for n, t in tensors.items()}
+    wide = leaves | {n: t.detach().double().requires_grad_() for n, t in written_out.items()}
+    plain = dict(z=z.double(), return_last_state=True, initial_state=h.double(), backend="reference")
+    expected, expected_last = selective_scan(**wide, **plain)
+    assert_close("y", y, expected)
+    assert_close("last_state", last, expected_last)
+    found = torch.autograd.grad(y, [tensors[n] for n in names], seed)
+    for name, gradient, exact in zip(
+        names, found, torch.autograd.grad(expected, [wide[n] for n in names], seed.double()), strict=True
+    ):
+        if name in constant:
+            exact = exact.sum((0, 3))
+        elif exact.dim() == 4:
+            exact = exact.unflatten(1, (groups, -1)).sum(2)
+        assert_close(f"d{name}", gradient, exact)
+
+
 def test_one_group_may_leave_its_axis_out() -> None:
     u, delta, A = torch.randn(2, 6, 7), torch.rand(2, 6, 7), -torch.rand(6, 4)
     B, C = torch.randn(2, 4, 7), torch.randn(2, 4, 7)
-    assert torch.equal(selective_scan(u, delta, A, B, C), selective_scan(u, delta, A, B[:, None], C[:, None]))
+    expected = selective_scan(u, delta, A, B[:, None], C[:, None])
+    assert torch.equal(selective_scan(u, delta, A, B, C), expected)
+    assert torch.equal(selective_scan(u, delta, A, B, C[:, None]), expected)
 
 
 def test_defaults_are_plain() -> None:

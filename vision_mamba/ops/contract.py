@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -151,30 +152,57 @@ def check_once(call: ScanCall) -> None:
     _passed.add(key)
 
 
-# Tables whose values were read and found good: id -> (weak reference, version counter, tokens). A table is read once,
-# since reading costs a wait for the device; writing into it in place makes it be read again.
-_good: dict[int, tuple[weakref.ref[Tensor], int, int]] = {}
+class _Table(NamedTuple):
+    """What was found in a table when it was read."""
+
+    itself: weakref.ref[Tensor]
+    version: int  # of its contents, when they were read
+    tokens: int
+    complete: bool  # whether every route visits every token
+
+
+# Tables whose values were read and found good, by id. A table is read once, since reading costs a wait for the device;
+# writing into it in place makes it be read again.
+_tables: dict[int, _Table] = {}
 
 
 def check_values(call: ScanCall) -> None:
-    """Raise ValueError if the index table names a token out of range, or one token twice in a route."""
-    indices = call.indices
-    if indices is None or indices.is_meta:
-        return
-    version = 0 if indices.is_inference() else indices._version  # an inference tensor has no counter
-    known = _good.get(id(indices))
-    if known is not None and known[0]() is indices and known[1:] == (version, call.tokens):
-        return
+    """Raise ValueError if the index table names a token out of range, or one token twice in a route.
+
+    What is written into a table behind torch's back, through NumPy's view of it or `.data`, goes unseen.
+    """
+    if call.indices is not None and not call.indices.is_meta:
+        _read_once(call.indices, call.tokens)
+
+
+def visits_all(call: ScanCall) -> bool:
+    """Whether every route visits every token, so that a kernel that follows the routes writes all of its results.
+
+    No, to be on the safe side, where the table cannot be read now.
+    """
+    return call.indices is None or (call.steps >= call.tokens and _read_once(call.indices, call.tokens))
+
+
+def _read_once(indices: Tensor, tokens: int) -> bool:
+    """Read a table unless it was read as it is now; returns whether every route is known to visit every token."""
+    counted = not indices.is_inference()  # an inference tensor does not count what is written into it
+    known = _tables.get(id(indices))
+    if counted and known and known.itself() is indices and known[1:3] == (indices._version, tokens):
+        return known.complete
     if indices.is_cuda and torch.cuda.is_current_stream_capturing():
-        return  # reading would break the capture, and the warm-up before it has read what the table holds
-    read_table(indices, call.tokens)
-    key = id(indices)
-    _good[key] = (weakref.ref(indices, lambda _: _good.pop(key, None)), version, call.tokens)
+        return False  # reading would break the capture, and the warm-up before it has read what the table holds
+    complete = read_table(indices, tokens)
+    if counted:
+        key = id(indices)
+        itself = weakref.ref(indices, lambda _: _tables.pop(key, None))
+        _tables[key] = _Table(itself, indices._version, tokens, complete)
+    return complete
 
 
-def read_table(indices: Tensor, tokens: int) -> None:
+def read_table(indices: Tensor, tokens: int) -> bool:
     """Read an index table's values: each from -1 to tokens - 1, and no token twice in a route.
 
+    Returns: whether every route visits every token.
     Raises: ValueError naming the route, the step and the value.
     """
     table = indices.detach().cpu().long()
@@ -193,6 +221,7 @@ def read_table(indices: Tensor, tokens: int) -> None:
                 f"cross_selective_scan: a route visits a token at most once, but route {route} visits token {token} "
                 f"{int(counts[token])} times; make that a second route."
             )
+    return bool(((table >= 0).sum(1) == tokens).all())
 
 
 def check_tensors(where: str, call: ScanCall) -> None:
@@ -237,22 +266,9 @@ def check_classic(
     for name, maybe in dict(delta=delta, z=z).items():
         if maybe is not None:
             require_shape(where, name, maybe, "(batch, channels, length)", (batch, width, length))
-    for name, tensor in dict(B=B, C=C).items():
-        require_dim(where, name, tensor, "(batch, state, length) or (batch, groups, state, length)", (3, 4))
-        if tensor.dim() == 3:
-            require_shape(where, name, tensor, "(batch, state, length)", (batch, states, length))
-        else:
-            groups = tensor.shape[1]
-            hint = "move the length axis last" if tuple(tensor.shape[2:]) != (states, length) else ""
-            letters = "(batch, groups, state, length)"
-            require_shape(where, name, tensor, letters, (batch, groups, states, length), hint)
-            if groups < 1 or width % groups:
-                raise ValueError(
-                    f"{where}: the groups of {name} must divide the channels of u, got {groups} groups for {width} "
-                    f"channels; repeat or merge groups."
-                )
-    if B.dim() != C.dim() or B.shape != C.shape:
-        raise ValueError(f"{where}: B and C must have one shape, got {_show(B.shape)} and {_show(C.shape)}.")
+    groups = {name: _check_weights(where, name, t, batch, width, states, length) for name, t in dict(B=B, C=C).items()}
+    if None not in groups.values() and groups["B"] != groups["C"]:
+        raise ValueError(f"{where}: B and C must have as many groups, got {_show(B.shape)} and {_show(C.shape)}.")
     for name, maybe in dict(D=D, delta_bias=delta_bias).items():
         if maybe is not None:
             require_shape(where, name, maybe, "(channels,)", (width,))
@@ -260,3 +276,24 @@ def check_classic(
         letters = "(batch, channels, state)"
         require_shape(where, "initial_state", initial_state, letters, (batch, width, states))
     require_out_dtype(where, out_dtype, u)
+
+
+def _check_weights(
+    where: str, name: str, tensor: Tensor, batch: int, width: int, states: int, length: int
+) -> int | None:
+    """Check the B or C of the classic layout; returns how many groups it has, None if it is the same for all tokens."""
+    groups = tensor.shape[1] if tensor.dim() == 4 else 1
+    forms = {
+        3: ("(batch, state, length)", (batch, states, length)),
+        4: ("(batch, groups, state, length)", (batch, groups, states, length)),
+        2: ("(channels, state)", (width, states)),
+    }
+    require_dim(where, name, tensor, " or ".join(letters for letters, _ in forms.values()), tuple(forms))
+    hint = "move the length axis last" if tensor.dim() > 2 and tensor.shape[-2:] == (length, states) else ""
+    require_shape(where, name, tensor, *forms[tensor.dim()], hint)
+    if groups < 1 or width % groups:
+        raise ValueError(
+            f"{where}: the groups of {name} must divide the channels of u, got {groups} groups for {width} "
+            f"channels; repeat or merge groups."
+        )
+    return None if tensor.dim() == 2 else groups

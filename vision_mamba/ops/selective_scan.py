@@ -34,8 +34,9 @@ def selective_scan(
         u: (B, G*D, L) inputs; float32, float16, bfloat16 (float64 on eager and reference).
         delta: (B, G*D, L) step sizes before bias and softplus.
         A: (G*D, N) decay rates, negative for a stable state; float32 is kept, anything else is widened to it.
-        B: (B, N, L), or (B, G, N, L) with G groups; channel c belongs to group c // D.
-        C: like B.
+        B: (B, N, L), or (B, G, N, L) with G groups; channel c belongs to group c // D. Or (G*D, N), the same for all
+            tokens, which makes every channel a group of its own and costs as much more memory traffic.
+        C: like B; the two have as many groups, unless one is constant.
         D: (G*D,) skip weights, or None for no skip.
         z: (B, G*D, L) gate, or None for no gate.
         delta_bias: (G*D,) added to delta before softplus.
@@ -57,16 +58,23 @@ def selective_scan(
     torch.Size([2, 6, 10])
     """
     contract.check_classic(u, delta, A, B, C, D, z, delta_bias, initial_state, out_dtype)
-    groups = B.shape[1] if B.dim() == 4 else 1
-    channels = u.shape[1] // groups
+    batch, width, length = u.shape
+    shared = max(t.shape[1] if t.dim() == 4 else 1 for t in (B, C))
+    groups = shared if B.dim() > 2 and C.dim() > 2 else width
+    channels = width // groups
 
     def tokens(t: Tensor) -> Tensor:
         """(B, G*D, L) -> (B, L, G, D), a view."""
         return t.unflatten(1, (groups, channels)).permute(0, 3, 1, 2)
 
     def weights(t: Tensor) -> Tensor:
-        """(B, G, N, L) or (B, N, L) -> (B, L, G, N), a view."""
-        return (t if t.dim() == 4 else t.unsqueeze(1)).permute(0, 3, 1, 2)
+        """(B, G, N, L), (B, N, L) or (G*D, N) -> (B, L, G, N), a view unless groups are repeated."""
+        if t.dim() == 2:
+            return t.expand(batch, length, -1, -1)
+        t = t if t.dim() == 4 else t.unsqueeze(1)
+        if t.shape[1] < groups:
+            t = t.unsqueeze(2).expand(-1, -1, groups // t.shape[1], -1, -1).flatten(1, 2)
+        return t.permute(0, 3, 1, 2)
 
     def per_channel(t: Tensor | None) -> Tensor | None:
         """(G*D, ...) -> (G, D, ...), a view."""
