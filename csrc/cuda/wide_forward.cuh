@@ -8,26 +8,13 @@
 // the step size once (low-rank product, bias, softplus) and leaves (s, s x) as float32 in shared memory, beside the
 // rows of B and C. The scan proper then touches shared memory and registers alone, whatever the formats and strides.
 #pragma once
-#include "common.cuh"
-
-constexpr int kLanes = LANES;    // lanes that share a group of channels
-constexpr int kStates = STATES;  // states a lane holds of each channel
-constexpr int kSlots = SLOTS;    // channels of a group
-constexpr bool kSoftplus = SOFTPLUS;
-constexpr int kRank = RANK;      // columns of a low-rank step size, 0 = dt comes whole
-constexpr int kWarps = WARPS;
-constexpr bool kVectorX = VECTOR_X;    // x, dt, y: channels are neighbours, aligned, a multiple of a run
-constexpr bool kVectorBC = VECTOR_BC;  // B, C: states are neighbours, aligned, a multiple of a run
-constexpr int kCheckpoint = CHECKPOINT;
+#include "wide.cuh"
 
 constexpr int kTile = 8;
-constexpr int kWarpChannels = kSlots * 32 / kLanes;
 constexpr int kRun = kWarpChannels / 4;  // channels a lane loads, of one step
-constexpr int kRow = kLanes * kStates;   // states of a row of B in shared memory, the last ones 0
 constexpr int kRowRun = kRow < 4 ? 1 : kRow / 4;
 constexpr int kRanks = (kRank + 3) / 4;  // columns of dt a lane loads
 
-static_assert(kSlots <= kLanes || kLanes == 1);
 static_assert(kWarpChannels % 4 == 0);
 
 struct alignas(16) WarpMemory {
@@ -169,17 +156,11 @@ extern "C" __global__ void __launch_bounds__(32 * kWarps, MIN_BLOCKS) wide_forwa
 
         if (p.saved && start % kCheckpoint == 0) {
             const long long checkpoints = (steps + kCheckpoint - 1) / kCheckpoint;
-            float* at = p.saved + (sequence * checkpoints + start / kCheckpoint) * channels * states;
+            float* at = p.saved + (sequence * checkpoints + start / kCheckpoint) * channels * kRow + q * kStates;
 #pragma unroll
             for (int j = 0; j < kSlots; ++j) {
                 const int channel = first + group + (slot ^ j);
-                if (channel < channels) {
-#pragma unroll
-                    for (int n = 0; n < kStates; ++n) {
-                        const int state = q * kStates + n;
-                        if (state < states) at[(long long)channel * states + state] = h[j][n];
-                    }
-                }
+                if (channel < channels) put<kStates>(at + (long long)channel * kRow, h[j]);
             }
         }
 

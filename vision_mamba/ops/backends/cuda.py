@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import weakref
 from array import array
 from typing import Any, NamedTuple
 
@@ -15,6 +14,7 @@ from vision_mamba.ops.backends import cuda_kernels as kernels
 from vision_mamba.ops.backends import nvrtc
 from vision_mamba.ops.backends.cuda_kernels import TYPES, vector
 from vision_mamba.ops.call import GRADIENTS, ScanCall
+from vision_mamba.ops.contract import visits_all
 from vision_mamba.ops.registry import Backend
 
 _SMALL = ("A", "D", "dt_weight", "dt_bias", "initial_state")  # the kernels take these in float32 and contiguous
@@ -48,16 +48,17 @@ def _refuses(call: ScanCall) -> str | None:
 
 
 def _new_saved(call: ScanCall) -> Tensor:
-    if call.states == 1:
+    states = 1 << (call.states - 1).bit_length()  # as many as lanes hold
+    if states == 1:
         _, pieces = _narrow_chunk(call)
     else:
         pieces = (call.steps + kernels.CHECKPOINT - 1) // kernels.CHECKPOINT
-    shape = (call.batch, call.routes, pieces, call.channels, call.states)
+    shape = (call.batch, call.routes, pieces, call.channels, states)
     return call.x.new_empty(shape, dtype=torch.float32)
 
 
 def _max_warps(call: ScanCall) -> int:
-    return kernels.narrow_warps(call.batch * call.routes, call.channels)
+    return kernels.narrow_warps(call.batch * call.routes, call.channels, call.tokens)
 
 
 def _narrow_chunk(call: ScanCall) -> tuple[int, int]:
@@ -99,12 +100,13 @@ def _forward(call: ScanCall, save: bool) -> tuple[Tensor, Tensor, Tensor]:
         asked, call = call, _prepared(call)
         y, last = call.new_output(), call.new_last_state()
         saved = _new_saved(call) if save else None
-        key = _key(call)
+        complete = visits_all(asked)
+        key = _key(call, complete)
         plan = _forward_plans.get(key)
         if plan is None:
-            plan = _forward_plans[key] = _plan_forward(call, y, device)
+            plan = _forward_plans[key] = _plan_forward(call, complete, y, device)
         target = y if plan.parts is None else _new_parts(call, plan.parts)
-        if not plan.merging and not _complete(asked):
+        if not plan.merging and not complete:
             target.zero_()
         plan.scan(
             device, x=call.x, dt=call.dt, B=call.B, C=call.C, indices=call.indices, A=call.A, D=call.D,
@@ -126,10 +128,11 @@ def _backward(asked: ScanCall, saved: Tensor, dy: Tensor | None, dlast: Tensor |
             dy = dy.contiguous()
         dlast = None if dlast is None else dlast.to(torch.float32).contiguous()
         dx = torch.empty_like(call.x)
-        key = (_key(call), None if dy is None else dy.stride())
+        complete = visits_all(asked)
+        key = (_key(call, complete), None if dy is None else dy.stride())
         plan = _backward_plans.get(key)
         if plan is None:
-            plan = _backward_plans[key] = _plan_backward(call, dy, dx, device)
+            plan = _backward_plans[key] = _plan_backward(call, complete, dy, dx, device)
         target = dx if plan.parts is None else _new_parts(call, plan.parts)
         products = call.rank > 0 and _rank_in_kernel(call)
         blocks = plan.scan.grid // (batch * (1 if plan.merging else routes))
@@ -140,12 +143,13 @@ def _backward(asked: ScanCall, saved: Tensor, dy: Tensor | None, dlast: Tensor |
         else:
             ddt = torch.empty_like(call.dt)
         new = functools.partial(call.x.new_empty, dtype=torch.float32)
-        dBC = new((2, blocks, batch, tokens, routes, states))
+        wide = states > 1
+        dBC = new((2, batch, tokens, routes, blocks, states) if wide else (2, blocks, batch, tokens, routes, states))
         dA = new((batch, routes, channels, states))
         per_channel = new((2, batch, routes, channels))
         dweight = new((batch, routes, channels, call.rank)) if products else None
         dinitial = None if call.initial_state is None else torch.empty_like(dA)
-        if not _complete(asked):
+        if not complete:
             for tensor in (ddt, dBC) if plan.merging else (target, ddt, dBC):
                 tensor.zero_()
         plan.scan(
@@ -158,7 +162,12 @@ def _backward(asked: ScanCall, saved: Tensor, dy: Tensor | None, dlast: Tensor |
             _merge(target, dx)
 
         found: dict[str, Tensor | None] = dict(x=dx, dt=ddt, initial_state=dinitial, A=dA.sum(0))
-        found["B"], found["C"] = (dBC.sum(1) if blocks > 1 else dBC[:, 0]).unbind(0)
+        if wide:
+            found["B"], found["C"] = (
+                _sum_blocks(dBC[i], argument.dtype) for i, argument in enumerate((call.B, call.C))
+            )
+        else:
+            found["B"], found["C"] = (dBC.sum(1) if blocks > 1 else dBC[:, 0]).unbind(0)
         found["D"], found["dt_bias"] = per_channel.sum(1).unbind(0)
         if products:
             assert dweight is not None
@@ -174,23 +183,21 @@ _forward_plans: dict[Any, _Plan] = {}
 _backward_plans: dict[Any, _Plan] = {}
 
 
-def _key(call: ScanCall) -> tuple[Any, ...]:
+def _key(call: ScanCall, complete: bool) -> tuple[Any, ...]:
     """All that a plan depends on."""
     tensors = tuple((t.dtype, t.shape, t.stride(), t.data_ptr() & 15) for t in (call.x, call.dt, call.B, call.C))
     flags = (call.dt_softplus, call.merge, call.out_dtype, call.rank, call.A.shape, call.steps)
-    return (call.x.device.index, tensors, flags)
+    return (call.x.device.index, tensors, flags, complete)
 
 
-def _plan_forward(call: ScanCall, y: Tensor, device: int) -> _Plan:
+def _plan_forward(call: ScanCall, complete: bool, y: Tensor, device: int) -> _Plan:
     parts, merging, view = _merging(call, call.merge, y, device)
     fields = _sizes(call) | _strides("y", view)
     x, dt, B, C = _types(call)
     types = (x, dt, B, C, TYPES[view.dtype])
     if call.states == 1:
-        flags = _narrow_flags(call, merging, view)
-        return _Plan(
-            _narrow_launch(kernels.narrow_forward(types, *flags), call, fields, merging, device), merging, parts
-        )
+        kernel = kernels.narrow_forward(types, _narrow(call, complete, merging, view))
+        return _Plan(_narrow_launch(kernel, call, fields, merging, device), merging, parts)
     shape = kernels.wide_shape(call.states, 2 if _plenty(call, device) else 1)
     row = shape.lanes * shape.states
     vector_x = vector(shape.channels // 4, call.x, view, None if call.rank else call.dt)
@@ -199,7 +206,7 @@ def _plan_forward(call: ScanCall, y: Tensor, device: int) -> _Plan:
     return _Plan(_wide_launch(kernel, shape, kernels.WARPS, call, fields, device), merging, parts)
 
 
-def _plan_backward(call: ScanCall, dy: Tensor | None, dx: Tensor, device: int) -> _Plan:
+def _plan_backward(call: ScanCall, complete: bool, dy: Tensor | None, dx: Tensor, device: int) -> _Plan:
     parts, merging, view = _merging(call, call.shared_x, dx, device)
     seen = None if dy is None else dy.unsqueeze(2).expand(-1, -1, call.routes, -1) if call.merge else dy
     products = call.rank > 0 and _rank_in_kernel(call)
@@ -215,14 +222,16 @@ def _plan_backward(call: ScanCall, dy: Tensor | None, dx: Tensor, device: int) -
     types = (x, dt, B, C, TYPES[call.y_dtype])
     across = (call.x, seen, view, *(() if products else (ddt,)), *(() if call.rank else (call.dt,)))
     if call.states == 1:
-        flags = _narrow_flags(call, merging, view, *across)
-        kernel = kernels.narrow_backward(types, *flags, TYPES[view.dtype], ddt_type)
+        how = _narrow(call, complete, merging, view, *across)
+        kernel = kernels.narrow_backward(types, how, TYPES[view.dtype], ddt_type)
         return _Plan(_narrow_launch(kernel, call, fields, merging, device), merging, parts)
     shape = kernels.wide_shape(call.states, 2) if _plenty(call, device) else kernels.wide_shape(call.states, 1, 2)
-    vector_x = vector(min(shape.channels, 8), *across)
+    row = shape.lanes * shape.states
+    vector_x = vector(min(shape.channels // 2, 8), *across)
+    vector_bc = call.states == row and vector(min(row, 4), call.B, call.C)
     warps = kernels.backward_warps(shape, nvrtc.shared_limit(device))
     kernel = kernels.wide_backward(
-        shape, warps, types, call.rank, call.dt_softplus, vector_x, TYPES[view.dtype], ddt_type
+        shape, warps, types, call.rank, call.dt_softplus, vector_x, vector_bc, TYPES[view.dtype], ddt_type
     )
     return _Plan(_wide_launch(kernel, shape, warps, call, fields, device), merging, parts)
 
@@ -247,31 +256,38 @@ def _merging(call: ScanCall, wanted: bool, result: Tensor, device: int) -> tuple
 
 
 def _sum_fits(call: ScanCall, result: Tensor, device: int) -> bool:
-    """Whether blocks keep their channels' sums over routes: where several such blocks fit a multiprocessor, and where
-    taking the routes one after the other leaves a block for everyone."""
-    width = kernels.NARROW_CHANNELS
-    blocks = call.batch * ((call.channels + width - 1) // width)
-    return 4 * width * call.tokens <= _SUM_BYTES and blocks >= _multiprocessors(device) and vector(8, result)
+    """Whether blocks keep their channels' sums over routes in shared memory: where there is room, and where taking the
+    routes one after the other leaves a block for everyone."""
+    blocks = call.batch * _narrow_blocks(call)
+    shared = kernels.narrow_shared(_narrow_chunk(call)[0], call.rank, call.tokens)
+    return shared <= nvrtc.shared_limit(device) and blocks >= _multiprocessors(device) and vector(8, result)
 
 
-_SUM_BYTES = 24 * 1024
+def _narrow_blocks(call: ScanCall) -> int:
+    return (call.channels + kernels.NARROW_CHANNELS - 1) // kernels.NARROW_CHANNELS
 
 
-def _narrow_flags(
-    call: ScanCall, merging: bool, view: Tensor, *across: Tensor | None
-) -> tuple[int, int, bool, bool, bool, bool]:
+def _narrow(call: ScanCall, complete: bool, merging: bool, view: Tensor, *across: Tensor | None) -> kernels.Narrow:
     across = across or (call.x, view, None if call.rank else call.dt)
-    vector_rank = call.rank > 0 and call.rank % 2 == 0 and vector(2, call.dt)
-    return _max_warps(call), call.rank, call.dt_softplus, merging, vector(2, *across), vector_rank
+    segment = kernels.narrow_segment(call.steps)
+    return kernels.Narrow(
+        segment,
+        _max_warps(call),
+        call.rank,
+        call.dt_softplus,
+        merging,
+        whole=complete and call.steps == call.tokens and call.steps % segment == 0,
+        vector=vector(2, *across),
+        vector_rank=call.rank > 0 and call.rank % 2 == 0 and vector(2, call.dt),
+    )
 
 
 def _narrow_launch(
     wanted: nvrtc.Specialisation, call: ScanCall, fields: dict[str, int], merging: bool, device: int
 ) -> _Launch:
     warps, _ = _narrow_chunk(call)
-    width = kernels.NARROW_CHANNELS
-    grid = call.batch * ((call.channels + width - 1) // width) * (1 if merging else call.routes)
-    more = 4 * width * call.tokens if merging else 0
+    grid = call.batch * _narrow_blocks(call) * (1 if merging else call.routes)
+    more = 4 * kernels.NARROW_CHANNELS * (call.tokens + call.tokens % 2) if merging else 0
     return _Launch(nvrtc.kernel(wanted, device), grid, _template(fields), 32 * warps, more)
 
 
@@ -307,6 +323,16 @@ def _merge(parts: Tensor, out: Tensor) -> None:
 
 
 _merges: dict[Any, _Launch] = {}
+
+
+def _sum_blocks(parts: Tensor, dtype: torch.dtype) -> Tensor:
+    """Sum (B, L, K, blocks, N) over the blocks, in their order."""
+    batch, tokens, routes, blocks, states = parts.shape
+    if blocks == 1:
+        return parts.squeeze(3)
+    out = parts.new_empty((batch, tokens, routes, states), dtype=dtype)
+    _merge(parts.view(batch, tokens * routes, blocks, states), out.view(batch, tokens * routes, states))
+    return out
 
 
 def _new_parts(call: ScanCall, dtype: torch.dtype) -> Tensor:
@@ -369,29 +395,6 @@ _tables_in_order: dict[tuple[torch.device, int, int], Tensor] = {}
 def _rank_in_kernel(call: ScanCall) -> bool:
     """Whether backward leaves the gradients of a low-rank step size and of its weights, not that of the step size."""
     return call.states == 1 and kernels.on_tensor_cores(call.rank, TYPES[call.dt.dtype])
-
-
-# Whether a table's routes each visit every token: id -> (weak reference, version counter, answer), read once a table.
-_tables: dict[int, tuple[weakref.ref[Tensor], int, bool]] = {}
-
-
-def _complete(call: ScanCall) -> bool:
-    """Whether every token gets written by every route; if not, buffers are zeroed before."""
-    indices = call.indices
-    if indices is None:
-        return True
-    if indices.shape[1] < call.tokens:
-        return False
-    version = 0 if indices.is_inference() else indices._version  # an inference tensor has no counter
-    known = _tables.get(id(indices))
-    if known is not None and known[0]() is indices and known[1] == version:
-        return known[2]
-    if torch.cuda.is_current_stream_capturing():  # the table can't be read now; zeroing is never wrong
-        return False
-    answer = bool(((indices >= 0).sum(1) == call.tokens).all())
-    key = id(indices)
-    _tables[key] = (weakref.ref(indices, lambda _: _tables.pop(key, None)), version, answer)
-    return answer
 
 
 def _sizes(call: ScanCall) -> dict[str, int]:

@@ -11,10 +11,9 @@ from vision_mamba.ops.backends.nvrtc import Specialisation
 
 TYPES = {torch.float32: "Float", torch.float16: "Half", torch.bfloat16: "Bfloat"}
 MAX_RANK = 64  # columns of a low-rank step size that the kernels multiply themselves
-CHECKPOINT = 32  # steps between two states that the wide kernels save
+CHECKPOINT = 16  # steps between two states that the wide kernels save
 WARPS = 4  # of a block of the wide kernels
-STEPS = 7  # of a segment of the narrow kernels; odd, so that neighbouring segments meet other banks
-NARROW_CHANNELS = 16
+NARROW_CHANNELS = 16  # of a block of the narrow kernels
 
 Types = tuple[str, str, str, str, str]  # of x, dt, B, C and y
 
@@ -48,16 +47,39 @@ def backward_warps(shape: Shape, shared: int) -> int:
     return 1
 
 
-def narrow_warps(sequences: Any, channels: Any) -> int:
-    """Warps of a block of the narrow kernels at most: few where there are blocks enough, so that they overlap."""
-    return 4 if sequences * channels >= 16384 else 16
+class Narrow(NamedTuple):
+    """How the narrow kernels take a route: steps of a segment, warps of a block at most, and what to compile for."""
+
+    steps: int
+    warps: int
+    rank: int
+    softplus: bool
+    merge: bool
+    whole: bool
+    vector: bool
+    vector_rank: bool
+
+
+def narrow_segment(steps: Any) -> int:
+    """Steps of a segment: maps of 7, 14, 28 and 56 tokens a side are cut into sevens without a rest, others seldom."""
+    return 7 if steps % 7 == 0 else 8
+
+
+def narrow_warps(sequences: Any, channels: Any, tokens: Any) -> int:
+    """Warps of a block of the narrow kernels at most: few where several blocks share a multiprocessor and overlap."""
+    return 8 if sequences * channels >= 16384 and tokens <= 1024 else 16
 
 
 def narrow_chunk(steps: Any, max_warps: int) -> tuple[Any, Any]:
     """Warps of a block of the narrow kernels, and chunks that a route of so many steps is taken in."""
-    warp_steps = 4 * STEPS
+    warp_steps = 4 * narrow_segment(steps)
     chunks = (steps + warp_steps * max_warps - 1) // (warp_steps * max_warps)
     return (steps + warp_steps * chunks - 1) // (warp_steps * chunks), chunks
+
+
+def narrow_shared(warps: int, rank: int, tokens: int) -> int:
+    """Bytes of shared memory that the backward kernel, which needs more, takes to add routes up; see BlockMemory."""
+    return 256 + warps * (1408 + 512 * ((rank + 7) // 8)) + 4 * NARROW_CHANNELS * (tokens + tokens % 2)
 
 
 def wide_forward(
@@ -68,27 +90,28 @@ def wide_forward(
 
 
 def wide_backward(
-    shape: Shape, warps: int, types: Types, rank: int, softplus: bool, vector_x: bool, dx: str, ddt: str
+    shape: Shape,
+    warps: int,
+    types: Types,
+    rank: int,
+    softplus: bool,
+    vector_x: bool,
+    vector_bc: bool,
+    dx: str,
+    ddt: str,
 ) -> Specialisation:
-    more = dict(WARPS=warps, MIN_BLOCKS=12 // warps, SUB=8 if shape.states <= 4 else 4, DX_TYPE=dx, DDT_TYPE=ddt)
-    return Specialisation("wide_backward", _macros(types, **_wide(shape, rank, softplus, vector_x, True), **more))
+    exact = types[2:4] != ("Bfloat", "Bfloat")  # dB or dC has more digits than one term on the tensor cores
+    more = dict(WARPS=warps, MIN_BLOCKS=12 // warps, SUB=min(8, 64 // (shape.slots * shape.states)), TWO_TERMS=exact)
+    flags = _wide(shape, rank, softplus, vector_x, vector_bc)
+    return Specialisation("wide_backward", _macros(types, **flags, **more, DX_TYPE=dx, DDT_TYPE=ddt))
 
 
-def narrow_forward(
-    types: Types, warps: int, rank: int, softplus: bool, merge: bool, vector: bool, vector_rank: bool
-) -> Specialisation:
-    return Specialisation(
-        "narrow_forward", _macros(types, **_narrow(types, warps, rank, softplus, merge, vector, vector_rank))
-    )
+def narrow_forward(types: Types, how: Narrow) -> Specialisation:
+    return Specialisation("narrow_forward", _macros(types, **_narrow(types, how)))
 
 
-def narrow_backward(
-    types: Types, warps: int, rank: int, softplus: bool, merge: bool, vector: bool, vector_rank: bool, dx: str, ddt: str
-) -> Specialisation:
-    macros = _macros(
-        types, **_narrow(types, warps, rank, softplus, merge, vector, vector_rank), DX_TYPE=dx, DDT_TYPE=ddt
-    )
-    return Specialisation("narrow_backward", macros)
+def narrow_backward(types: Types, how: Narrow, dx: str, ddt: str) -> Specialisation:
+    return Specialisation("narrow_backward", _macros(types, **_narrow(types, how), DX_TYPE=dx, DDT_TYPE=ddt))
 
 
 def merge(part: str, out: str, run: int) -> Specialisation:
@@ -105,13 +128,11 @@ def _wide(shape: Shape, rank: int, softplus: bool, vector_x: bool, vector_bc: bo
     return sizes | dict(SOFTPLUS=softplus, VECTOR_X=vector_x, VECTOR_BC=vector_bc, CHECKPOINT=CHECKPOINT)
 
 
-def _narrow(
-    types: Types, warps: int, rank: int, softplus: bool, merge: bool, vector: bool, vector_rank: bool
-) -> dict[str, Any]:
-    flags = dict(
-        SOFTPLUS=softplus, VECTOR=vector, VECTOR_RANK=vector_rank, MERGE=merge, TENSOR=on_tensor_cores(rank, types[1])
-    )
-    return dict(MAX_WARPS=warps, MIN_BLOCKS=1 if warps > 4 else 3 if rank else 4, RANK=rank, STEPS=STEPS) | flags
+def _narrow(types: Types, how: Narrow) -> dict[str, Any]:
+    sizes = dict(STEPS=how.steps, MAX_WARPS=how.warps, MIN_BLOCKS=16 // how.warps, RANK=how.rank)
+    flags = dict(SOFTPLUS=how.softplus, MERGE=how.merge, WHOLE=how.whole)
+    flags |= dict(VECTOR=how.vector, VECTOR_RANK=how.vector_rank, TENSOR=on_tensor_cores(how.rank, types[1]))
+    return sizes | flags
 
 
 def _macros(types: Types, **more: Any) -> tuple[tuple[str, str], ...]:
@@ -140,11 +161,11 @@ _FULL: Types = ("Float",) * 5
 
 #: What the published models run: compiled for every architecture by the tests, and warmed by the doctor.
 SHIPPED = (
-    narrow_forward(_HALF, 4, 6, True, True, True, True),
-    narrow_forward(_FULL, 16, 0, True, False, True, True),
-    narrow_backward(_HALF, 4, 6, True, True, True, True, "Bfloat", "Bfloat"),
+    narrow_forward(_HALF, Narrow(7, 16, 6, True, True, True, True, True)),
+    narrow_forward(_FULL, Narrow(8, 16, 0, True, False, False, True, True)),
+    narrow_backward(_HALF, Narrow(7, 16, 6, True, True, True, True, True), "Bfloat", "Bfloat"),
     wide_forward(wide_shape(16, 2), _HALF, 0, True, True, True),
     wide_forward(wide_shape(64, 2), _FULL, 0, True, True, True),
-    wide_backward(wide_shape(16, 2), 4, _HALF, 0, True, True, "Bfloat", "Bfloat"),
+    wide_backward(wide_shape(16, 2), 4, _HALF, 0, True, True, True, "Bfloat", "Bfloat"),
     merge("Bfloat", "Bfloat", 8),
 )
