@@ -21,6 +21,28 @@ from vision_mamba.ops.registry import Backend, Registry
 library = torch.library.Library("vision_mamba", "FRAGMENT")
 
 
+def once(check: Callable[[Any], None]) -> Callable[[Any], None]:
+    """A check of shapes and kinds that remembers what has passed, for tensors of known sizes.
+
+    A model asks for the same few calls over and over, and each full check costs more than launching a kernel does.
+    """
+    passed: set[tuple[object, ...]] = set()
+
+    def check_once(call: Any) -> None:
+        key = tuple([(t.shape, t.dtype, t.device) if isinstance(t, Tensor) else t for t in call])
+        try:
+            if key in passed:
+                return
+        except TypeError:  # a tracer's symbolic sizes have no hash
+            return check(call)
+        check(call)
+        if len(passed) >= 4096:
+            passed.clear()
+        passed.add(key)
+
+    return check_once
+
+
 class Operator:
     """Three operators of torch.library for one kind of call, above the backends of a registry.
 
@@ -30,8 +52,7 @@ class Operator:
         arguments: their schema, without the backend's name, which comes last.
         gradients: the arguments that have one, in the order in which backends return them.
         check: raises ValueError for shapes and kinds that break the contract; reads no value.
-        check_known: the same for tensors of known sizes, which may remember what has passed.
-        check_values: the same for what is wrong with values.
+        check_values: raises ValueError for values that do.
         flops: of one forward pass, from the shapes of all arguments.
     """
 
@@ -42,13 +63,12 @@ class Operator:
         arguments: str,
         gradients: tuple[str, ...],
         check: Callable[[Any], None],
-        check_known: Callable[[Any], None],
         check_values: Callable[[Any], None],
         flops: Callable[..., int],
     ) -> None:
         self.name, self.registry, self.call, self.gradients = registry.operator, registry, call, gradients
         self.fields = call._fields
-        self._check, self._check_known, self._check_values = check, check_known, check_values
+        self._check, self._check_known, self._check_values = check, once(check), check_values
         arguments += ", str? backend=None"
         self._define("", arguments, "(Tensor, Tensor)", self._run, self._fake_run, self._autograd_run)
         self._define("_forward", arguments, "(Tensor, Tensor, Tensor)", self._forward, self._fake_forward, None)

@@ -1,19 +1,20 @@
-"""The implementations of the scan, registered in order of preference."""
+"""The implementations of every operator, registered in order of preference."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
-from vision_mamba.ops import reference, registry
-from vision_mamba.ops.backends import cpu, cuda, eager, triton
-from vision_mamba.ops.call import ScanCall
+from vision_mamba.ops import reference, registry, ssd_operator, ssd_reference
+from vision_mamba.ops.backends import cpu, cuda, eager, ssd_eager, triton
 
 
 def _anywhere(device: torch.device) -> None:
     return None
 
 
-def _anything(call: ScanCall) -> None:
+def _anything(call: Any) -> None:
     return None
 
 
@@ -22,3 +23,8 @@ registry.register(triton.BACKEND)
 registry.register(cpu.BACKEND)
 registry.register(registry.Backend("eager", _anywhere, _anything, eager.forward, fast=False))
 registry.register(registry.Backend("reference", _anywhere, _anything, reference.forward, fast=False, automatic=False))
+
+# On a CPU, the matrix products of plain torch are the kernel.
+ssd = ssd_operator.registry
+ssd.register(registry.Backend("eager", _anywhere, _anything, ssd_eager.forward, fast=False, fast_on=("cpu",)))
+ssd.register(registry.Backend("reference", _anywhere, _anything, ssd_reference.forward, fast=False, automatic=False))
