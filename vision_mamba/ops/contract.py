@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -152,6 +152,17 @@ def check_once(call: ScanCall) -> None:
     _passed.add(key)
 
 
+class Routed(Protocol):
+    """A call of any operator that follows an index table."""
+
+    @property
+    def indices(self) -> Tensor | None: ...
+    @property
+    def tokens(self) -> int: ...
+    @property
+    def steps(self) -> int: ...
+
+
 class _Table(NamedTuple):
     """What was found in a table when it was read."""
 
@@ -166,7 +177,7 @@ class _Table(NamedTuple):
 _tables: dict[int, _Table] = {}
 
 
-def check_values(call: ScanCall) -> None:
+def check_values(call: Routed) -> None:
     """Raise ValueError if the index table names a token out of range, or one token twice in a route.
 
     What is written into a table behind torch's back, through NumPy's view of it or `.data`, goes unseen.
@@ -175,7 +186,7 @@ def check_values(call: ScanCall) -> None:
         _read_once(call.indices, call.tokens)
 
 
-def visits_all(call: ScanCall) -> bool:
+def visits_all(call: Routed) -> bool:
     """Whether every route visits every token, so that a kernel that follows the routes writes all of its results.
 
     No, to be on the safe side, where the table cannot be read now.
