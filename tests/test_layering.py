@@ -30,15 +30,17 @@ def room(*rooms: str, outside: str) -> Room:
 PUBLIC = ("", "layers", "models", "ops", "scans", "ssm", "version")  # "" is the package's own names
 ROOMS = {
     "version": room(outside=""),
+    "text": room(outside=""),
     "scans": room(outside="torch numpy"),
     "ops": room(outside="torch numpy triton cuda"),
     "ssm": room("ops", outside="torch numpy"),
     "layers": room("ops", "scans", outside="torch timm einops"),
-    "models": room("layers", outside="torch timm einops"),
+    "models": room("layers", "text", outside="torch timm einops"),
     "": room("models", "ops", "scans", "version", outside=""),
-    "train": room(*PUBLIC, outside="torch torchvision timm numpy yaml rich sklearn safetensors PIL"),
+    "train": room(*PUBLIC, "text", outside="torch torchvision timm numpy yaml rich sklearn safetensors PIL"),
     "detection": room(*PUBLIC, outside="torch torchvision timm numpy pycocotools PIL"),
     "viz": room(*PUBLIC, outside="torch timm numpy matplotlib PIL"),
+    "provenance": room("ops", outside="torch"),
     "selftest": room("ops", "scans", outside="torch"),
     "doctor": room(*PUBLIC, "selftest", outside="torch timm rich"),
 }

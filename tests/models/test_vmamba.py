@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import sys
 import types
 from collections.abc import Callable
@@ -200,8 +201,17 @@ def test_what_is_missing_or_unused_is_named(tmp_path: Path, classes: int) -> Non
     state["pos_embed"] = torch.zeros(1, 16, 56, 56)
     torch.save({"model": state}, tmp_path / "other.pth")
     card = dict(file=str(tmp_path / "other.pth"), num_classes=5)
-    with pytest.raises(ValueError, match=r"missing: stages\.1\.blocks\.0\.ss2d\.Ds; not used: pos_embed\. Create"):
+    with pytest.raises(
+        ValueError, match=r"1 \(stages\.1\.blocks\.0\.ss2d\.Ds\) missing, 1 \(pos_embed\) not used\. Create"
+    ):
         timm.create_model("test_vmamba", pretrained=True, pretrained_cfg_overlay=card, num_classes=classes)
+
+
+def test_a_foreign_checkpoint_is_told_of_in_a_line() -> None:
+    with pytest.raises(ValueError, match=r"nothing was loaded") as caught:
+        checkpoint_filter_fn({"state_dict": {"conv1.weight": torch.zeros(1)}}, small())
+    first = r"stem\.conv1\.weight, (\S+, ){4}\.\.\. and \d+ more"
+    assert re.search(rf"\d+ \({first}\) missing, 1 \(conv1\.weight\) not used\.", str(caught.value))
 
 
 def test_a_tensor_of_another_shape_is_refused() -> None:

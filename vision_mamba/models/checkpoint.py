@@ -7,6 +7,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from vision_mamba.text import shortened
+
 # Where files keep the weights; the first found wins. Published ones that hold both have the averaged ones in "model".
 _KEYS = ("model", "state_dict", "model_ema", "state_dict_ema")
 
@@ -18,7 +20,7 @@ def unwrap(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
 
 
 def require_all_used(state: Mapping[str, Tensor], model: nn.Module, *excepted: str) -> None:
-    """Raise ValueError naming each tensor that the model misses in a state dict or has no place for.
+    """Raise ValueError naming the first tensors that the model misses in a state dict or has no place for, if any.
 
     timm itself does not look where the number of classes differs, and would leave weights at random without a word.
 
@@ -35,6 +37,10 @@ def require_all_used(state: Mapping[str, Tensor], model: nn.Module, *excepted: s
     if missing or unused:
         raise ValueError(
             f"{type(model).__name__}: the checkpoint does not fit this model, nothing was loaded; "
-            f"missing: {', '.join(missing) or 'nothing'}; not used: {', '.join(unused) or 'nothing'}. "
+            f"{_counted(missing)} missing, {_counted(unused)} not used. "
             f"Create the model under the name and with the arguments that the weights were made with."
         )
+
+
+def _counted(names: list[str]) -> str:
+    return f"{len(names)} ({shortened(names)})" if names else "none"

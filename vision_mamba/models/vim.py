@@ -528,7 +528,7 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: VisionMamba) -> dict
         model: the model to fit, of another patch size or grid if need be.
 
     Returns: a state dict by our names.
-    Raises: ValueError naming every tensor that is missing or unused, the classifier's excepted.
+    Raises: ValueError naming the tensors that are missing or unused, the classifier's excepted.
     """
     state = unwrap(state_dict)
     if any(name.startswith("layers.") for name in state):

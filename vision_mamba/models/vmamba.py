@@ -401,7 +401,7 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: VMamba) -> dict[str,
     Reads training files ("model", else "state_dict" or "model_ema"), backbones of detectors and segmenters of the
     MM libraries, 1x1 convolutions for projections.
 
-    Raises: ValueError naming every tensor that is missing or unused, the classifier's excepted.
+    Raises: ValueError naming the tensors that are missing or unused, the classifier's excepted.
     """
     state = _backbone(unwrap(state_dict), len(model.stages))
     own = model.state_dict()

@@ -23,7 +23,8 @@ import torch
 from timm.models import clean_state_dict
 from torch import Tensor, nn
 
-from vision_mamba.train.errors import CheckpointError, shortened
+from vision_mamba.text import shortened
+from vision_mamba.train.errors import CheckpointError
 
 
 def save(state: dict[str, Any], paths: Iterable[str | Path]) -> None:

@@ -12,7 +12,8 @@ from typing import Any
 
 import yaml
 
-from vision_mamba.train.errors import ConfigError, nearest
+from vision_mamba.text import nearest
+from vision_mamba.train.errors import ConfigError
 from vision_mamba.train.options import FIELDS, Config
 
 _HINTS = typing.get_type_hints(Config)

@@ -18,7 +18,8 @@ from timm.data.readers.reader_image_folder import find_images_and_targets
 from timm.utils.misc import natural_key
 from torch.utils.data import Dataset
 
-from vision_mamba.train.errors import DataError, shortened
+from vision_mamba.text import shortened
+from vision_mamba.train.errors import DataError
 
 HELD_OUT_SYNONYMS = ("validation", "val", "valid", "eval")
 DIGITS_HELD_OUT = 0.2

@@ -12,8 +12,9 @@ from timm.models import resolve_model_input_args
 from torch import nn
 
 import vision_mamba.models  # noqa: F401  registers this package's models with timm
+from vision_mamba.text import nearest
 from vision_mamba.train import checkpoint
-from vision_mamba.train.errors import CheckpointError, ConfigError, nearest
+from vision_mamba.train.errors import CheckpointError, ConfigError
 from vision_mamba.train.options import Config
 
 _SOURCES = ("hf-hub:", "hf_hub:", "local-dir:")

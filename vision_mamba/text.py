@@ -1,0 +1,26 @@
+"""How messages name things: the known name that was probably meant, and long lists cut short."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """The known name that looks most like `name`.
+
+    >>> nearest("epchs", ["batch_size", "epochs"])
+    'epochs'
+    """
+    return difflib.get_close_matches(name, list(known), n=1, cutoff=0.0)[0]
+
+
+def shortened(names: Iterable[object], limit: int = 5) -> str:
+    """The first few of a list, and how many more there are.
+
+    >>> shortened(range(10), 3)
+    '0, 1, 2, ... and 7 more'
+    """
+    listed = [str(name) for name in names]
+    more = f", ... and {len(listed) - limit:,} more" if len(listed) > limit else ""
+    return ", ".join(listed[:limit]) + more
