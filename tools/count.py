@@ -9,10 +9,8 @@ nominal size, on the meta device: nothing is computed. What the scan counts is i
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import re
-import subprocess
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -23,6 +21,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import vision_mamba
+from vision_mamba.provenance import provenance
 
 ROOT = Path(__file__).resolve().parents[1]
 RECORD = ROOT / "results" / "models.jsonl"
@@ -53,22 +52,6 @@ def count(name: str) -> dict[str, Any]:
     }
 
 
-def provenance() -> dict[str, Any]:
-    """Where a record comes from."""
-
-    def git(*arguments: str) -> str:
-        return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
-
-    return {
-        "commit": git("rev-parse", "HEAD"),
-        "dirty": bool(git("status", "--porcelain", "--untracked-files=no")),
-        "date": datetime.date.today().isoformat(),
-        "device": "meta",
-        "torch": torch.__version__,
-        "timm": timm.__version__,
-    }
-
-
 def table(records: Iterable[dict[str, Any]]) -> str:
     """The records as a table in markdown, families apart and each from small to large."""
     lines = ["| model | parameters, M | GMACs | of these in scans | input |", "|---|--:|--:|--:|---|"]
@@ -91,7 +74,7 @@ def put_table(text: str, rows: str) -> str:
 def main() -> int:
     formatter = argparse.RawDescriptionHelpFormatter
     argparse.ArgumentParser(description=__doc__, formatter_class=formatter).parse_args()
-    source = provenance()
+    source = provenance("meta") | {"timm": timm.__version__}
     RECORD.write_text("".join(json.dumps(source | count(name)) + "\n" for name in model_names()))
     README.write_text(put_table(README.read_text(), table(read(RECORD))))
     sys.stdout.write(f"{RECORD.relative_to(ROOT)} and {README.name} are up to date\n")

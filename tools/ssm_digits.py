@@ -11,10 +11,8 @@ matrix, and whether it is trained. The step is one over the length of the sequen
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -32,6 +30,7 @@ from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
 
 from vision_mamba.layers import MixerStack, SequenceClassifier
+from vision_mamba.provenance import provenance
 from vision_mamba.ssm import DIAGONALS, S4D
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -98,22 +97,6 @@ def train(init: str, train_a: bool, seed: int, epochs: int, data: Data, advance:
     }
 
 
-def provenance() -> dict[str, Any]:
-    """Where a record comes from."""
-
-    def git(*arguments: str) -> str:
-        return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
-
-    return {
-        "commit": git("rev-parse", "HEAD"),
-        "dirty": bool(git("status", "--porcelain", "--untracked-files=no")),
-        "date": datetime.date.today().isoformat(),
-        "device": "cpu",
-        "torch": torch.__version__,
-        "case": "sequential_digits",
-    }
-
-
 def rows(records: list[dict[str, Any]]) -> Iterator[tuple[str, str, str]]:
     """Of each start: mean and deviation of the test accuracy over seeds, in percent, with A fixed and trained."""
     for init in dict.fromkeys(r["init"] for r in records):
@@ -158,9 +141,9 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error("--seeds and --epochs must be at least 1")
     default = vars(options) == vars(parser.parse_args([]))
     out: Path | None = RECORD if default else options.out
-    common = provenance() | {"setting": SETTING | {"epochs": options.epochs}}
-
     torch.set_num_threads(1)  # threads cost more than they bring to models this small
+    common = provenance() | {"case": "sequential_digits", "setting": SETTING | {"epochs": options.epochs}}
+
     console, data = Console(), load()
     runs = [(i, a, s) for i in options.inits for a in (False, True) for s in range(options.seeds)]
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())

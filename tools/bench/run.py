@@ -32,15 +32,17 @@ sys.path.insert(0, str(ROOT / "tools"))
 
 from bench import floor, peers, render  # noqa: E402
 from bench.cases import CASES, ScanCase, make_call  # noqa: E402
-from bench.stopwatch import Stopwatch, provenance  # noqa: E402
+from bench.stopwatch import Stopwatch  # noqa: E402
 from vision_mamba import ops  # noqa: E402
 from vision_mamba.ops.call import GRADIENTS, ScanCall  # noqa: E402
 from vision_mamba.ops.reference import take_steps  # noqa: E402
+from vision_mamba.provenance import provenance  # noqa: E402
 from vision_mamba.selftest import BOUNDS, relative_rms  # noqa: E402
 
 log = logging.getLogger("bench")
 
 PASSES = ("fwd", "bwd", "fwdbwd")
+MEASURED = ("csrc", "vision_mamba/ops", "vision_mamba/scans", "tools/bench")  # what a record's commit must cover
 ROTATED_BYTES = 256 * 2**20  # beyond the last-level cache of CPUs and GPUs alike
 MOST_COPIES = 16
 PEER_BOUND = 1e-2  # peers are held to less: they sum in half precision and divide by small numbers
@@ -208,7 +210,7 @@ def main() -> int:
     backends = (
         chosen.backend.split(",") if chosen.backend else [b for b in available if b not in ("eager", "reference")]
     )
-    source, watch, records = provenance(device), Stopwatch(device, chosen.seconds), []
+    source, watch, records = provenance(device, *MEASURED), Stopwatch(device, chosen.seconds), []
     others = peers.load(tuple(chosen.peer_path))
     wrong = False
     for name in chosen.cases:

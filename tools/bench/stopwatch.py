@@ -1,25 +1,16 @@
-"""The stopwatch: times and peak memory on a CPU or a GPU, and where a record comes from."""
+"""The stopwatch: times and peak memory on a CPU or a GPU."""
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
-import datetime
 import gc
-import os
-import platform
-import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-
-from vision_mamba.ops.backends import cpu
-
-ROOT = Path(__file__).resolve().parents[2]
-MEASURED = ("csrc", "vision_mamba/ops", "vision_mamba/scans", "tools/bench")  # what a record's commit must cover
 
 
 class Stopwatch:
@@ -87,33 +78,3 @@ def _return_free_memory() -> None:
 def _resident(field: str) -> int:
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
-
-
-def provenance(device: torch.device) -> dict[str, Any]:
-    """Which code ran on which machine."""
-
-    def git(*arguments: str) -> str:
-        return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
-
-    record = {
-        "commit": git("rev-parse", "HEAD"),
-        "dirty": bool(git("status", "--porcelain", "--", *MEASURED)),
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_model(),
-        "torch": torch.__version__,
-    }
-    if device.type == "cpu":
-        level = os.environ.get(cpu.LEVEL_VARIABLE) or next(iter(cpu.levels()), None)
-        record |= {"threads": torch.get_num_threads(), "level": level}
-    return record
-
-
-def _cpu_model() -> str:
-    """The processor's name and family, which tell more together when a hypervisor hides the name."""
-    wanted = ("model name", "cpu family", "model", "stepping")
-    path = Path("/proc/cpuinfo")
-    lines = path.read_text().splitlines() if path.exists() else []
-    found = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
-    if "model name" not in found:
-        return platform.processor() or platform.machine()
-    return found["model name"] + " (" + ", ".join(f"{key} {found[key]}" for key in wanted[1:] if key in found) + ")"
