@@ -129,15 +129,16 @@ def follow(process: Any, line: str) -> str:
     raise AssertionError(f"no line like {line!r} in:\n{told}")
 
 
-def test_ctrl_c_saves_prints_the_command_that_continues_and_exits_with_130(
-    drawn: Path, whole: tuple[Position, Path]
+@pytest.mark.parametrize(("signum", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_saves_prints_the_command_that_continues_and_exits_with_its_status(
+    drawn: Path, signum: int, status: int
 ) -> None:
     config = runs.config(drawn, epochs=100, log_interval=1, sched="constant")  # so long that the signal comes in time
     process = runs.start(*runs.flags(config))
     follow(process, "epoch 1/100 1/3")
-    process.send_signal(signal.SIGINT)
+    process.send_signal(signum)
     told = process.stderr.read()
-    assert process.wait() == 130, told
+    assert process.wait() == status, told
     command = re.search(r"^continue with: (.*)$", told, re.MULTILINE)
     assert command is not None, told
     python, script, *words = shlex.split(command[1])
