@@ -16,72 +16,85 @@ namespace VISION_MAMBA_LEVEL {
 
 // The states first .. first + kWidth - 1 of one register of channels, over a whole tile: states again, then gradients.
 struct BackwardSweep {
-  const ChannelTile& tile;
-  const SharedTile& shared;
+  ChannelTile tile;
+  SharedTile shared;
   const float *rate, *start, *dy;  // start: the state before the tile
   float *g, *dA;                   // carried from tile to tile
   float *gB, *gAh;                 // <g, B> and <A log2(e), g a h_{t-1}> of every step, summed over groups
   float* sums;                     // dB and dC of every step and state, summed over registers, group after group
   float *a, *h;                    // history: kTile and kTile + 1 rows of kWidth registers
-  int64_t states;
-  int padded;
+  int64_t states, padded;
+  const Ahead* ahead;  // asked for by the two loops of the first group of states, and by those of the others
 
   template <int kWidth>
-  INLINE void run(int64_t first) {
+  INLINE void run(int64_t first) const {
     again<kWidth>(first);
     back<kWidth>(first);
   }
 
   template <int kWidth>
-  INLINE void again(int64_t first) {
+  INLINE void again(int64_t first) const {
+    const float *s_rows = tile.s, *su_rows = tile.su, *B = shared.B + first;
+    float *a_row = a, *h_row = h;
+    const Ahead next = ahead[first ? 2 : 0];
+    const int64_t stride = states, steps = padded;
     Vec state[kWidth], r[kWidth];
     for (int i = 0; i < kWidth; ++i) r[i] = load(rate + (first + i) * kLanes);
     for (int i = 0; i < kWidth; ++i) {
       state[i] = load(start + (first + i) * kLanes);
-      store(h + i * kLanes, state[i]);
+      store(h_row + i * kLanes, state[i]);
     }
-    for (int t = 0; t < padded; ++t) {
-      const Vec s = load(tile.s + t * kLanes), su = load(tile.su + t * kLanes);
-      const float* B = shared.B + t * states + first;
+    for (int64_t t = 0; t < steps; ++t, B += stride) {
+      const Vec s = load(s_rows + t * kLanes), su = load(su_rows + t * kLanes);
+      h_row += kWidth * kLanes;
 #pragma GCC unroll 8
       for (int i = 0; i < kWidth; ++i) {
         const Vec decay = exp2(s * r[i]);
         state[i] = decay * state[i] + su * B[i];
-        store(a + (t * kWidth + i) * kLanes, decay);
-        store(h + ((t + 1) * kWidth + i) * kLanes, state[i]);
+        store(a_row + i * kLanes, decay);
+        store(h_row + i * kLanes, state[i]);
       }
+      a_row += kWidth * kLanes;
+      next.ask(t);
     }
   }
 
   template <int kWidth>
-  INLINE void back(int64_t first) {
+  INLINE void back(int64_t first) const {
     // So many steps give whole registers of sums over lanes: dB and dC of kWidth states each.
     constexpr int kSteps = 2 * kWidth < kLanes ? kLanes / (2 * kWidth) : 1, kProducts = 2 * kWidth * kSteps;
-    float* out = sums + 2 * kTile * first;
-    Vec gradient[kWidth], total[kWidth] = {}, r[kWidth];
+    const float *s_rows = tile.s, *su_rows = tile.su, *dy_rows = dy, *a_rows = a, *h_rows = h;
+    const float *B_rows = shared.B + first, *C_rows = shared.C + first;
+    float *gB_rows = gB, *gAh_rows = gAh, *out = sums + 2 * kTile * first;
+    const int64_t stride = states;
+    const Ahead next = ahead[first ? 3 : 1];
+    Vec gradient[kWidth], total[kWidth] = {}, r[kWidth], after[kWidth];
     for (int i = 0; i < kWidth; ++i) gradient[i] = load(g + (first + i) * kLanes);
     for (int i = 0; i < kWidth; ++i) r[i] = load(rate + (first + i) * kLanes);
-    for (int group = padded - kSteps; group >= 0; group -= kSteps) {
+    for (int i = 0; i < kWidth; ++i) after[i] = load(h_rows + (padded * kWidth + i) * kLanes);
+    for (int64_t group = padded - kSteps; group >= 0; group -= kSteps) {
       Vec products[kProducts];
 #pragma GCC unroll 8
       for (int j = kSteps - 1; j >= 0; --j) {
-        const int t = group + j;
-        const Vec s = load(tile.s + t * kLanes), su = load(tile.su + t * kLanes), dyt = load(dy + t * kLanes);
-        const float *B = shared.B + t * states + first, *C = shared.C + t * states + first;
-        Vec with_B = load(gB + t * kLanes), with_h = load(gAh + t * kLanes);
+        const int64_t t = group + j;
+        const Vec s = load(s_rows + t * kLanes), su = load(su_rows + t * kLanes), dyt = load(dy_rows + t * kLanes);
+        const float *B = B_rows + t * stride, *C = C_rows + t * stride;
+        Vec with_B = load(gB_rows + t * kLanes), with_h = load(gAh_rows + t * kLanes);
 #pragma GCC unroll 8
         for (int i = 0; i < kWidth; ++i) {
-          const Vec gt = gradient[i] + dyt * C[i];
+          const Vec gt = gradient[i] + dyt * C[i], before = load(h_rows + (t * kWidth + i) * kLanes);
           products[2 * kWidth * j + i] = gt * su;
-          products[2 * kWidth * j + kWidth + i] = dyt * load(h + ((t + 1) * kWidth + i) * kLanes);
+          products[2 * kWidth * j + kWidth + i] = dyt * after[i];
+          after[i] = before;
           with_B += gt * B[i];
-          gradient[i] = gt * load(a + (t * kWidth + i) * kLanes);
-          const Vec q = gradient[i] * load(h + (t * kWidth + i) * kLanes);
+          gradient[i] = gt * load(a_rows + (t * kWidth + i) * kLanes);
+          const Vec q = gradient[i] * before;
           with_h += q * r[i];
           total[i] += q * s;
         }
-        store(gB + t * kLanes, with_B);
-        store(gAh + t * kLanes, with_h);
+        store(gB_rows + t * kLanes, with_B);
+        store(gAh_rows + t * kLanes, with_h);
+        next.ask(t);
       }
       float* to = out + 2 * kWidth * group;
       for (int i = 0; i < kProducts; i += kLanes) {
@@ -104,7 +117,7 @@ struct UnpackSums {
   int count;
 
   template <int kWidth>
-  INLINE void run(int64_t first) {
+  INLINE void run(int64_t first) const {
     const float* from = sums + 2 * kTile * first;
     for (int t = 0; t < count; ++t) {
       for (int i = 0; i < kWidth; ++i) {
@@ -211,6 +224,7 @@ struct BackwardPass {
     const int32_t* indices = p.indices ? p.indices + route * p.steps : nullptr;
     for (int64_t tile = (p.steps - 1) / kTile; tile >= 0; --tile) {
       const Steps steps(indices, tile * kTile, p.steps);
+      const Steps following(indices, most(tile - 1, 0) * kTile, tile * kTile);
       const int padded = static_cast<int>(round_up(steps.count, kGroup));
       scratch.shared.load(p, batch, route, steps, padded);
       __builtin_memset(scratch.sums, 0, sizeof(float) * kTile * 2 * states);
@@ -218,7 +232,9 @@ struct BackwardPass {
       for (int64_t c = 0; c < columns; c += kLanes) {
         const int present = static_cast<int>(least(kLanes, columns - c));
         float* const total = totals + c * weight_rows(p);
-        channels(scratch, batch, route, tile, first, c, present, steps, padded, total);
+        const bool last = c + kLanes >= columns;
+        channels(scratch, batch, route, tile, first, c, present, steps, padded, total, first + (last ? 0 : c + kLanes),
+                 last ? following : steps, result);
         if (p.dx.data && result) {
           add_rows(result + c, plan.chunk, scratch.gB, steps);
         } else if (p.dx.data) {
@@ -248,12 +264,22 @@ struct BackwardPass {
     }
   }
 
-  // One register of channels of a tile. Leaves dx in scratch.gB and ddt in scratch.gAh.
+  // One register of channels of a tile. Leaves dx in scratch.gB and ddt in scratch.gAh. Next come the channels from
+  // next_first on, in the steps `next`.
   void channels(Scratch& scratch, int64_t batch, int64_t route, int64_t tile, int64_t first, int64_t c, int present,
-                const Steps& steps, int padded, float* total) const {
+                const Steps& steps, int padded, float* total, int64_t next_first, const Steps& next, bool summed) const {
     const Weights& w = scratch.weights;
     const int64_t states = p.states;
-    scratch.tile.load<true>(p, w, scratch.shared, batch, route, first, c, present, steps, padded);
+    const Tokens none{};
+    const Ahead ahead[] = {{p.x, batch, p.shared_x ? 0 : route, next_first, next},
+                           {p.rank ? none : p.dt, batch, route, next_first, next},
+                           {p.dy, batch, p.merge ? 0 : route, next_first, next},
+                           {summed ? none : p.dx, batch, p.shared_x ? 0 : route, next_first, next},
+                           {p.rank ? none : p.ddt, batch, route, next_first, next},
+                           {},
+                           {}};
+    const Ahead* const rest = ahead + (states < 2 * kStates ? 2 : 4);  // asked for outside the sweep
+    scratch.tile.load<true>(p, w, scratch.shared, batch, route, first, c, present, steps, padded, rest);
     if (p.dy.data) {
       load_tile(scratch.dy, kLanes, p.dy, batch, p.merge ? 0 : route, first + c, steps, present);
       for (int i = steps.count * kLanes; i < padded * kLanes; ++i) scratch.dy[i] = 0;
@@ -272,9 +298,9 @@ struct BackwardPass {
         store(to, Vec{});
       }
     }
-    BackwardSweep sweep{scratch.tile, scratch.shared, w.rate + c * states, scratch.start, scratch.dy,
-                        scratch.g + c * states, total, scratch.gB, scratch.gAh, scratch.sums, scratch.a, scratch.h,
-                        states, padded};
+    const BackwardSweep sweep{scratch.tile, scratch.shared, w.rate + c * states, scratch.start, scratch.dy,
+                              scratch.g + c * states, total, scratch.gB, scratch.gAh, scratch.sums, scratch.a,
+                              scratch.h, states, padded, ahead};
     each_group<kStates>(states, 0, sweep);
     const Vec skip = load(w.skip + c);
     Vec dskip = {}, dbias = {};
@@ -287,6 +313,7 @@ struct BackwardPass {
       store(scratch.gAh + row, ddt);
       dskip += dy * u;
       dbias += ddt;
+      rest[2].ask(t);
     }
     store(total + states * kLanes, load(total + states * kLanes) + dskip);
     store(total + (states + 1) * kLanes, load(total + (states + 1) * kLanes) + dbias);

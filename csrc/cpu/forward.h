@@ -36,7 +36,7 @@ struct Arena {
 
 // Calls f(first, width) with the states 0 .. N - 1 cut into groups that fit registers.
 template <int kWidth, class F>
-INLINE void each_group(int64_t states, int64_t first, F& f) {
+INLINE void each_group(int64_t states, int64_t first, const F& f) {
   for (; first + kWidth <= states; first += kWidth) f.template run<kWidth>(first);
   if constexpr (kWidth > 1) each_group<kWidth / 2>(states, first, f);
 }
@@ -79,7 +79,7 @@ struct SharedTile {
   SharedTile(Arena& arena, const ScanParams& p)
       : B(arena.take(kTile * p.states)), C(arena.take(kTile * p.states)), low(arena.take(kTile * p.rank)) {}
 
-  void load(const ScanParams& p, int64_t batch, int64_t route, const Steps& steps, int padded) {
+  void load(const ScanParams& p, int64_t batch, int64_t route, const Steps& steps, int padded) const {
     const int states = static_cast<int>(p.states), rank = static_cast<int>(p.rank);
     load_tile(B, states, p.B, batch, route, 0, steps, states);
     load_tile(C, states, p.C, batch, route, 0, steps, states);
@@ -112,52 +112,82 @@ struct ChannelTile {
         su(arena.take(kTile * kLanes)),
         slope(arena.take(kTile * kLanes)) {}
 
+  // From dt in s: s = dt + bias, through softplus if asked, and what follows from it.
+  template <bool kSlope>
+  INLINE void form_steps(Vec bias, bool through_softplus, int count, const Ahead* ahead) const {
+    float *const s_rows = s, *const su_rows = su, *const u_rows = u, *const slope_rows = slope;
+    const Ahead next = ahead[0], after_next = ahead[1];
+    using VISION_MAMBA_LEVEL::load;
+    if (through_softplus) {
+      // Two loops, since a processor looks ahead over a hundred instructions: whole chains of them would stand in a row.
+      for (int t = 0; t < count; ++t) {
+        const Vec x = load(s_rows + t * kLanes) + bias;
+        store(s_rows + t * kLanes, x);
+        store(su_rows + t * kLanes, exp_minus_abs(x));
+        next.ask(t);
+      }
+      for (int t = 0; t < count; ++t) {
+        const Vec x = load(s_rows + t * kLanes), e = load(su_rows + t * kLanes), step = softplus(x, e);
+        store(su_rows + t * kLanes, step * load(u_rows + t * kLanes));
+        store(s_rows + t * kLanes, smaller(step, splat(kMostStep)));
+        if (kSlope) store(slope_rows + t * kLanes, sigmoid(x, e));
+        after_next.ask(t);
+      }
+    } else {
+      for (int t = 0; t < count; ++t) {
+        const Vec step = load(s_rows + t * kLanes) + bias;
+        store(su_rows + t * kLanes, step * load(u_rows + t * kLanes));
+        store(s_rows + t * kLanes, larger(smaller(step, splat(kMostStep)), splat(-kMostStep)));
+        if (kSlope) store(slope_rows + t * kLanes, splat(1.0f));
+        next.ask(t);
+      }
+    }
+  }
+
   // Rows from steps.count to padded become steps that change nothing: s = 0. Only the backward pass wants slopes.
   template <bool kSlope>
   void load(const ScanParams& p, const Weights& weights, const SharedTile& shared, int64_t batch, int64_t route,
-            int64_t chunk_first, int64_t c, int columns, const Steps& steps, int padded) {
+            int64_t chunk_first, int64_t c, int columns, const Steps& steps, int padded, const Ahead* ahead) {
     load_tile(u, kLanes, p.x, batch, route, chunk_first + c, steps, columns);
     if (p.rank) {
       mix_steps(s, weights.mix + c * p.rank, shared.low, padded, static_cast<int>(p.rank));
     } else {
       load_tile(s, kLanes, p.dt, batch, route, chunk_first + c, steps, columns);
     }
-    const Vec bias = VISION_MAMBA_LEVEL::load(weights.bias + c);
-    for (int t = 0; t < steps.count; ++t) {
-      Vec step = VISION_MAMBA_LEVEL::load(s + t * kLanes) + bias, d = splat(1.0f);
-      if (p.softplus) step = softplus<kSlope>(step, &d);
-      store(su + t * kLanes, step * VISION_MAMBA_LEVEL::load(u + t * kLanes));
-      store(s + t * kLanes, larger(smaller(splat(kMostStep), step), splat(-kMostStep)));
-      if (kSlope) store(slope + t * kLanes, d);
-    }
+    form_steps<kSlope>(VISION_MAMBA_LEVEL::load(weights.bias + c), p.softplus, steps.count, ahead);
     for (int i = steps.count * kLanes; i < padded * kLanes; ++i) u[i] = s[i] = su[i] = slope[i] = 0;
   }
 };
 
 // Add the states first .. first + kWidth - 1 to y, over all steps of a tile.
 struct ForwardSweep {
-  const ChannelTile& tile;
-  const SharedTile& shared;
+  ChannelTile tile;
+  SharedTile shared;
   const float* rate;
   float *state, *y;
   int64_t states;
   int count;
+  const Ahead* ahead;  // asked for by the first group of states, and by the others
 
   template <int kWidth>
-  INLINE void run(int64_t first) {
+  INLINE void run(int64_t first) const {
+    const float *s_rows = tile.s, *su_rows = tile.su, *B = shared.B + first, *C = shared.C + first;
+    float* const y_rows = y;
+    const int64_t stride = states, steps = count;
+    const Ahead next = ahead[first > 0];
     Vec h[kWidth], r[kWidth];
     for (int i = 0; i < kWidth; ++i) h[i] = load(state + (first + i) * kLanes);
     for (int i = 0; i < kWidth; ++i) r[i] = load(rate + (first + i) * kLanes);
-    for (int t = 0; t < count; ++t) {
-      const Vec s = load(tile.s + t * kLanes), su = load(tile.su + t * kLanes);
-      const float *B = shared.B + t * states + first, *C = shared.C + t * states + first;
-      Vec sum = load(y + t * kLanes);
+    for (int64_t t = 0; t < steps; ++t, B += stride, C += stride) {
+      const Vec s = load(s_rows + t * kLanes), su = load(su_rows + t * kLanes);
+      Vec sum = load(y_rows + t * kLanes);
 #pragma GCC unroll 8
       for (int i = 0; i < kWidth; ++i) {
         h[i] = exp2(s * r[i]) * h[i] + su * B[i];
         sum += h[i] * C[i];
       }
-      store(y + t * kLanes, sum);
+      store(y_rows + t * kLanes, sum);
+      next.ask(t);
     }
     for (int i = 0; i < kWidth; ++i) store(state + (first + i) * kLanes, h[i]);
   }
@@ -277,8 +307,9 @@ struct ForwardPass {
       }
     }
     const int32_t* indices = p.indices ? p.indices + route * p.steps : nullptr;
+    const Tokens none{};
     for (int64_t start = 0, tile = 0; start < p.steps; start += kTile, ++tile) {
-      const Steps steps(indices, start, p.steps);
+      const Steps steps(indices, start, p.steps), following(indices, least(start + kTile, p.steps), p.steps);
       const int padded = static_cast<int>(round_up(steps.count, kGroup));
       scratch.shared.load(p, batch, route, steps, padded);
       for (int64_t c = 0; c < columns; c += kLanes) {
@@ -288,10 +319,19 @@ struct ForwardPass {
           float* to = saved_of(p, batch, route, tile - 1, first + c);
           for (int64_t n = 0; n < p.states; ++n) store_row(to + n * p.channels, state + n * kLanes, present, 1);
         }
-        scratch.tile.load<false>(p, weights, scratch.shared, batch, route, first, c, present, steps, padded);
+        const bool last = c + kLanes >= columns;
+        const Steps& next = last ? following : steps;
+        const int64_t next_first = first + (last ? 0 : c + kLanes);
+        const Ahead ahead[] = {{p.x, batch, p.shared_x ? 0 : route, next_first, next},
+                               {p.rank ? none : p.dt, batch, route, next_first, next},
+                               {result ? none : p.y, batch, p.merge ? 0 : route, next_first, next},
+                               {}};
+        const Ahead* const rest = ahead + (p.states < 2 * kStates ? 1 : 2);  // asked for while the steps are formed
+        scratch.tile.load<false>(p, weights, scratch.shared, batch, route, first, c, present, steps, padded, rest);
         const Vec skip = load(weights.skip + c);
         for (int t = 0; t < steps.count; ++t) store(scratch.y + t * kLanes, skip * load(scratch.tile.u + t * kLanes));
-        ForwardSweep sweep{scratch.tile, scratch.shared, weights.rate + c * p.states, state, scratch.y, p.states, steps.count};
+        const ForwardSweep sweep{scratch.tile, scratch.shared, weights.rate + c * p.states, state, scratch.y, p.states,
+                                 steps.count, ahead};
         each_group<kStates>(p.states, 0, sweep);
         if (result) {
           add_rows(result + c, plan.chunk, scratch.y, steps);

@@ -163,35 +163,63 @@ INLINE void store_one(T* p, float v) {
 
 // ---- elementary functions, relative error about 1e-7
 
-INLINE Vec smaller(Vec a, Vec b) { return a < b ? a : b; }  // b where either is not a number
-INLINE Vec larger(Vec a, Vec b) { return a > b ? a : b; }
-
-// 2^f for |f| <= 1/2: minimax with exactly 1 at 0, so that slow decays carry no bias.
-INLINE Vec exp2_fraction(Vec f) {
-  Vec p = f * 0.001326472731307149f + 0.009671512991189957f;
-  p = p * f + 0.05550733581185341f;
-  p = p * f + 0.24022242426872253f;
-  p = p * f + 0.6931470036506653f;
-  return p * f + 1.0f;
-}
-
-// 2^n * p for integral n; 0 where that is below the normal numbers.
-INLINE Vec scale(Vec p, Vec n) {
+// b where either is not a number; compilers do not see one instruction in the general form.
 #if defined(__AVX512F__)
-  return reinterpret_cast<Vec>(_mm512_scalef_ps(reinterpret_cast<__m512>(p), reinterpret_cast<__m512>(n)));
+INLINE Vec smaller(Vec a, Vec b) { return reinterpret_cast<Vec>(_mm512_min_ps(__m512(a), __m512(b))); }
+INLINE Vec larger(Vec a, Vec b) { return reinterpret_cast<Vec>(_mm512_max_ps(__m512(a), __m512(b))); }
+#elif defined(__AVX2__)
+INLINE Vec smaller(Vec a, Vec b) { return reinterpret_cast<Vec>(_mm256_min_ps(__m256(a), __m256(b))); }
+INLINE Vec larger(Vec a, Vec b) { return reinterpret_cast<Vec>(_mm256_max_ps(__m256(a), __m256(b))); }
 #else
-  return reinterpret_cast<Vec>(reinterpret_cast<Int>(p) + (__builtin_convertvector(n, Int) << 23));
+INLINE Vec smaller(Vec a, Vec b) { return a < b ? a : b; }
+INLINE Vec larger(Vec a, Vec b) { return a > b ? a : b; }
+#endif
+
+INLINE Vec reciprocal(Vec v) {
+#if defined(__AVX512F__)
+  const Vec guess = reinterpret_cast<Vec>(_mm512_rcp14_ps(reinterpret_cast<__m512>(v)));  // a sixth of a division's time
+  return guess + guess * (1.0f - v * guess);
+#else
+  return 1.0f / v;
 #endif
 }
 
-INLINE Vec nearest(Vec z) {
+// 2^f for 0 <= f <= 1: minimax with exactly 1 and 2 at the ends, so that slow decays carry no bias.
+INLINE Vec exp2_fraction(Vec f) {
+  Vec p = f * 0.0018793188f + 0.0089909947f;
+  p = p * f + 0.055818676f;
+  p = p * f + 0.24015927f;
+  p = p * f + 0.69315174f;
+  return p * f + 1.0f;
+}
+
+// The largest whole number not above z; just above z may come to be z.
+INLINE Vec whole(Vec z) {
 #if defined(__AVX512F__)
-  return reinterpret_cast<Vec>(_mm512_roundscale_ps(reinterpret_cast<__m512>(z), 0));
+  return reinterpret_cast<Vec>(_mm512_roundscale_ps(reinterpret_cast<__m512>(z), 9));
 #elif defined(__AVX2__)
-  return reinterpret_cast<Vec>(_mm256_round_ps(reinterpret_cast<__m256>(z), 8));
+  return reinterpret_cast<Vec>(_mm256_round_ps(reinterpret_cast<__m256>(z), 9));
 #else
   constexpr float kShift = 0x1.8p23f;  // pushes the fraction out of the mantissa
-  return (z + kShift) - kShift;
+  return ((z - 0.5f) + kShift) - kShift;
+#endif
+}
+
+// z - whole(z)
+INLINE Vec fraction(Vec z) {
+#if defined(__AVX512F__)
+  return reinterpret_cast<Vec>(_mm512_reduce_ps(reinterpret_cast<__m512>(z), 9));
+#else
+  return z - whole(z);
+#endif
+}
+
+// 2^whole(z) * p; what is below the normal numbers counts as 0.
+INLINE Vec scale(Vec p, Vec z) {
+#if defined(__AVX512F__)
+  return reinterpret_cast<Vec>(_mm512_scalef_ps(reinterpret_cast<__m512>(p), reinterpret_cast<__m512>(z)));
+#else
+  return reinterpret_cast<Vec>(reinterpret_cast<Int>(p) + (__builtin_convertvector(whole(z), Int) << 23));
 #endif
 }
 
@@ -201,37 +229,29 @@ INLINE Vec exp2(Vec z) {
   // The exponent is put in place by adding to it. Below -127 the sum would wrap; at -127 it gives what counts as 0.
   z = larger(smaller(z, splat(127.99f)), splat(-127.0f));
 #endif
-  const Vec n = nearest(z);
-  return scale(exp2_fraction(z - n), n);
+  return scale(exp2_fraction(fraction(z)), z);
 }
 
 constexpr float kLog2E = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
 
-// s = log(1 + exp(x)), and its derivative where `slope` is given, accurate to rounding for every x. With e = exp(-|x|),
-// s = max(x, 0) + 2 atanh(e / (2 + e)); above 20 the second term is lost in rounding.
-template <bool kSlope>
-INLINE Vec softplus(Vec x, Vec* slope) {
-  constexpr float kLeast = -87.0f;  // below it exp(x) leaves the normal numbers
-  const Vec m = x < 0.0f ? x : -x, bounded = larger(m, splat(kLeast));
-  const Vec n = nearest(bounded * kLog2E);
+// The logistic functions of x from e = exp(-|x|), accurate to rounding for every x.
+INLINE Vec exp_minus_abs(Vec x) {
+  const Vec m = larger(reinterpret_cast<Vec>(reinterpret_cast<Bits>(x) | 0x80000000u), splat(-88.0f));  // e counts as 0
+  const Vec z = m * kLog2E, n = whole(z);
   // ln 2 in two parts: the first has few enough bits for an exact product.
-  const Vec f = ((bounded - n * 0.693359375f) + n * 2.12194440e-4f) * kLog2E;
-  const Vec e = m < kLeast ? Vec{} : scale(exp2_fraction(f), n);
-  Vec w;
-  if constexpr (kSlope) {
-    const Vec inverse = 1.0f / ((1.0f + e) * (2.0f + e));  // one division for two quotients
-    w = e * (1.0f + e) * inverse;
-    *slope = (x < 0.0f ? e : splat(1.0f)) * (2.0f + e) * inverse;
-  } else {
-    w = e / (2.0f + e);
-  }
-  const Vec v = w * w;
-  Vec p = v * 0.2817833721637726f + 0.27960601449012756f;
-  p = p * v + 0.40024909377098083f;
-  p = p * v + 0.6666631698608398f;
-  p = p * v + 2.0f;
-  return (x < 0.0f ? Vec{} : x) + p * w;
+  return scale(exp2_fraction(((m - n * 0.693359375f) + n * 2.12194440e-4f) * kLog2E), z);
 }
+
+// log(1 + exp(x)) = max(x, 0) + log(1 + e), the logarithm as e times a minimax polynomial.
+INLINE Vec softplus(Vec x, Vec e) {
+  const Vec e2 = e * e, e4 = e2 * e2;  // in halves, which shortens the chain
+  const Vec low = (e * -0.24857164f + 0.33321323f) * e2 + (e * -0.49999648f + 1.0f);
+  const Vec high = (e * -0.030065834f + 0.079204605f) * e2 + (e * -0.13753808f + 0.19153658f);
+  return larger(x, Vec{}) + e * ((e4 * 0.0053648345f + high) * e4 + low);
+}
+
+// Its derivative, 1 / (1 + exp(-x)).
+INLINE Vec sigmoid(Vec x, Vec e) { return (x < 0.0f ? e : splat(1.0f)) * reciprocal(1.0f + e); }
 
 // Subnormal numbers cost a hundred cycles each and decaying states are full of them: read and write them as 0.
 struct FlushSubnormals {

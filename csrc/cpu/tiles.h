@@ -17,12 +17,13 @@ struct Steps {
 
   INLINE Steps(const int32_t* indices, int64_t start, int64_t end) {
     count = static_cast<int>(end - start < kTile ? end - start : kTile);
-    first = indices ? indices[start] : start;
+    first = indices && count ? indices[start] : start;
     consecutive = first >= 0;
     for (int t = 0; t < count; ++t) {
       token[t] = indices ? indices[start + t] : static_cast<int32_t>(start + t);
       consecutive &= token[t] == first + t;
     }
+    for (int t = count; t < kTile; ++t) token[t] = 0;
   }
 };
 
@@ -30,6 +31,34 @@ template <class T>
 INLINE T* at(const Tokens& tensor, int64_t batch, int64_t route, int64_t column) {
   return static_cast<T*>(tensor.data) + batch * tensor.batch + route * tensor.route + column * tensor.column;
 }
+
+// The cache lines of the tile that comes next, asked for one by one during the work on this one: processors foresee neither
+// routes nor the short rows of the classic layout, and wait for few lines at a time.
+struct Ahead {
+  const char* base;
+  const int32_t* token;  // null: a line of every channel in turn
+  int64_t row, column;   // bytes
+  static constexpr int64_t kLine = 64;
+
+  Ahead() : base(reinterpret_cast<const char*>(this)), token(nullptr), row(0), column(0) {}  // nothing to ask for
+  Ahead(const Tokens& tensor, int64_t batch, int64_t route, int64_t first, const Steps& steps) : Ahead() {
+    if (!tensor.data || !steps.count) return;
+    const int64_t size = tensor.type == kFloat32 ? 4 : 2;
+    base = static_cast<const char*>(tensor.data);
+    base += (tensor.batch * batch + tensor.route * route + first * tensor.column) * size;
+    if (tensor.column == 1) {
+      token = steps.token;
+      row = tensor.token * size;
+    } else if (tensor.token == 1 && steps.consecutive) {
+      base += steps.first * size + kLine - 1;  // what starts within a line: the tile before had that line
+      column = tensor.column * size;
+    }
+  }
+
+  INLINE void ask(uint64_t t) const {
+    __builtin_prefetch(base + (token ? token[t] * row : t % kLanes * column + t / kLanes * kLine));
+  }
+};
 
 // tile[t * width + c] for c < columns <= width; the rest of a row, and rows of padding steps, become 0.
 template <class T>
