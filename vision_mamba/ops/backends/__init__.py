@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from vision_mamba.ops import reference, registry, ssd_operator, ssd_reference
-from vision_mamba.ops.backends import cpu, cuda, eager, ssd_eager, triton
+from vision_mamba.ops.backends import cpu, cuda, eager, ssd_eager, ssd_triton, triton
 
 
 def _anywhere(device: torch.device) -> None:
@@ -24,7 +24,8 @@ registry.register(cpu.BACKEND)
 registry.register(registry.Backend("eager", _anywhere, _anything, eager.forward, fast=False))
 registry.register(registry.Backend("reference", _anywhere, _anything, reference.forward, fast=False, automatic=False))
 
-# On a CPU, the matrix products of plain torch are the kernel.
 ssd = ssd_operator.registry
+ssd.register(ssd_triton.BACKEND)
+# On a CPU, the matrix products of plain torch are the kernel.
 ssd.register(registry.Backend("eager", _anywhere, _anything, ssd_eager.forward, fast=False, fast_on=("cpu",)))
 ssd.register(registry.Backend("reference", _anywhere, _anything, ssd_reference.forward, fast=False, automatic=False))

@@ -5,8 +5,8 @@ Within a chunk the scan is a product with a lower triangular matrix of T x T, an
     y_i = sum_{j<=i} exp(a_{j+1} + ... + a_i) s_j <C_i, B_j> x_j + exp(a_1 + ... + a_i) h C_i          a_t = s_t A
     h' = exp(a_1 + ... + a_T) h + sum_j exp(a_{j+1} + ... + a_T) s_j x_j B_j^T
 
-Decays are exponentials of sums over a segment, each summed by itself. Nothing is divided by a decay and no long sums are
-subtracted, so what underflows is forgotten, and nothing is lost where decays are strong.
+Decays are exponentials of sums over a segment, each summed by itself. Nothing is divided by a decay and no long sums
+are subtracted, so what underflows is forgotten, and nothing is lost where decays are strong.
 
 Reference: Dao and Gu 2024, Mamba-2, arXiv:2405.21060, section 6; not causal: Shi et al. 2024, VSSD, arXiv:2407.18559.
 """
