@@ -1,5 +1,6 @@
 """Scan orders: which token comes when. Pure index maths on a grid, as tables that the scan operators follow."""
 
+from vision_mamba.scans.local import COLUMNS_TWICE, column_routes
 from vision_mamba.scans.order import (
     ATROUS_2,
     BIDIRECTIONAL,
@@ -18,6 +19,7 @@ from vision_mamba.scans.routes import Route, atrous, column_major, reverse, row_
 __all__ = [
     "ATROUS_2",
     "BIDIRECTIONAL",
+    "COLUMNS_TWICE",
     "CROSS",
     "FORWARD",
     "LOCAL_2",
@@ -27,6 +29,7 @@ __all__ = [
     "ScanOrder",
     "atrous",
     "column_major",
+    "column_routes",
     "get",
     "names",
     "register",

@@ -109,15 +109,24 @@ def _check_route(name: str, number: int, route: Tensor, height: int, width: int)
 
 
 _orders: dict[str, ScanOrder] = {}
+_unlisted: set[str] = set()
 
 
-def register(order: ScanOrder) -> ScanOrder:
-    """Make an order known by its name, so that a model takes it: ``create_model("test_vmamba", order="my_order")``.
+def register(order: ScanOrder, *, listed: bool = True) -> ScanOrder:
+    """Make an order known by its name, as in ``create_model("test_vmamba", scan_order="my_order")``.
+
+    The same order may be registered again, as when a cell of a notebook is run twice.
+
+    Args:
+        order: what `get` gives for its name from now on.
+        listed: have its name among the `names`.
 
     Raises: ValueError if another order has that name.
     """
     if _orders.setdefault(order.name, order) != order:
         raise ValueError(f"scans.register: an order named {order.name!r} exists; choose another name.")
+    if not listed:
+        _unlisted.add(order.name)
     return order
 
 
@@ -129,13 +138,13 @@ def get(name: str) -> ScanOrder:
     if name not in _orders:
         near = difflib.get_close_matches(name, _orders, n=1)
         hint = f"did you mean {near[0]!r}?" if near else "register it with vision_mamba.scans.register(ScanOrder(...))."
-        raise ValueError(f"scans.get: no scan order is named {name!r}; known are {', '.join(_orders)}; {hint}")
+        raise ValueError(f"scans.get: no scan order is named {name!r}; known are {', '.join(names())}; {hint}")
     return _orders[name]
 
 
 def names() -> tuple[str, ...]:
-    """Names of all registered orders."""
-    return tuple(_orders)
+    """Names of all registered orders, but for those that asked to be left out."""
+    return tuple(name for name in _orders if name not in _unlisted)
 
 
 _back = tuple(reverse(route) for route in (row_major, column_major))
