@@ -134,6 +134,15 @@ def test_user_made_orders_run_by_name() -> None:
         scans.register(ScanOrder("diagonal", (row_major,)))
 
 
+def test_the_same_order_may_be_written_and_registered_twice() -> None:
+    def write() -> ScanOrder:
+        pieces = window(3), reverse(window(3)), transpose(snake), atrous(2), reverse(atrous(3, (1, 1)))
+        return ScanOrder("twice", pieces)
+
+    assert scans.register(write()) == scans.register(write())
+    assert window(3) is not window(4) and atrous(2) is not atrous(2, (0, 0))
+
+
 def test_unknown_names_get_the_nearest() -> None:
     with pytest.raises(ValueError, match=r"no scan order is named 'cros'; known are .*; did you mean 'cross'\?"):
         scans.get("cros")

@@ -1,11 +1,13 @@
 """Routes over a grid of tokens: pure functions (height, width) -> int64 (S,) of the tokens visited, in order.
 
 Token r * width + c is at row r, column c; -1 is a padding step. Routes are index arithmetic on torch tensors without a
-look at their values, so they trace with symbolic heights and widths too.
+look at their values, so they trace with symbolic heights and widths too. What makes routes of numbers or of other
+routes gives the same one for the same arguments, so that orders made of them are equal.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import torch
@@ -48,6 +50,7 @@ def snake(height: int, width: int) -> Tensor:
     return torch.where(odd, grid.flip(1), grid).flatten()
 
 
+@functools.cache
 def reverse(route: Route) -> Route:
     """The same route from its end to its start, padding included.
 
@@ -61,6 +64,7 @@ def reverse(route: Route) -> Route:
     return reversed_route
 
 
+@functools.cache
 def transpose(route: Route) -> Route:
     """The same route with rows and columns exchanged: transpose(row_major) is column_major.
 
@@ -75,6 +79,7 @@ def transpose(route: Route) -> Route:
     return transposed_route
 
 
+@functools.cache
 def window(size: int) -> Route:
     """Window after window in row-major order, each inside in row-major order (LocalMamba, arXiv:2403.09338).
 
@@ -93,6 +98,7 @@ def window(size: int) -> Route:
     return window_route
 
 
+@functools.cache
 def atrous(step: int, offset: tuple[int, int] | None = None) -> Route:
     """Every `step`-th token of every `step`-th row: one such sub-grid after the other, or the one at `offset` alone.
 
