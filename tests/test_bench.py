@@ -48,3 +48,9 @@ def test_table() -> None:
     lines = render.table(records).splitlines()
     assert "| c | cpu | 2 (1 to 3) | 1.5 | 1.0e-07 |" in lines
     assert "| c | theirs | 80 (70 to 90), 40x | 1.5 | 1.0e-07 |" in lines
+
+
+def test_growth_along_one_axis() -> None:
+    points = [("grow_tokens_100", 1.0), ("grow_tokens_200", 2.0), ("grow_tokens_400", 4.0), ("grow_states_2", 1.0)]
+    records = [{"case": case, "backend": "cpu", "pass": "fwd", "ms": [0, ms, 9]} for case, ms in points]
+    assert render.growth(records) == ["\ntime over tokens from 100 to 400, cpu, fwd: exponent 1.00"]

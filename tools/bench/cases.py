@@ -57,11 +57,21 @@ def _vim_s(batch: int, low_rank: bool = True) -> ScanCase:
     return ScanCase(batch, 2, 768, 16, 1, 197, rank=24 if low_rank else 0, order="bidirectional")
 
 
+# One axis at a time, to see how the cost grows along it; render.py fits the exponent.
+_GROWING = {"tokens": (197, 784, 3136, 12544), "states": (1, 4, 16, 64), "channels": (16, 64, 256, 1024)}
+
+
+def _grown(axis: str, size: int) -> ScanCase:
+    sizes = {"tokens": 784, "states": 4, "channels": 64} | {axis: size}
+    return ScanCase(1, 4, sizes["channels"], sizes["states"], 1, sizes["tokens"], order=None)
+
+
 CASES: dict[str, ScanCase] = {
     # The classic layout, on which published pure-PyTorch scans can be timed too.
     "classic_b1_k4_d96_l3136_n1": ScanCase(1, 4, 96, 1, 1, 3136, order=None),
     "classic_b4_k2_d384_l197_n16": ScanCase(4, 2, 384, 16, 1, 197, order=None),
     "classic_b1_k4_d192_l784_n16": ScanCase(1, 4, 192, 16, 1, 784, order=None),
+    **{f"grow_{axis}_{size}": _grown(axis, size) for axis, sizes in _GROWING.items() for size in sizes},
     # As the models call the scan.
     **{f"vmamba_t_{stage}_b{batch}": _vmamba_t(batch, stage) for batch in (1, 8, 128) for stage in _STAGES},
     **{f"vim_s_b{batch}": _vim_s(batch) for batch in (1, 8, 128)},

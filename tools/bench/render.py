@@ -2,15 +2,19 @@
 
     python tools/bench/render.py results/cpu_scan.jsonl
 
-One row for each case and implementation, one column for each pass: the median, the 20th and 80th percentiles, of ours on
-a GPU the share of the floor's speed (bytes at the rate of a copy, exponentials at the rate of the units that make them),
-of others how many times longer they take than the fastest of ours. Of several records of one figure the last counts.
+One row for each case and implementation, one column for each pass: the median, the 20th and 80th percentiles, of ours
+on a GPU the share of the floor's speed (bytes at the rate of a copy, exponentials at the rate of the units that make
+them), of others how many times longer they take than the fastest of ours. Of several records of one figure the last
+counts. Peak memory stands beside the size of the inputs. Where one axis alone grows from case to case
+(`grow_<axis>_<size>`), the exponent with which time grows along it follows: 1 is linear.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
+import statistics
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -47,8 +51,28 @@ def _machine(title: str, records: list[Record]) -> str:
         mine = [found.get((case, backend, which)) for which in passes]
         last = [record for record in mine if record][-1]
         cells = [_cell(record, found) if record else "" for record in mine]
-        lines.append("| " + " | ".join([case, backend, *cells, str(last["peak_mib"]), f"{last['rel_rms']:.1e}"]) + " |")
-    return "\n".join(lines) + "\n"
+        peak = str(last["peak_mib"])
+        if "inputs_mib" in last:
+            peak += f" of {last['pass']}, inputs {last['inputs_mib']}"
+        lines.append("| " + " | ".join([case, backend, *cells, peak, f"{last['rel_rms']:.1e}"]) + " |")
+    return "\n".join([*lines, *growth(records)]) + "\n"
+
+
+def growth(records: Iterable[Record]) -> list[str]:
+    """For every axis that grows alone: the slope of log time over log size, by least squares."""
+    series: dict[tuple[str, str, str], list[tuple[float, float]]] = {}
+    for record in records:
+        kind, _, rest = record["case"].partition("_")
+        if kind == "grow":
+            axis, _, size = rest.rpartition("_")
+            point = (math.log(int(size)), math.log(record["ms"][1]))
+            series.setdefault((axis, record["backend"], record["pass"]), []).append(point)
+    return [
+        f"\ntime over {axis} from {math.exp(points[0][0]):.0f} to {math.exp(points[-1][0]):.0f}, {backend}, {which}: "
+        f"exponent {statistics.linear_regression(*zip(*points, strict=True)).slope:.2f}"
+        for (axis, backend, which), points in series.items()
+        if len(points) > 1
+    ]
 
 
 def _cell(record: Record, found: dict[tuple[str, str, str], Record]) -> str:

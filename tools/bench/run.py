@@ -168,7 +168,7 @@ def measure(subject: Subject, which: str, watch: Stopwatch, tries: int) -> dict[
         while not found or (len(found) < tries and found[0][0][1] < watch.seconds * 1e3):
             found.append((watch.time(prepare, work), os.getloadavg()[0]))
     ms, load = min(found, key=lambda one: one[0][1])
-    return {"pass": which, "ms": ms, "peak_mib": peak, "load": round(load, 1)}
+    return {"pass": which, "ms": ms, "peak_mib": peak, "inputs_mib": round(size / 2**20, 2), "load": round(load, 1)}
 
 
 def arguments() -> argparse.Namespace:
