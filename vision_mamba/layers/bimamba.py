@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vision_mamba import scans
 from vision_mamba.layers.init import init_a_log_, init_dt_bias_, init_dt_weight_
 from vision_mamba.layers.scan import SelectiveScan
 
@@ -34,7 +35,69 @@ def conv_both_ways(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return F.silu(torch.stack((y0.transpose(1, 2), y1.transpose(1, 2)), 2))
 
 
-class BiMamba(nn.Module):
+class RouteMamba(nn.Module):
+    """What mixers of several selective state-space models have in common: one a route, both projections shared.
+
+    Args:
+        dim: E, width of the tokens.
+        scan_order: name of a registered `ScanOrder`; its routes are K.
+        d_state: N, states of a channel.
+        d_conv: W, taps of the convolutions.
+        expand: D / E, inner width over outer width.
+        dt_rank: R, rank of the step sizes; E / 16 rounded up by default.
+        average: take the mean of the routes rather than their sum ("div2").
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        scan_order: str,
+        d_state: int = 16,
+        d_conv: int = 4,
+        expand: float = 2.0,
+        dt_rank: int | None = None,
+        average: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.routes = routes = len(scans.get(scan_order))
+        self.d_inner = int(expand * dim)
+        self.d_state = d_state
+        self.dt_rank = math.ceil(dim / 16) if dt_rank is None else dt_rank
+        self.scale = 1.0 / routes if average else 1.0
+
+        # Half precision is too coarse for what is exponentiated or summed over a whole route.
+        wide = torch.promote_types(dtype or torch.get_default_dtype(), torch.float32)
+
+        def parameter(*shape: int, dtype: torch.dtype | None = dtype) -> nn.Parameter:
+            return nn.Parameter(torch.empty(routes, *shape, device=device, dtype=dtype))
+
+        self.in_proj = nn.Linear(dim, 2 * self.d_inner, bias=False, device=device, dtype=dtype)
+        self.conv_weight = parameter(self.d_inner, d_conv)
+        self.conv_bias = parameter(self.d_inner)
+        self.x_proj_weight = parameter(self.dt_rank + 2 * d_state, self.d_inner)
+        self.dt_weight = parameter(self.d_inner, self.dt_rank)
+        self.dt_bias = parameter(self.d_inner, dtype=wide)
+        self.A_log = parameter(self.d_inner, d_state, dtype=wide)
+        self.D = parameter(self.d_inner, dtype=wide)
+        self.scan = SelectiveScan(scan_order)
+        self.out_proj = nn.Linear(self.d_inner, dim, bias=False, device=device, dtype=dtype)
+
+    def reset_parameters(self) -> None:
+        """Fill what is not in a submodule, and is filled alike whatever the routes are."""
+        for weight in (self.conv_weight, self.conv_bias):
+            nn.init.uniform_(weight, -(self.conv_weight.shape[-1] ** -0.5), self.conv_weight.shape[-1] ** -0.5)
+        init_a_log_(self.A_log)
+        nn.init.ones_(self.D)
+
+    def columns(self, u: Tensor) -> list[Tensor]:
+        """(B, S, K, D) -> step sizes of rank R, B and C, each (B, S, K, .), by each route's own projection."""
+        columns = torch.einsum("blkd,kcd->blkc", u, self.x_proj_weight)
+        return columns.split([self.dt_rank, self.d_state, self.d_state], -1)
+
+
+class BiMamba(RouteMamba):
     """Mix tokens by two selective state-space models, one read forwards and one backwards, that share both projections.
 
     With (x, z) the halves of in_proj(u), u_k = conv_k(x) as in `conv_both_ways`, (r_k, B_k, C_k) = X_k u_k per token:
@@ -43,13 +106,7 @@ class BiMamba(nn.Module):
     The published code gates either way with its own order of z. That is the same gate in token order, so it gates the
     sum; and the sum's half is taken where it costs least, on C and D, in which the scan is linear.
 
-    Args:
-        dim: E, width of the tokens.
-        d_state: N, states of a channel.
-        d_conv: W, taps of the convolutions.
-        expand: D / E, inner width over outer width.
-        dt_rank: R, rank of the step sizes; E / 16 rounded up by default.
-        average: take the mean of both ways rather than their sum ("div2").
+    Args: those of `RouteMamba` but for the order.
 
     Shape: (B, L, E) -> (B, L, E).
     Reference: Zhu et al. 2024, Vision Mamba, arXiv:2401.09417, algorithm 1.
@@ -69,47 +126,23 @@ class BiMamba(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__()
-        self.d_inner = int(expand * dim)
-        self.d_state = d_state
-        self.dt_rank = math.ceil(dim / 16) if dt_rank is None else dt_rank
-        self.scale = 0.5 if average else 1.0
-
-        # Half precision is too coarse for what is exponentiated or summed over a whole route.
-        wide = torch.promote_types(dtype or torch.get_default_dtype(), torch.float32)
-
-        def parameter(*shape: int, dtype: torch.dtype | None = dtype) -> nn.Parameter:
-            return nn.Parameter(torch.empty(2, *shape, device=device, dtype=dtype))
-
-        self.in_proj = nn.Linear(dim, 2 * self.d_inner, bias=False, device=device, dtype=dtype)
-        self.conv_weight = parameter(self.d_inner, d_conv)
-        self.conv_bias = parameter(self.d_inner)
-        self.x_proj_weight = parameter(self.dt_rank + 2 * d_state, self.d_inner)
-        self.dt_weight = parameter(self.d_inner, self.dt_rank)
-        self.dt_bias = parameter(self.d_inner, dtype=wide)
-        self.A_log = parameter(self.d_inner, d_state, dtype=wide)
-        self.D = parameter(self.d_inner, dtype=wide)
-        self.scan = SelectiveScan("bidirectional")
-        self.out_proj = nn.Linear(self.d_inner, dim, bias=False, device=device, dtype=dtype)
+        super().__init__(dim, "bidirectional", d_state, d_conv, expand, dt_rank, average, device, dtype)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """Fill what is not in a submodule as published; of the two step-size biases only the first has its own rule."""
-        for weight in (self.conv_weight, self.conv_bias):
-            nn.init.uniform_(weight, -(self.conv_weight.shape[-1] ** -0.5), self.conv_weight.shape[-1] ** -0.5)
+        super().reset_parameters()
         nn.init.uniform_(self.x_proj_weight, -(self.d_inner**-0.5), self.d_inner**-0.5)
         init_dt_weight_(self.dt_weight, self.dt_rank)
         with torch.no_grad():
             init_dt_bias_(self.dt_bias[0])
             self.dt_bias[1].zero_()
-        init_a_log_(self.A_log)
-        nn.init.ones_(self.D)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, height: int = 1, width: int = 0) -> Tensor:
+        """The grid that the tokens form is of no matter here: both ways are along the sequence."""
         x, z = self.in_proj(x).chunk(2, -1)
         x = conv_both_ways(x, self.conv_weight, self.conv_bias)
-        columns = torch.einsum("blkd,kcd->blkc", x, self.x_proj_weight)
-        dt, B, C = columns.split([self.dt_rank, self.d_state, self.d_state], -1)
+        dt, B, C = self.columns(x)
         A = -torch.exp(self.A_log)
         C, D = C * self.scale, self.D * self.scale
         y = self.scan(x, dt, A, B, C, D, self.dt_weight, self.dt_bias, 1, x.shape[1])

@@ -45,6 +45,33 @@ class SelectiveScan(nn.Module):
     def extra_repr(self) -> str:
         return repr(self.order)
 
+    def table(self, like: Tensor, height: int, width: int, class_token: int = -1) -> Tensor:
+        """The order's int32 (K, S) on the device of `like`, with a class token at that place if it is not -1."""
+        if self.exportable:
+            return _plain_table(like, self.order, height, width, class_token)
+        return torch.ops.vision_mamba.scan_indices(like, self.order, height, width, class_token)
+
+    def along(
+        self,
+        x: Tensor,
+        dt: Tensor,
+        A: Tensor,
+        B: Tensor,
+        C: Tensor,
+        D: Tensor | None,
+        dt_weight: Tensor | None,
+        dt_bias: Tensor | None,
+        indices: Tensor | None,
+        merge: bool = True,
+        out_dtype: torch.dtype | None = None,
+    ) -> Tensor:
+        """Scan along a table, or as the tokens lie if it is None -> (B, L, D), or (B, L, K, D) with merge=False."""
+        if self.exportable:
+            return _plain_scan(x, dt, A, B, C, D, dt_weight, dt_bias, indices, merge, out_dtype)
+        return torch.ops.vision_mamba.cross_selective_scan(
+            x, dt, A, B, C, D, indices, dt_weight, dt_bias, None, True, merge, False, out_dtype
+        )[0]
+
     def forward(
         self,
         x: Tensor,
@@ -58,22 +85,25 @@ class SelectiveScan(nn.Module):
         height: int,
         width: int,
         class_token: int = -1,
+        merge: bool = True,
         out_dtype: torch.dtype | None = None,
     ) -> Tensor:
         """x (B, L, D) or (B, L, K, D), dt (B, L, K, R) with dt_weight, A (K, D, N), B and C (B, L, K, N) -> (B, L, D).
 
         L is height * width, or one more with a class token at place `class_token`; a sequence is a grid of height 1.
+        With merge=False the routes' results come side by side, (B, L, K, D).
         """
-        if self.exportable:
-            return _plain(self.order, x, dt, A, B, C, D, dt_weight, dt_bias, height, width, class_token, out_dtype)
-        indices = torch.ops.vision_mamba.scan_indices(x, self.order, height, width, class_token)
-        return torch.ops.vision_mamba.cross_selective_scan(
-            x, dt, A, B, C, D, indices, dt_weight, dt_bias, None, True, True, False, out_dtype
-        )[0]
+        indices = self.table(x, height, width, class_token)
+        return self.along(x, dt, A, B, C, D, dt_weight, dt_bias, indices, merge, out_dtype)
 
 
-def _plain(
-    order: str,
+def _plain_table(like: Tensor, order: str, height: int, width: int, class_token: int) -> Tensor:
+    # Tracers hand sizes over that are none; here they become those of the example.
+    routes = [route(int(height), int(width)) for route in scans.get(order).routes]
+    return stack(routes, None if int(class_token) < 0 else int(class_token)).to(like.device)
+
+
+def _plain_scan(
     x: Tensor,
     dt: Tensor,
     A: Tensor,
@@ -82,12 +112,9 @@ def _plain(
     D: Tensor | None,
     dt_weight: Tensor | None,
     dt_bias: Tensor | None,
-    height: int,
-    width: int,
-    class_token: int,
+    indices: Tensor | None,
+    merge: bool,
     out_dtype: torch.dtype | None,
 ) -> Tensor:
-    # Tracers hand sizes over that are none; here they become those of the example.
-    routes = [route(int(height), int(width)) for route in scans.get(order).routes]
-    indices = stack(routes, None if class_token < 0 else class_token).to(x.device)
-    return eager.forward(ScanCall(x, dt, A, B, C, D, indices, dt_weight, dt_bias, out_dtype=out_dtype))[0]
+    call = ScanCall(x, dt, A, B, C, D, indices, dt_weight, dt_bias, merge=merge, out_dtype=out_dtype)
+    return eager.forward(call)[0]

@@ -7,7 +7,7 @@ arXiv:2401.09417. Published code and weights: https://github.com/hustvl/Vim (Apa
 import argparse
 import logging
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any, Final
 
@@ -19,6 +19,8 @@ from timm.layers import (
     LayerScale,
     LayerType,
     _assert,
+    apply_rot_embed,
+    build_rotary_pos_embed,
     get_device_dtype,
     get_norm_layer,
     global_pool_nlc,
@@ -33,7 +35,6 @@ from timm.layers import (
 from timm.models import (
     build_model_with_cfg,
     checkpoint,
-    checkpoint_seq,
     generate_default_cfgs,
     register_model,
     register_model_deprecations,
@@ -44,6 +45,7 @@ from torch import Tensor, nn
 
 from vision_mamba.layers.bimamba import BiMamba
 from vision_mamba.layers.init import init_in_float32_
+from vision_mamba.layers.local import LocalMamba
 from vision_mamba.models.checkpoint import require_all_used, unwrap
 
 __all__ = ["VisionMamba"]
@@ -52,6 +54,7 @@ _log = logging.getLogger("vision_mamba")
 
 POOLS = ("", "token", "avg", "avgmax", "max")
 PLACES = ("middle", "head", "none")
+REFERENCE = 14  # rows and columns that rotations are scaled to, those of 224 pixels in patches of 16
 
 
 @torch.fx.wrap
@@ -133,7 +136,9 @@ class StridedPatchEmbed(nn.Module):
 
 @torch.fx.wrap
 @register_notrace_function
-def resample_pos_embed(pos_embed: Tensor, new_size: list[int], old_size: list[int], class_token: str) -> Tensor:
+def resample_pos_embed(
+    pos_embed: Tensor, new_size: list[int], old_size: list[int], class_token: str, antialias: bool = True
+) -> Tensor:
     """Resample a position embedding to another grid; the class token keeps its row, at its place in the new sequence.
 
     Args:
@@ -141,6 +146,7 @@ def resample_pos_embed(pos_embed: Tensor, new_size: list[int], old_size: list[in
         new_size: grid (height, width) wanted.
         old_size: grid (h, w) that pos_embed is for.
         class_token: "middle", "head" or "none".
+        antialias: filter where the new grid is coarser.
 
     Returns: (1, T', E).
     """
@@ -148,9 +154,9 @@ def resample_pos_embed(pos_embed: Tensor, new_size: list[int], old_size: list[in
     if not is_exporting() and new_size[0] == old_size[0] and new_size[1] == old_size[1]:
         return pos_embed
     if class_token == "none":
-        return resample_abs_pos_embed(pos_embed, new_size, old_size, num_prefix_tokens=0)
+        return resample_abs_pos_embed(pos_embed, new_size, old_size, num_prefix_tokens=0, antialias=antialias)
     first = class_first(pos_embed, class_token)
-    first = resample_abs_pos_embed(first, new_size, old_size, num_prefix_tokens=1)
+    first = resample_abs_pos_embed(first, new_size, old_size, num_prefix_tokens=1, antialias=antialias)
     return insert_class(first[:, 1:], first[:, :1], class_token)
 
 
@@ -170,28 +176,66 @@ def class_first(tokens: Tensor, class_token: str) -> Tensor:
     return torch.cat((tokens[:, place : place + 1], tokens[:, :place], tokens[:, place + 1 :]), 1)
 
 
+@torch.fx.wrap
+@register_notrace_function
+def rotation(like: Tensor, size: list[int], old_size: list[int], class_token: str, resample: bool = False) -> Tensor:
+    """What turns every token by its place on the grid: rotary embedding, the sine and cosine of each channel's angle.
+
+    Of the E channels, neighbours in pairs turn together, the first half of them by the row and the other by the column.
+    Pair j of E / 4 turns by 10000^(-4 j / E) times the row's number, scaled so that the grid has 14 rows; as in EVA-02,
+    arXiv:2303.11331. A class token is not turned.
+
+    Args:
+        like: (..., E) of the device that the result is wanted on.
+        size: grid (height, width) of the patches.
+        old_size: grid that the model is for.
+        class_token: "middle", "head" or "none".
+        resample: take the sines and cosines for the old grid and resample those.
+
+    Returns: float32 (2, L, E).
+    """
+    grid = old_size if resample else size
+    table = torch.stack(
+        build_rotary_pos_embed(
+            grid, dim=like.shape[-1], in_pixels=False, ref_feat_shape=[REFERENCE, REFERENCE], device=like.device
+        )
+    )
+    if resample and not (size[0] == old_size[0] and size[1] == old_size[1]):
+        parts = [resample_abs_pos_embed(part[None], size, old_size, 0, antialias=False) for part in table.unbind()]
+        table = torch.cat(parts)
+    if class_token == "none":
+        return table
+    still = torch.tensor([0.0, 1.0], device=table.device).view(2, 1, 1).expand(2, 1, table.shape[2])
+    return insert_class(table, still, class_token)
+
+
 class Block(nn.Module):
-    """x + drop_path(scale(mixer(norm(x)))). The published add -> norm -> mixer with two streams is the same sum."""
+    """x + drop_path(scale(mixer(norm(x)))). The published add -> norm -> mixer with two streams is the same sum.
+
+    The mixer is told the grid of the patches too. A rotation comes before all else, and stays in the stream.
+    """
 
     def __init__(
         self,
         dim: int,
         norm_layer: Callable[..., nn.Module],
+        mixer: Callable[..., nn.Module],
         init_values: float | None = None,
         drop_path: float = 0.0,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
-        **mixer: Any,
     ) -> None:
         super().__init__()
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         self.norm = norm_layer(dim, **dd)
-        self.mixer = BiMamba(dim, **mixer, **dd)
+        self.mixer = mixer(dim, **dd)
         self.ls = nn.Identity() if init_values is None else LayerScale(dim, init_values=init_values, **dd)
         self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
 
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.drop_path(self.ls(self.mixer(self.norm(x))))
+    def forward(self, x: Tensor, height: int, width: int, turns: Tensor | None = None) -> Tensor:
+        if turns is not None:
+            x = apply_rot_embed(x, turns[0], turns[1])
+        return x + self.drop_path(self.ls(self.mixer(self.norm(x), height, width)))
 
 
 class VisionMamba(nn.Module):
@@ -215,10 +259,15 @@ class VisionMamba(nn.Module):
         d_conv: taps of the mixers' convolutions.
         expand: inner width of a mixer over E.
         dt_rank: R, rank of the step sizes; E / 16 rounded up by default.
-        average_routes: mixers take the mean of both scans, not the sum.
+        average_routes: mixers take the mean of their scans, not the sum.
+        scan_order: name of a registered `ScanOrder` over the grid of patches, or one for every block: mixers are then
+            those of LocalMamba. By default they are Vim's, both ways along the sequence.
         init_values: start of a learned scale on every block's output; none by default.
         class_token: its place: "middle" (M // 2 among M patches), "head" or "none".
         pos_embed: learn a position embedding, the class token's included.
+        rope: turn the tokens by their place before every block; turns add up through the depth, as published.
+        published_quirks: on other grids than the nominal one do as LocalMamba's published code: resample the rotations
+            and, without a filter, the position embedding, and misplace results of columns unless the grid is square.
         dynamic_img_size: take images of any size, resampling the position embedding; else refuse other sizes.
         drop_rate: dropout before the head.
         pos_drop_rate: dropout after the position embedding.
@@ -245,9 +294,12 @@ class VisionMamba(nn.Module):
         expand: float = 2.0,
         dt_rank: int | None = None,
         average_routes: bool = True,
+        scan_order: str | Sequence[str] | None = None,
         init_values: float | None = None,
         class_token: str = "middle",
         pos_embed: bool = True,
+        rope: bool = False,
+        published_quirks: bool = False,
         dynamic_img_size: bool = True,
         drop_rate: float = 0.0,
         pos_drop_rate: float = 0.0,
@@ -268,6 +320,8 @@ class VisionMamba(nn.Module):
         self.num_features = self.head_hidden_size = self.embed_dim = embed_dim
         self.num_prefix_tokens = int(self.has_class_token)
         self.dynamic_img_size = dynamic_img_size
+        self.rope = rope
+        self.published_quirks = published_quirks
         self.grad_checkpointing = False
         norm: Callable[..., nn.Module] = get_norm_layer(norm_layer) or partial(nn.RMSNorm, eps=1e-5)
 
@@ -284,7 +338,14 @@ class VisionMamba(nn.Module):
         mixer: dict[str, Any] = dict(
             d_state=d_state, d_conv=d_conv, expand=expand, dt_rank=dt_rank, average=average_routes
         )
-        self.blocks = nn.Sequential(*(Block(embed_dim, norm, init_values, rate, **dd, **mixer) for rate in rates))
+        along_grid = partial(LocalMamba, class_token=class_token, published_quirks=published_quirks, **mixer)
+        mixers = [
+            partial(BiMamba, **mixer) if order is None else partial(along_grid, scan_order=order)
+            for order in self._per_block(scan_order, depth)
+        ]
+        self.blocks = nn.ModuleList(
+            Block(embed_dim, norm, mixer, init_values, rate, **dd) for mixer, rate in zip(mixers, rates, strict=True)
+        )
         self.norm = norm(embed_dim, **dd)
         reduction = self.patch_embed.feat_ratio()
         self.feature_info = [dict(num_chs=embed_dim, reduction=reduction, module=f"blocks.{i}") for i in range(depth)]
@@ -334,6 +395,16 @@ class VisionMamba(nn.Module):
     def get_classifier(self) -> nn.Module:
         return self.head
 
+    @staticmethod
+    def _per_block(scan_order: str | Sequence[str] | None, depth: int) -> Sequence[str | None]:
+        if scan_order is None or isinstance(scan_order, str):
+            return [scan_order] * depth
+        _assert(
+            len(scan_order) == depth,
+            f"VisionMamba: scan_order must be one name or one for each of the {depth} blocks, got {len(scan_order)}.",
+        )
+        return scan_order
+
     @torch.jit.ignore
     def _check_pool(self, global_pool: str) -> None:
         _assert(global_pool in POOLS, f"VisionMamba: global_pool must be one of {POOLS}, got {global_pool!r}.")
@@ -363,8 +434,8 @@ class VisionMamba(nn.Module):
             self.pos_embed = nn.Parameter(table, requires_grad=self.pos_embed.requires_grad)
         update_model_input_size(self, self.patch_embed.img_size)
 
-    def _embed(self, x: Tensor) -> Tensor:
-        """(B, in_chans, H, W) image -> (B, L, E) tokens in scan order."""
+    def _embed(self, x: Tensor) -> tuple[Tensor, int, int, Tensor | None]:
+        """(B, in_chans, H, W) image -> (B, L, E) tokens in scan order, the grid of patches, and their rotation."""
         x = self.patch_embed(x)
         height, width = x.shape[1], x.shape[2]
         x = x.flatten(1, 2)
@@ -373,9 +444,14 @@ class VisionMamba(nn.Module):
         if self.pos_embed is not None:
             table = self.pos_embed
             if self.dynamic_img_size:
-                table = resample_pos_embed(table, (height, width), self.patch_embed.grid_size, self.class_token)
+                nominal, quirk = self.patch_embed.grid_size, self.published_quirks
+                table = resample_pos_embed(table, (height, width), nominal, self.class_token, not quirk)
             x = x + table
-        return self.pos_drop(x)
+        turns: Tensor | None = None
+        if self.rope:
+            nominal, quirk = self.patch_embed.grid_size, self.published_quirks
+            turns = rotation(x, (height, width), nominal, self.class_token, quirk)
+        return self.pos_drop(x), height, width, turns
 
     def forward_intermediates(
         self,
@@ -402,9 +478,7 @@ class VisionMamba(nn.Module):
         """
         _assert(output_fmt in ("NCHW", "NLC"), "VisionMamba: output_fmt must be 'NCHW' or 'NLC'.")
         take_indices, max_index = feature_take_indices(len(self.blocks), indices)
-        height, width = self.patch_embed.dynamic_feat_size((x.shape[2], x.shape[3]))
-
-        x = self._embed(x)
+        x, height, width, turns = self._embed(x)
         taps: list[Tensor] = []
         if torch.jit.is_scripting() or not stop_early:  # TorchScript cannot slice modules
             blocks = self.blocks
@@ -412,9 +486,9 @@ class VisionMamba(nn.Module):
             blocks = self.blocks[: max_index + 1]
         for i, block in enumerate(blocks):
             if self.grad_checkpointing and not torch.jit.is_scripting():
-                x = checkpoint(block, x)
+                x = checkpoint(block, x, height, width, turns)
             else:
-                x = block(x)
+                x = block(x, height, width, turns)
             if i in take_indices:
                 taps.append(class_first(self.norm(x) if norm else x, self.class_token))
 
@@ -450,11 +524,12 @@ class VisionMamba(nn.Module):
 
     def forward_features(self, x: Tensor) -> Tensor:
         """(B, in_chans, H, W) images -> (B, L, E) normed tokens, the class token first."""
-        x = self._embed(x)
-        if self.grad_checkpointing and not torch.jit.is_scripting():
-            x = checkpoint_seq(self.blocks, x)
-        else:
-            x = self.blocks(x)
+        x, height, width, turns = self._embed(x)
+        for block in self.blocks:
+            if self.grad_checkpointing and not torch.jit.is_scripting():
+                x = checkpoint(block, x, height, width, turns)
+            else:
+                x = block(x, height, width, turns)
         return class_first(self.norm(x), self.class_token)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
