@@ -184,52 +184,46 @@ INLINE Vec reciprocal(Vec v) {
 #endif
 }
 
-// 2^f for 0 <= f <= 1: minimax with exactly 1 and 2 at the ends, so that slow decays carry no bias.
+// 2^f for |f| <= 1/2: minimax with exactly 1 at 0 and a slope true to rounding there, so that slow decays carry no bias.
 INLINE Vec exp2_fraction(Vec f) {
-  Vec p = f * 0.0018793188f + 0.0089909947f;
-  p = p * f + 0.055818676f;
-  p = p * f + 0.24015927f;
-  p = p * f + 0.69315174f;
+  Vec p = f * 0.001326472731307149f + 0.009671512991189957f;
+  p = p * f + 0.05550733581185341f;
+  p = p * f + 0.24022242426872253f;
+  p = p * f + 0.6931470036506653f;
   return p * f + 1.0f;
 }
 
-// The largest whole number not above z; just above z may come to be z.
-INLINE Vec whole(Vec z) {
+// 2^n * p for integral n; what is below the normal numbers counts as 0.
+INLINE Vec scale(Vec p, Vec n) {
 #if defined(__AVX512F__)
-  return reinterpret_cast<Vec>(_mm512_roundscale_ps(reinterpret_cast<__m512>(z), 9));
+  return reinterpret_cast<Vec>(_mm512_scalef_ps(reinterpret_cast<__m512>(p), reinterpret_cast<__m512>(n)));
+#else
+  return reinterpret_cast<Vec>(reinterpret_cast<Int>(p) + (__builtin_convertvector(n, Int) << 23));
+#endif
+}
+
+INLINE Vec nearest(Vec z) {
+#if defined(__AVX512F__)
+  return reinterpret_cast<Vec>(_mm512_roundscale_ps(reinterpret_cast<__m512>(z), 0));
 #elif defined(__AVX2__)
-  return reinterpret_cast<Vec>(_mm256_round_ps(reinterpret_cast<__m256>(z), 9));
+  return reinterpret_cast<Vec>(_mm256_round_ps(reinterpret_cast<__m256>(z), 8));
 #else
   constexpr float kShift = 0x1.8p23f;  // pushes the fraction out of the mantissa
-  return ((z - 0.5f) + kShift) - kShift;
-#endif
-}
-
-// z - whole(z)
-INLINE Vec fraction(Vec z) {
-#if defined(__AVX512F__)
-  return reinterpret_cast<Vec>(_mm512_reduce_ps(reinterpret_cast<__m512>(z), 9));
-#else
-  return z - whole(z);
-#endif
-}
-
-// 2^whole(z) * p; what is below the normal numbers counts as 0.
-INLINE Vec scale(Vec p, Vec z) {
-#if defined(__AVX512F__)
-  return reinterpret_cast<Vec>(_mm512_scalef_ps(reinterpret_cast<__m512>(p), reinterpret_cast<__m512>(z)));
-#else
-  return reinterpret_cast<Vec>(reinterpret_cast<Int>(p) + (__builtin_convertvector(whole(z), Int) << 23));
+  return (z + kShift) - kShift;
 #endif
 }
 
 // 2^z for finite z.
 INLINE Vec exp2(Vec z) {
-#if !defined(__AVX512F__)
+#if defined(__AVX512F__)
+  const Vec f = reinterpret_cast<Vec>(_mm512_reduce_ps(reinterpret_cast<__m512>(z), 0));  // half the time of rounding
+  return scale(exp2_fraction(f), z - f);
+#else
   // The exponent is put in place by adding to it. Below -127 the sum would wrap; at -127 it gives what counts as 0.
   z = larger(smaller(z, splat(127.99f)), splat(-127.0f));
+  const Vec n = nearest(z);
+  return scale(exp2_fraction(z - n), n);
 #endif
-  return scale(exp2_fraction(fraction(z)), z);
 }
 
 constexpr float kLog2E = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
@@ -237,9 +231,9 @@ constexpr float kLog2E = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
 // The logistic functions of x from e = exp(-|x|), accurate to rounding for every x.
 INLINE Vec exp_minus_abs(Vec x) {
   const Vec m = larger(reinterpret_cast<Vec>(reinterpret_cast<Bits>(x) | 0x80000000u), splat(-88.0f));  // e counts as 0
-  const Vec z = m * kLog2E, n = whole(z);
+  const Vec n = nearest(m * kLog2E);
   // ln 2 in two parts: the first has few enough bits for an exact product.
-  return scale(exp2_fraction(((m - n * 0.693359375f) + n * 2.12194440e-4f) * kLog2E), z);
+  return scale(exp2_fraction(((m - n * 0.693359375f) + n * 2.12194440e-4f) * kLog2E), n);
 }
 
 // log(1 + exp(x)) = max(x, 0) + log(1 + e), the logarithm as e times a minimax polynomial.

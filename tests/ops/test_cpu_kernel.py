@@ -93,6 +93,25 @@ def test_elementary_functions(level: str, monkeypatch: pytest.MonkeyPatch) -> No
 
 
 @needs_kernel
+@pytest.mark.parametrize("level", cpu.levels())
+def test_slow_decays_carry_no_bias(level: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A memory of a thousand steps multiplies what exp(x) - 1 has of systematic error near 0."""
+    monkeypatch.setenv(cpu.LEVEL_VARIABLE, level)
+    torch.manual_seed(0)
+    steps, ones = torch.rand(1, 4096, 1, 32) * 2e-3, torch.ones(1, 4096, 1, 1)
+
+    def scan(t: torch.dtype, backend: str) -> Tensor:
+        call = (torch.ones(1, 4096, 32), steps, -torch.ones(1, 32, 1), ones, ones)
+        y, _ = torch.ops.vision_mamba.cross_selective_scan(
+            *(a.to(t) for a in call), *(None,) * 5, False, backend=backend
+        )
+        return y[:, -1]
+
+    exact = scan(torch.float64, "eager")
+    assert ((scan(torch.float32, "cpu") - exact) / exact).mean().abs() < 5e-7
+
+
+@needs_kernel
 @pytest.mark.parametrize("case", [WIDE, LOW_RANK, Case(channels=200, states=16, grid=(1, 70), layout="channels_first")])
 def test_threads_change_no_bit(case: Case, threads: None) -> None:
     call = make_call(case)
