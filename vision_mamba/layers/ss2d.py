@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from vision_mamba import scans
 from vision_mamba.layers.init import init_a_log_, init_dt_bias_, init_dt_weight_
+from vision_mamba.layers.local import RouteAttention
 from vision_mamba.layers.scan import SelectiveScan
 
 
@@ -31,6 +32,8 @@ class SS2D(nn.Module):
         conv_bias: give the convolution a bias.
         gate: multiply by silu(z), as in VMamba's first version.
         scan_order: name of a registered `ScanOrder`; its routes are K.
+        route_attention: add the routes up by `RouteAttention`, as in LocalMamba.
+        published_quirks: see there.
         norm_eps: epsilon of the norm behind the scan.
         proj_drop: dropout behind out_proj.
 
@@ -51,6 +54,8 @@ class SS2D(nn.Module):
         conv_bias: bool = False,
         gate: bool = False,
         scan_order: str = "cross",
+        route_attention: bool = False,
+        published_quirks: bool = False,
         norm_eps: float = 1e-5,
         proj_drop: float = 0.0,
         device: torch.device | str | None = None,
@@ -80,6 +85,9 @@ class SS2D(nn.Module):
         self.A_logs = nn.Parameter(torch.empty(routes * d_inner, d_state, **wide))
         self.Ds = nn.Parameter(torch.empty(routes * d_inner, **wide))
         self.scan = SelectiveScan(scan_order)
+        self.attn: nn.Module | None = None
+        if route_attention:
+            self.attn = RouteAttention(d_inner, scan_order, published_quirks=published_quirks, **dd)
         self.out_norm = LayerNorm(d_inner, eps=norm_eps, **dd)
         self.out_proj = nn.Linear(d_inner, dim, bias=False, **dd)
         self.proj_drop = nn.Dropout(proj_drop)
@@ -110,8 +118,10 @@ class SS2D(nn.Module):
         # overflow.
         y = self.scan(
             x, dt, A, B, C, D, self.dt_projs_weight, self.dt_projs_bias, height, width,
-            out_dtype=self.out_norm.weight.dtype,
+            merge=self.attn is None, out_dtype=self.out_norm.weight.dtype,
         )  # fmt: skip
+        if self.attn is not None:
+            y = self.attn(y, height, width)
         y = self.out_norm(y).unflatten(1, (height, width))
         if z is not None:
             y = y * F.silu(z)

@@ -54,7 +54,6 @@ _log = logging.getLogger("vision_mamba")
 
 POOLS = ("", "token", "avg", "avgmax", "max")
 PLACES = ("middle", "head", "none")
-REFERENCE = 14  # rows and columns that rotations are scaled to, those of 224 pixels in patches of 16
 
 
 @torch.fx.wrap
@@ -195,10 +194,9 @@ def rotation(like: Tensor, size: list[int], old_size: list[int], class_token: st
     Returns: float32 (2, L, E).
     """
     grid = old_size if resample else size
+    reference = [14, 14]  # 224 pixels in patches of 16
     table = torch.stack(
-        build_rotary_pos_embed(
-            grid, dim=like.shape[-1], in_pixels=False, ref_feat_shape=[REFERENCE, REFERENCE], device=like.device
-        )
+        build_rotary_pos_embed(grid, dim=like.shape[-1], in_pixels=False, ref_feat_shape=reference, device=like.device)
     )
     if resample and not (size[0] == old_size[0] and size[1] == old_size[1]):
         parts = [resample_abs_pos_embed(part[None], size, old_size, 0, antialias=False) for part in table.unbind()]

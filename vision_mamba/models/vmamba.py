@@ -126,7 +126,9 @@ class VMamba(nn.Module):
         d_conv: side of the mixer's depthwise convolution; 1 for none.
         ssm_conv_bias: give that convolution a bias.
         gate: gate the mixer's result, as in the first version.
-        scan_order: name of a registered `ScanOrder`.
+        scan_order: name of a registered `ScanOrder`, or one for every block.
+        route_attention: add the routes up by attention to their channels, as in LocalMamba.
+        published_quirks: misplace results of columns unless the map is square, as LocalMamba's published code does.
         mlp_ratio: hidden width of the MLP over C; 0 for blocks without MLP, as in the first version.
         stem: "overlap" for two overlapping convolutions, "patch" for one that does not overlap.
         downsample: "overlap" for convolutions of 3 x 3, "patch" for 2 x 2, "merge" for Swin's patch merging.
@@ -161,7 +163,9 @@ class VMamba(nn.Module):
         d_conv: int = 3,
         ssm_conv_bias: bool = False,
         gate: bool = False,
-        scan_order: str = "cross",
+        scan_order: str | Sequence[str] = "cross",
+        route_attention: bool = False,
+        published_quirks: bool = False,
         mlp_ratio: float = 4.0,
         stem: str = "overlap",
         downsample: str = "overlap",
@@ -182,6 +186,11 @@ class VMamba(nn.Module):
         make_downsample = _choose("downsample", downsample, DOWNSAMPLES)
         if len(dims) != len(depths):
             raise ValueError(f"VMamba: dims and depths must name as many stages, got {len(dims)} and {len(depths)}.")
+        orders = [scan_order] * sum(depths) if isinstance(scan_order, str) else list(scan_order)
+        if len(orders) != sum(depths):
+            raise ValueError(
+                f"VMamba: scan_order must be one name or one for each of the {sum(depths)} blocks, got {len(orders)}."
+            )
         mixer = partial(
             SS2D,
             d_state=d_state,
@@ -190,7 +199,8 @@ class VMamba(nn.Module):
             d_conv=d_conv,
             conv_bias=ssm_conv_bias,
             gate=gate,
-            scan_order=scan_order,
+            route_attention=route_attention,
+            published_quirks=published_quirks,
             norm_eps=norm_eps,
             proj_drop=proj_drop_rate,
         )
@@ -204,7 +214,12 @@ class VMamba(nn.Module):
         rates = cast(list[list[float]], calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True))
         for i, (dim, stage_rates) in enumerate(zip(dims, rates, strict=True)):
             between = make_downsample(dims[i - 1], dim, norm_layer=norm, **dd) if i else nn.Identity()
-            blocks = [VMambaBlock(dim, mixer, norm, act, mlp_ratio, proj_drop_rate, rate, **dd) for rate in stage_rates]
+            blocks = [
+                VMambaBlock(
+                    dim, partial(mixer, scan_order=orders.pop(0)), norm, act, mlp_ratio, proj_drop_rate, rate, **dd
+                )
+                for rate in stage_rates
+            ]
             stages.append(VMambaStage(between, blocks))
         self.stages = nn.Sequential(*stages)
         self.feature_info = [
@@ -365,6 +380,7 @@ _PUBLISHED_NAMES: tuple[tuple[str, Any], ...] = (
     (r"\.downsample\.norm\.", ".downsample.3."),
     (r"\.downsample\.pre_norm\.", ".downsample.norm."),
     (r"\.norm1\.", ".norm."),
+    (r"\.ss2d\.attn\.", ".ss2d.multi_scan.attn."),
     (r"\.ss2d\.", ".op."),
     (r"^norm\.", "classifier.norm."),
     (r"^head\.fc\.", "classifier.head."),
