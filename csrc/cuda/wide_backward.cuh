@@ -6,7 +6,7 @@
 // Grid: a block = one (b, k) and kBlockChannels channels, a warp = kWarpChannels of them. Lane (q, group), q in the high
 // bits, holds states q kStates.. of kSlots channels; its slot j is channel ((j ^ q) % kSlots) kGroups + group of the
 // warp, so that sums over q leave a lane its own channel by exchanges without selection.
-// Steps go by in tiles of kCheckpoint, from the last. Forward saved the state before each tile; a warp runs through the
+// Steps go by in tiles of kTile, from the last. Forward saved the state before each tile; a warp runs through the
 // tile once and keeps every state, those of the first kHeld steps in shared memory, those of the last kSub in
 // registers: so each state is computed once. Decays are computed again on the way back: registers that kept them would
 // cost more, in warps that do not fit, than the exponentials do.
@@ -19,19 +19,8 @@
 #pragma once
 #include "wide.cuh"
 
-constexpr int kTile = kCheckpoint;
 constexpr int kSub = SUB;
 constexpr int kHeld = kTile - kSub;
-constexpr int kThreads = 32 * kWarps;
-constexpr int kBlockChannels = kWarps * kWarpChannels;
-constexpr int kPitch = kBlockChannels + 2;  // so that rows meet other banks
-constexpr int kRun = kWarpChannels < 16 ? kWarpChannels / 2 : 8;  // channels a thread loads at a time, of one step
-constexpr int kRuns = kBlockChannels / kRun;
-constexpr int kRows = kTile * kRuns / kThreads;  // rows of which a thread has a run
-constexpr int kShare = kTile * kRow / kThreads;
-constexpr int kRowRun = kShare < 1 ? 1 : kShare < 4 ? kShare : 4;  // states a thread loads at a time, of one step
-constexpr int kParts = kShare < 4 ? 1 : kShare / 4;
-constexpr bool kPartsAhead = kParts <= 2;
 constexpr int kSums = 2 * kStates;     // dB and dC of a lane's states
 constexpr bool kDirect = kWarps == 1;  // a warp's sums are the block's
 constexpr int kFlush = 64;             // tiles after which partial sums of dA leave the registers
@@ -43,52 +32,19 @@ constexpr bool kTensor = false;
 #endif
 // Numbers go to the tensor cores in their upper 19 bits, and where results are more exact than that their rest as well.
 constexpr bool kTwoTerms = TWO_TERMS;
-constexpr float kTruncated = 1.000352f;  // what cutting off 13 bits takes from a number on average, given back
 constexpr int kSpan = kTensor ? 16 / kSums : 1;  // steps whose sums the tensor cores take together
 
-static_assert(kTile == 16 && kRun >= 1 && kRows >= 1);
 static_assert(kSub % kSpan == 0 && kHeld % kSpan == 0);
 
 struct alignas(16) BlockMemory {
-    float2 su[kTile][kPitch];  // s, s x -> <g, B>
-    float2 dz[kTile][kPitch];  // dy, (none) -> <g h A>
-    float rows[kTile][2 * kRow];  // B, then C
+    Stage stage;               // su: s, s x -> <g, B>; in between, halves of ddt, of two channels in the first's place
+    float2 dz[kTile][kPitch];  // dy, x or none -> <g h A>
     float sums[kDirect ? 1 : kWarps][kDirect ? 1 : kTile][2 * kRow];  // dB, then dC
-    float held[kWarps][kHeld][kSlots][32][kStates];  // the state after each of the first steps
-    float bias[kBlockChannels];
-    float D[kBlockChannels];
-    float weight[kRank + 1][kBlockChannels];
-    float rank[kRank ? kTile : 1][kRank + 1];
-    int tokens[2][kTile];  // of two tiles in turn
+    float held[kWarps][kHeld][kSlots][32][kStates];                   // the state after each of the first steps
+    float4 dweight[kTensorRank ? kWarps : 1][kTensorRank ? (kOwnTiles + 1) / 2 : 1][kTensorRank ? kRankTiles : 1][32];
 };
 extern "C" __device__ int launch_shape[2] = {kThreads, (int)sizeof(BlockMemory)};
 
-// A thread's run of channels, the same in all its rows, and those rows: eight neighbouring lanes have two runs of four
-// rows, for the banks' sake.
-DEVICE int own_run() { return (threadIdx.x & 1) + 2 * ((threadIdx.x >> 3) % (kRuns / 2)); }
-DEVICE int own_row(int r) { return (threadIdx.x >> 1 & 3) + 4 * ((r * kThreads + threadIdx.x) / 8 / (kRuns / 2)); }
-
-// A thread's share of the rows of B and C.
-struct Part {
-    int row, state;
-    bool there;
-    DEVICE explicit Part(int k) {
-        const int i = (k * kThreads + threadIdx.x) * kRowRun;
-        row = i / kRow % kTile, state = i % kRow, there = kShare > 0 || i < kTile * kRow;
-    }
-};
-
-// d += A B, 16 x 8 and 8 x 8, in tf32: the lane gives of A the rows lane / 4 and lane / 4 + 8 of column lane % 4, then of
-// column lane % 4 + 4; of B column lane / 4 of those rows; and has of d those rows, columns 2 (lane % 4) and the next.
-DEVICE void multiply_add_tf32(float* d, float a0, float a1, float a2, float a3, float2 b) {
-#if __CUDA_ARCH__ >= 800
-    asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
-        "{%0, %1, %2, %3};"
-        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-        : "r"(__float_as_uint(a0)), "r"(__float_as_uint(a1)), "r"(__float_as_uint(a2)), "r"(__float_as_uint(a3)),
-          "r"(__float_as_uint(b.x)), "r"(__float_as_uint(b.y)));
-#endif
-}
 DEVICE float one_if_equal(float a, float b) {
     float r;
     asm("set.eq.f32.f32 %0, %1, %2;" : "=f"(r) : "f"(a), "f"(b));
@@ -108,10 +64,10 @@ DEVICE void sum_groups(float* d, const float* values, int t, int span, int lane,
 #pragma unroll
         for (int i = 0; i < kSums; i += 4) {
             const float column = (span * kSums + i) / 2;
-            const float2 b = make_float2(one_if_equal(lane >> 2, column), one_if_equal(lane >> 2, column + 1));
+            const float b0 = one_if_equal(lane >> 2, column), b1 = one_if_equal(lane >> 2, column + 1);
             const float* v = values + i;
-            multiply_add_tf32(d, v[0], v[2], v[1], v[3], b);
-            if constexpr (kTwoTerms) multiply_add_tf32(d, rest(v[0]), rest(v[2]), rest(v[1]), rest(v[3]), b);
+            multiply_add_tf32(d, v[0], v[2], v[1], v[3], b0, b1);
+            if constexpr (kTwoTerms) multiply_add_tf32(d, rest(v[0]), rest(v[2]), rest(v[1]), rest(v[3]), b0, b1);
         }
         if (span > 0) return;
         constexpr int kCount = owned_count<4, kGroups / 2, 4>();
@@ -140,32 +96,88 @@ DEVICE void sum_groups(float* d, const float* values, int t, int span, int lane,
     }
 }
 
+// Gradients of a low-rank step size and of its weights, from the halves of ddt that every thread has left in su. A warp
+// takes the weights of its own channels, and every kWarps-th eight columns of the step size for all channels.
+DEVICE void multiply_back(BlockMemory& block, int turn, float* to, int stride) {
+    const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
+    Stage& stage = block.stage;
+    auto of_channels = [&](unsigned* high, unsigned* low, int channel) {  // as A of multiply_add: rows are steps
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            uint2 pair = {0, 0};
+            if (i < 2 || kOwnTiles > 1) {
+                const float2& at = stage.su[lane / 4 + 8 * (i % 2)][channel + 8 * (i / 2) + 2 * (lane % 4)];
+                pair = *reinterpret_cast<const uint2*>(&at);
+            }
+            high[i] = pair.x, low[i] = pair.y;
+        }
+    };
+#pragma unroll
+    for (int m = 0; m < (kOwnTiles + 1) / 2; ++m) {
+        unsigned high[4], low[4], high_t[4], low_t[4];
+        of_channels(high, low, warp * kWarpChannels + 16 * m);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            const int turned = i % 2 * 2 + i / 2;
+            high_t[turned] = transpose(high[i]), low_t[turned] = transpose(low[i]);
+        }
+#pragma unroll
+        for (int tile = 0; tile < kRankTiles; ++tile) {
+            unsigned columns[2];
+#pragma unroll
+            for (int i = 0; i < 2; ++i) {
+                columns[i] = transpose(stage.low[turn][lane / 4 + 8 * i][tile * 4 + lane % 4]);
+            }
+            float sum[4];
+            float* at = &block.dweight[warp][m][tile][lane].x;
+            get<4>(sum, at);
+            multiply_add(sum, high_t, columns);
+            multiply_add(sum, low_t, columns);
+            put<4>(at, sum);
+        }
+    }
+#pragma unroll 1
+    for (int tile = warp; tile < kRankTiles; tile += kWarps) {
+        float out[4] = {0.f, 0.f, 0.f, 0.f};
+        constexpr int kTogether = kOwnTiles > 1 ? 2 : 1;
+#pragma unroll
+        for (int c = 0; c < kChannelTiles; c += kTogether) {
+            unsigned high[4], low[4], w_high[2] = {0, 0}, w_low[2] = {0, 0};
+            of_channels(high, low, 8 * c);
+#pragma unroll
+            for (int i = 0; i < kTogether; ++i) {
+                const uint2 w = stage.weight_halves[c + i][tile][lane];
+                w_high[i] = transpose(w.x), w_low[i] = transpose(w.y);
+            }
+            multiply_add(out, high, w_high);
+            multiply_add(out, low, w_high);
+            multiply_add(out, high, w_low);
+        }
+        const int rank = 8 * tile + 2 * (lane % 4);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            const int token = stage.tokens[turn][lane / 4 + 8 * (i / 2)];
+            if (token >= 0 && rank + i % 2 < kRank) at_token(to, token, stride)[rank + i % 2] = out[i];
+        }
+    }
+}
+
 extern "C" __global__ void __launch_bounds__(kThreads, MIN_BLOCKS) wide_backward(const __grid_constant__ Params p) {
     extern __shared__ __align__(16) char shared[];
     BlockMemory& block = *reinterpret_cast<BlockMemory*>(shared);
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
 
-    const int channels = (int)p.channels, steps = (int)p.steps, states = (int)p.states;
-    const int blocks = (channels + kBlockChannels - 1) / kBlockChannels, block_of_channels = blockIdx.x % blocks;
-    const int route = blockIdx.x / blocks % (int)p.routes;
-    const long long batch = blockIdx.x / blocks / (int)p.routes;
-    const long long sequence = batch * p.routes + route;
-    const int first = block_of_channels * kBlockChannels;
-
-    // Places in the scan, and a run of channels while loading and storing. Channels past the last are all 0.
+    const Source from(p);
+    const int channels = from.channels, steps = from.steps, states = from.states, run = from.run;
+    const int route = from.route, blocks = from.blocks, first = from.first;
+    const long long batch = from.batch, sequence = from.sequence;
     const int q = lane / kGroups, group = lane % kGroups;
-    const int run = own_run() * kRun, valid_run = channels - first - run;
-    const X_TYPE* x = (const X_TYPE*)p.x + batch * p.x_b + route * p.x_k + (first + run) * p.x_d;
-    const DT_TYPE* dt = (const DT_TYPE*)p.dt + batch * p.dt_b + route * p.dt_k + (kRank ? 0 : (first + run) * p.dt_d);
-    const B_TYPE* B = (const B_TYPE*)p.B + batch * p.B_b + route * p.B_k;
-    const C_TYPE* C = (const C_TYPE*)p.C + batch * p.C_b + route * p.C_k;
     const Y_TYPE* dy = (const Y_TYPE*)p.dy + batch * p.dy_b + route * p.dy_k + (first + run) * p.dy_d;
     DX_TYPE* dx = (DX_TYPE*)p.dx + batch * p.dx_b + route * p.dx_k + (first + run) * p.dx_d;
     DDT_TYPE* ddt = (DDT_TYPE*)p.ddt + batch * p.ddt_b + route * p.ddt_k + (first + run) * p.ddt_d;
-    const int* indices = p.indices + (long long)route * steps;
-    const long long first_sum = ((batch * p.tokens * p.routes + route) * blocks + block_of_channels) * states;
-    float *dB = p.dB + first_sum, *dC = p.dC + first_sum;
-    const int sums_stride = (int)p.routes * blocks * states;
+    const long long first_sum = (batch * p.tokens * p.routes + route) * blocks + from.block;
+    float *dB = p.dB + first_sum * states, *dC = p.dC + first_sum * states;
+    const int sums_stride = (int)p.routes * blocks;
 
     int places[kSlots];  // of the slots' channels in the block
     float A[kSlots][kStates], dA[kSlots][kStates], carried[kSlots][kStates];
@@ -183,12 +195,9 @@ extern "C" __global__ void __launch_bounds__(kThreads, MIN_BLOCKS) wide_backward
             dA[j][n] = 0.f;
         }
     }
-    for (int i = threadIdx.x; i < kBlockChannels; i += kThreads) {
-        const bool there = first + i < channels;
-        const long long at = (long long)route * channels + first + i;
-        block.bias[i] = there && p.dt_bias ? p.dt_bias[at] : 0.f;
-        block.D[i] = there && p.D ? p.D[at] : 0.f;
-        for (int r = 0; r < kRank; ++r) block.weight[r][i] = there ? p.dt_weight[at * kRank + r] : 0.f;
+    from.prepare(block.stage, p);
+    for (int i = threadIdx.x; kTensorRank && i < (int)(sizeof(block.dweight) / sizeof(float4)); i += kThreads) {
+        block.dweight[0][0][0][i] = make_float4(0.f, 0.f, 0.f, 0.f);
     }
     // A thread's share of dD and ddt_bias.
     constexpr int kColumns = owned_count<2 * kRun, 4, 2>();
@@ -213,110 +222,48 @@ extern "C" __global__ void __launch_bounds__(kThreads, MIN_BLOCKS) wide_backward
         }
     };
 
-    // What is read of a tile and not yet unpacked.
-    Pack<X_TYPE, kRun> x_in[kRows];
-    Pack<DT_TYPE, kRun> dt_in[kRank ? 1 : kRows];
+    Incoming in;
     Pack<Y_TYPE, kRun> dy_in[kRows];
-    Pack<B_TYPE, kRowRun> B_in[kPartsAhead ? kParts : 1];
-    Pack<C_TYPE, kRowRun> C_in[kPartsAhead ? kParts : 1];
     float h[kSlots][kStates];
-    auto fetch_part = [&](int k, int slot, const int* tokens) {
-        const Part part(k);
-        const int token = part.there ? tokens[part.row] : -1, valid = token >= 0 ? states - part.state : 0;
-        load<kVectorBC>(B_in[slot], at_token(B, token, p.B_l) + part.state * (int)p.B_n, (int)p.B_n, valid);
-        load<kVectorBC>(C_in[slot], at_token(C, token, p.C_l) + part.state * (int)p.C_n, (int)p.C_n, valid);
-    };
     auto fetch = [&](int tile) {
-        const int* tokens = block.tokens[tile & 1];
+        const int* tokens = block.stage.tokens[tile & 1];
+        in.fetch(from, p, tokens);
 #pragma unroll
         for (int r = 0; r < kRows; ++r) {
-            const int token = tokens[own_row(r)], valid = token >= 0 ? valid_run : 0;
-            load<kVectorX>(x_in[r], at_token(x, token, p.x_l), (int)p.x_d, valid);
-            if constexpr (kRank == 0) load<kVectorX>(dt_in[r], at_token(dt, token, p.dt_l), (int)p.dt_d, valid);
-            if (p.dy) load<kVectorX>(dy_in[r], at_token(dy, token, p.dy_l), (int)p.dy_d, valid);
+            const int token = tokens[own_row(r)];
+            if (p.dy) load<kVectorX>(dy_in[r], at_token(dy, token, p.dy_l), (int)p.dy_d, token >= 0 ? from.valid : 0);
             else dy_in[r].clear();
         }
-#pragma unroll
-        for (int k = 0; kPartsAhead && k < kParts; ++k) fetch_part(k, k, tokens);
         saved(h, tile);
     };
     auto unpack = [&](int tile) {
-        const int* tokens = block.tokens[tile & 1];
-        if constexpr (kRank > 0) {
-            for (int i = threadIdx.x; i < kTile * kRank; i += kThreads) {
-                const int row = i / kRank, rank = i % kRank, token = tokens[row];
-                block.rank[row][rank] = token >= 0 ? widen(at_token(dt, token, p.dt_l)[rank * (int)p.dt_d]) : 0.f;
-            }
-            __syncthreads();
-        }
-#pragma unroll
-        for (int r = 0; r < kRows; ++r) {
-            const int row = own_row(r), token = tokens[row];
-            float s[kRun];
-            get<kRun>(s, block.bias + run);
-            if constexpr (kRank == 0) {
-#pragma unroll
-                for (int i = 0; i < kRun; ++i) s[i] += dt_in[r].get(i);
-            } else {
-#pragma unroll 4
-                for (int c = 0; c < kRank; ++c) {
-                    float weight[kRun];
-                    get<kRun>(weight, block.weight[c] + run);
-#pragma unroll
-                    for (int i = 0; i < kRun; ++i) s[i] = fmaf(weight[i], block.rank[row][c], s[i]);
-                }
-            }
-            float su[2 * kRun], dz[2 * kRun];
-#pragma unroll
-            for (int i = 0; i < kRun; ++i) {
-                if (kSoftplus) s[i] = softplus<sizeof(DT_TYPE) == 4>(s[i]);
-                if (token == -2) s[i] = 0.f;  // past the end the state stays as it is
-                su[2 * i] = s[i], su[2 * i + 1] = s[i] * x_in[r].get(i);
-                dz[2 * i] = dy_in[r].get(i), dz[2 * i + 1] = 0.f;
-            }
-            put<2 * kRun>(&block.su[row][run].x, su);
-            put<2 * kRun>(&block.dz[row][run].x, dz);
-        }
-#pragma unroll
-        for (int k = 0; k < kParts; ++k) {
-            const Part part(k);
-            const int slot = kPartsAhead ? k : 0;
-            if (!kPartsAhead) fetch_part(k, 0, tokens);
-            if (!part.there) continue;
-            float values[kRowRun];
-#pragma unroll
-            for (int n = 0; n < kRowRun; ++n) values[n] = B_in[slot].get(n);
-            put<kRowRun>(block.rows[part.row] + part.state, values);
-#pragma unroll
-            for (int n = 0; n < kRowRun; ++n) values[n] = C_in[slot].get(n);
-            put<kRowRun>(block.rows[part.row] + kRow + part.state, values);
-        }
+        in.unpack<true>(from, p, block.stage, tile & 1, block.dz, [&](int r, int i) { return dy_in[r].get(i); });
     };
 
     if (threadIdx.x < kTile) {
-        const int step = (tiles - 1) * kTile + threadIdx.x;
-        block.tokens[(tiles - 1) & 1][threadIdx.x] = step < steps ? __ldg(indices + step) : -2;
+        block.stage.tokens[(tiles - 1) & 1][threadIdx.x] = from.token_at((tiles - 1) * kTile + threadIdx.x);
     }
     __syncthreads();
     fetch(tiles - 1);
     unpack(tiles - 1);
     for (int tile = tiles - 1; tile >= 0; --tile) {
         const int start = tile * kTile;
-        const int* tokens = block.tokens[tile & 1];
+        const int* tokens = block.stage.tokens[tile & 1];
         int ahead = 0;
-        if (threadIdx.x < kTile && tile > 0) ahead = __ldg(indices + start - kTile + threadIdx.x);
+        if (threadIdx.x < kTile && tile > 0) ahead = from.token_at(start - kTile + threadIdx.x);
         Pack<X_TYPE, kRun> x_now[kRows];
 #pragma unroll
-        for (int r = 0; r < kRows; ++r) x_now[r] = x_in[r];
+        for (int r = 0; r < kRows; ++r) x_now[r] = in.x[r];
         __syncthreads();
+        in.multiply_rank(from, block.stage, tile & 1, block.dz);
 
         const bool whole = start + kHeld < steps;  // not only padding behind the first steps
         auto forwards = [&](int t) {
             float b[kStates];
-            get<kStates>(b, block.rows[t] + q * kStates);
+            get<kStates>(b, block.stage.rows[t] + q * kStates);
 #pragma unroll
             for (int j = 0; j < kSlots; ++j) {
-                const float2 su = block.su[t][places[j]];
+                const float2 su = block.stage.su[t][places[j]];
 #pragma unroll
                 for (int n = 0; n < kStates; ++n) h[j][n] = fmaf(decay(su.x, A[j][n]), h[j][n], su.y * b[n]);
             }
@@ -324,16 +271,16 @@ extern "C" __global__ void __launch_bounds__(kThreads, MIN_BLOCKS) wide_backward
         float product_of_sums[4];
         auto row_at = [&](int t) {
             // The sums of a lone warp take the place of B and C, which nothing reads again.
-            return kDirect ? block.rows[t] : block.sums[kDirect ? 0 : warp][kDirect ? 0 : t];
+            return kDirect ? block.stage.rows[t] : block.sums[kDirect ? 0 : warp][kDirect ? 0 : t];
         };
         auto backwards = [&](int t, int span, const float (*before)[kStates], const float (*after)[kStates]) {
             float b[kStates], c[kStates], sums[kSums], inner[2];
             float others[2][kSlots];  // <g, B> and <g h A> of the slots
-            get<kStates>(b, block.rows[t] + q * kStates);
-            get<kStates>(c, block.rows[t] + kRow + q * kStates);
+            get<kStates>(b, block.stage.rows[t] + q * kStates);
+            get<kStates>(c, block.stage.rows[t] + kRow + q * kStates);
 #pragma unroll
             for (int j = 0; j < kSlots; ++j) {
-                const float2 su = block.su[t][places[j]];
+                const float2 su = block.stage.su[t][places[j]];
                 const float out = block.dz[t][places[j]].x;
                 others[0][j] = others[1][j] = 0.f;
 #pragma unroll
@@ -359,10 +306,10 @@ extern "C" __global__ void __launch_bounds__(kThreads, MIN_BLOCKS) wide_backward
             sum_groups(product_of_sums, sums, t, span, lane, row_at);
             __syncwarp();  // every lane has read this row
             if (owns_first<2, 16, kGroups * kSlots>(lane)) {
-                const int from = owned_from<2, 16, kGroups * kSlots>(lane);
+                const int owned = owned_from<2, 16, kGroups * kSlots>(lane);
 #pragma unroll
                 for (int i = 0; i < owned_count<2, 16, kGroups * kSlots>(); ++i) {
-                    (from + i ? block.dz : block.su)[t][places[0]].y = inner[i];
+                    (owned + i ? block.dz : block.stage.su)[t][places[0]].y = inner[i];
                 }
             }
         };
@@ -399,7 +346,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, MIN_BLOCKS) wide_backward
                 copy(h, before);
             }
         }
-        if (threadIdx.x < kTile) block.tokens[~tile & 1][threadIdx.x] = ahead;
+        if (threadIdx.x < kTile) block.stage.tokens[~tile & 1][threadIdx.x] = ahead;
         __syncthreads();
         if (tile > 0) fetch(tile - 1);
 
@@ -408,8 +355,8 @@ extern "C" __global__ void __launch_bounds__(kThreads, MIN_BLOCKS) wide_backward
         for (int r = 0; r < kRows; ++r) {
             const int row = own_row(r), token = tokens[row];
             float dx_out[kRun], ddt_out[kRun], skip[kRun], su[2 * kRun], dz[2 * kRun], shares[2 * kRun];
-            get<kRun>(skip, block.D + run);
-            get<2 * kRun>(su, &block.su[row][run].x);
+            get<kRun>(skip, block.stage.D + run);
+            get<2 * kRun>(su, &block.stage.su[row][run].x);
             get<2 * kRun>(dz, &block.dz[row][run].x);
 #pragma unroll
             for (int i = 0; i < kRun; ++i) {
@@ -422,10 +369,19 @@ extern "C" __global__ void __launch_bounds__(kThreads, MIN_BLOCKS) wide_backward
             }
             if (token >= 0) {
                 Pack<DX_TYPE, kRun> dx_row;
-                Pack<DDT_TYPE, kRun> ddt_row;
-                dx_row.set(dx_out), ddt_row.set(ddt_out);
-                store<kVectorX>(dx_row, at_token(dx, token, p.dx_l), (int)p.dx_d, valid_run);
-                store<kVectorX>(ddt_row, at_token(ddt, token, p.ddt_l), (int)p.ddt_d, valid_run);
+                dx_row.set(dx_out);
+                store<kVectorX>(dx_row, at_token(dx, token, p.dx_l), (int)p.dx_d, from.valid);
+                if constexpr (!kTensorRank) {
+                    Pack<DDT_TYPE, kRun> ddt_row;
+                    ddt_row.set(ddt_out);
+                    store<kVectorX>(ddt_row, at_token(ddt, token, p.ddt_l), (int)p.ddt_d, from.valid);
+                }
+            }
+            if constexpr (kTensorRank) {
+#pragma unroll
+                for (int i = 0; i < kRun; i += 2) {
+                    *reinterpret_cast<uint2*>(&block.stage.su[row][run + i]) = halves(ddt_out[i], ddt_out[i + 1]);
+                }
             }
             reduce_scatter<2 * kRun, 4, 2>(shares, lane);
 #pragma unroll
@@ -440,7 +396,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, MIN_BLOCKS) wide_backward
 #pragma unroll
             for (int kind = 0; kind < 2; ++kind) {
                 float sum[kRowRun];
-                get<kRowRun>(sum, (kDirect ? block.rows[part.row] : block.sums[0][kDirect ? 0 : part.row]) +
+                get<kRowRun>(sum, (kDirect ? block.stage.rows[part.row] : block.sums[0][kDirect ? 0 : part.row]) +
                                       kind * kRow + part.state);
 #pragma unroll
                 for (int w = 1; w < kWarps; ++w) {
@@ -449,7 +405,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, MIN_BLOCKS) wide_backward
 #pragma unroll
                     for (int n = 0; n < kRowRun; ++n) sum[n] += more[n];
                 }
-                float* to = at_token(kind ? dC : dB, token, sums_stride) + part.state;
+                float* to = at_token(kind ? dC : dB, token, sums_stride * states) + part.state;
 #pragma unroll
                 for (int n = 0; n < kRowRun; ++n) {
                     if constexpr (kTensor && !kTwoTerms) sum[n] *= kTruncated;
@@ -474,6 +430,10 @@ extern "C" __global__ void __launch_bounds__(kThreads, MIN_BLOCKS) wide_backward
                 }
             }
         }
+        if constexpr (kTensorRank) {
+            __syncthreads();
+            multiply_back(block, tile & 1, (float*)p.ddt + first_sum * kRank, sums_stride * kRank);
+        }
         if (tile > 0) unpack(tile - 1);
     }
 
@@ -491,14 +451,23 @@ extern "C" __global__ void __launch_bounds__(kThreads, MIN_BLOCKS) wide_backward
         }
     }
 
+    // Of a tile of dweight a lane has channels lane / 4 and lane / 4 + 8, columns 2 (lane % 4) and the next.
+    for (int i = 0; kTensorRank && i < (kOwnTiles + 1) / 2 * kRankTiles * 4; ++i) {
+        const int m = i / 4 / kRankTiles, tile = i / 4 % kRankTiles;
+        const int of = 16 * m + lane / 4 + i % 4 / 2 * 8, channel = first + warp * kWarpChannels + of;
+        const int rank = 8 * tile + 2 * (lane % 4) + i % 2;
+        if (of < kWarpChannels && channel < channels && rank < kRank) {
+            p.ddt_weight[(sequence * channels + channel) * kRank + rank] = (&block.dweight[warp][m][tile][lane].x)[i % 4];
+        }
+    }
     // dD and ddt_bias, over the four quarters of the rows.
     __syncthreads();
     float* quarters = block.held[0][0][0][0];
     if (owns_first<2 * kRun, 4, 2>(lane)) {
-        const int from = owned_from<2 * kRun, 4, 2>(lane);
+        const int owned = owned_from<2 * kRun, 4, 2>(lane);
 #pragma unroll
         for (int i = 0; i < kColumns; ++i) {
-            const int kind = (from + i) / kRun, channel = run + (from + i) % kRun;
+            const int kind = (owned + i) / kRun, channel = run + (owned + i) % kRun;
             quarters[(own_row(0) / 4 * 2 + kind) * kBlockChannels + channel] = columns[i];
         }
     }

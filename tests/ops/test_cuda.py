@@ -48,6 +48,27 @@ def test_matches_the_reference(case: Case, poisoned: None) -> None:
         assert_close(name, found[name], reference)
 
 
+def many() -> list[Case]:
+    """Shapes for scans of many sequences, which the tests' few would not choose by themselves."""
+    found = [
+        Case(channels=channels, states=states, order="cross", dtypes=(dtype,) * 4, rank=rank, grid=(5, 11))
+        for states in (2, 4, 8, 16, 24, 32, 64, 100, 256)
+        for channels, rank, dtype in ((96, 0, BF16), (72, 24, BF16), (64, 5, F16), (40, 0, F32))
+    ]
+    found += [Case(channels=c, states=16, rank=r, state=True, dtypes=(BF16,) * 4) for c, r in ((64, 48), (20, 7))]
+    return [*found, Case(channels=80, states=16, dtypes=(BF16, BF16, F32, BF16), out_dtype=F32, grid=(1, 40))]
+
+
+@pytest.mark.parametrize("case", many(), ids=str)
+def test_shapes_for_many_sequences(case: Case, poisoned: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda, "_plenty", lambda *_: True)
+    monkeypatch.setattr(cuda, "_forward_plans", {})
+    monkeypatch.setattr(cuda, "_backward_plans", {})
+    found = run(make_call(case, device="cuda"), "cuda")
+    for name, reference in expected(case).items():
+        assert_close(name, found[name], reference)
+
+
 @pytest.mark.parametrize("raw", [-80.0, 80.0])
 @pytest.mark.parametrize("dtype", [F32, F16, BF16])
 @pytest.mark.parametrize("states", [1, 16])

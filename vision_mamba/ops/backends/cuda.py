@@ -136,14 +136,16 @@ def _backward(asked: ScanCall, saved: Tensor, dy: Tensor | None, dlast: Tensor |
         target = dx if plan.parts is None else _new_parts(call, plan.parts)
         products = call.rank > 0 and _rank_in_kernel(call)
         blocks = plan.scan.grid // (batch * (1 if plan.merging else routes))
-        if products:
+        wide = states > 1
+        if products and wide:
+            ddt = call.dt.new_empty((batch, tokens, routes, blocks, call.rank), dtype=torch.float32)
+        elif products:
             ddt = call.dt.new_empty((blocks, batch, tokens, routes, call.rank))
         elif call.rank:
             ddt = call.dt.new_empty((batch, tokens, routes, channels), dtype=torch.float32)
         else:
             ddt = torch.empty_like(call.dt)
         new = functools.partial(call.x.new_empty, dtype=torch.float32)
-        wide = states > 1
         dBC = new((2, batch, tokens, routes, blocks, states) if wide else (2, blocks, batch, tokens, routes, states))
         dA = new((batch, routes, channels, states))
         per_channel = new((2, batch, routes, channels))
@@ -171,7 +173,8 @@ def _backward(asked: ScanCall, saved: Tensor, dy: Tensor | None, dlast: Tensor |
         found["D"], found["dt_bias"] = per_channel.sum(1).unbind(0)
         if products:
             assert dweight is not None
-            found["dt"], found["dt_weight"] = ddt.sum(0), dweight.sum(0)
+            found["dt"] = _sum_blocks(ddt, call.dt.dtype) if wide else ddt.sum(0)
+            found["dt_weight"] = dweight.sum(0)
         elif asked.dt_weight is not None:
             low_rank, weight = asked.dt.to(torch.float32), asked.dt_weight.to(torch.float32)
             found["dt"] = torch.einsum("blkd,kdr->blkr", ddt, weight)
@@ -198,12 +201,8 @@ def _plan_forward(call: ScanCall, complete: bool, y: Tensor, device: int) -> _Pl
     if call.states == 1:
         kernel = kernels.narrow_forward(types, _narrow(call, complete, merging, view))
         return _Plan(_narrow_launch(kernel, call, fields, merging, device), merging, parts)
-    shape = kernels.wide_shape(call.states, 2 if _plenty(call, device) else 1)
-    row = shape.lanes * shape.states
-    vector_x = vector(shape.channels // 4, call.x, view, None if call.rank else call.dt)
-    vector_bc = call.states == row and vector(max(row // 4, 1), call.B, call.C)
-    kernel = kernels.wide_forward(shape, types, call.rank, call.dt_softplus, vector_x, vector_bc)
-    return _Plan(_wide_launch(kernel, shape, kernels.WARPS, call, fields, device), merging, parts)
+    how = _wide(call, _wide_shape(call, device), kernels.WARPS, call.x, view, None if call.rank else call.dt)
+    return _Plan(_wide_launch(kernels.wide_forward(types, how), how, call, fields, device), merging, parts)
 
 
 def _plan_backward(call: ScanCall, complete: bool, dy: Tensor | None, dx: Tensor, device: int) -> _Plan:
@@ -225,15 +224,28 @@ def _plan_backward(call: ScanCall, complete: bool, dy: Tensor | None, dx: Tensor
         how = _narrow(call, complete, merging, view, *across)
         kernel = kernels.narrow_backward(types, how, TYPES[view.dtype], ddt_type)
         return _Plan(_narrow_launch(kernel, call, fields, merging, device), merging, parts)
-    shape = kernels.wide_shape(call.states, 2) if _plenty(call, device) else kernels.wide_shape(call.states, 1, 2)
+    shape = _wide_shape(call, device)
+    how = _wide(call, shape, kernels.backward_warps(shape, nvrtc.shared_limit(device)), *across)
+    kernel = kernels.wide_backward(types, how, TYPES[view.dtype], ddt_type)
+    return _Plan(_wide_launch(kernel, how, call, fields, device), merging, parts)
+
+
+def _wide(call: ScanCall, shape: kernels.Shape, warps: int, *across: Tensor | None) -> kernels.Wide:
     row = shape.lanes * shape.states
-    vector_x = vector(min(shape.channels // 2, 8), *across)
-    vector_bc = call.states == row and vector(min(row, 4), call.B, call.C)
-    warps = kernels.backward_warps(shape, nvrtc.shared_limit(device))
-    kernel = kernels.wide_backward(
-        shape, warps, types, call.rank, call.dt_softplus, vector_x, vector_bc, TYPES[view.dtype], ddt_type
+    return kernels.Wide(
+        shape,
+        warps,
+        call.rank,
+        call.dt_softplus,
+        vector_x=vector(min(shape.channels // 2, 8), *across),
+        vector_bc=call.states == row and vector(min(row, 4), call.B, call.C),
+        vector_rank=call.rank > 0 and call.rank % 2 == 0 and vector(2, call.dt),
+        tensor_rank=_rank_in_kernel(call),
     )
-    return _Plan(_wide_launch(kernel, shape, warps, call, fields, device), merging, parts)
+
+
+def _wide_shape(call: ScanCall, device: int) -> kernels.Shape:
+    return kernels.wide_shape(call.states, 2 if _plenty(call, device) else 1)
 
 
 def _plenty(call: ScanCall, device: int) -> bool:
@@ -292,16 +304,32 @@ def _narrow_launch(
 
 
 def _wide_launch(
-    wanted: nvrtc.Specialisation,
-    shape: kernels.Shape,
-    warps: int,
-    call: ScanCall,
-    fields: dict[str, int],
-    device: int,
+    wanted: nvrtc.Specialisation, how: kernels.Wide, call: ScanCall, fields: dict[str, int], device: int
 ) -> _Launch:
-    per_block = shape.channels * warps
+    per_block = how.shape.channels * how.warps
     grid = call.batch * call.routes * ((call.channels + per_block - 1) // per_block)
     return _Launch(nvrtc.kernel(wanted, device), grid, _template(fields))
+
+
+def _merge(parts: Tensor, out: Tensor) -> None:
+    """out[b, l, d] = sum over k of parts[b, l, k, d], in order of k."""
+    result = out if out.is_contiguous() else torch.empty_like(out, memory_format=torch.contiguous_format)
+    device = out.device.index
+    key = (device, parts.shape, parts.dtype, out.dtype)
+    launch = _merges.get(key)
+    if launch is None:
+        batch, tokens, routes, channels = parts.shape
+        run = next(n for n in (8, 4, 2, 1) if channels % n == 0)
+        fields = dict(batch=batch, tokens=tokens, routes=routes, channels=channels)
+        grid = (batch * tokens * (channels // run) + 255) // 256
+        kernel = nvrtc.kernel(kernels.merge(TYPES[parts.dtype], TYPES[out.dtype], run), device)
+        launch = _merges[key] = _Launch(kernel, grid, _template(fields))
+    launch(device, x=parts, y=result)
+    if result is not out:
+        out.copy_(result)
+
+
+_merges: dict[Any, _Launch] = {}
 
 
 def _merge(parts: Tensor, out: Tensor) -> None:
@@ -394,7 +422,10 @@ _tables_in_order: dict[tuple[torch.device, int, int], Tensor] = {}
 
 def _rank_in_kernel(call: ScanCall) -> bool:
     """Whether backward leaves the gradients of a low-rank step size and of its weights, not that of the step size."""
-    return call.states == 1 and kernels.on_tensor_cores(call.rank, TYPES[call.dt.dtype])
+    device = call.x.device.index
+    if not kernels.on_tensor_cores(call.rank, TYPES[call.dt.dtype]) or _capability(device) < (8, 0):
+        return False
+    return call.states == 1 or _wide_shape(call, device).channels % 8 == 0
 
 
 def _sizes(call: ScanCall) -> dict[str, int]:
@@ -418,6 +449,11 @@ def _template(fields: dict[str, int]) -> array[int]:
 
 def _types(call: ScanCall) -> tuple[str, str, str, str]:
     return TYPES[call.x.dtype], TYPES[call.dt.dtype], TYPES[call.B.dtype], TYPES[call.C.dtype]
+
+
+@functools.cache
+def _capability(device: int) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
 
 
 @functools.cache

@@ -39,6 +39,19 @@ def wide_shape(states: int, slots: int, per_lane: int = 4) -> Shape:
     return Shape(lanes, per_lane, min(lanes, max(slots, lanes // 8)))
 
 
+class Wide(NamedTuple):
+    """What a wide kernel is specialised on beside its types."""
+
+    shape: Shape
+    warps: int
+    rank: int
+    softplus: bool
+    vector_x: bool  # channels are neighbours, aligned, a multiple of a run
+    vector_bc: bool  # so are states, as many as lanes hold
+    vector_rank: bool  # and pairs of columns of a low-rank step size
+    tensor_rank: bool  # which is multiplied on the tensor cores
+
+
 def backward_warps(shape: Shape, shared: int) -> int:
     """Warps of a block of the wide backward kernel, of which the rows of many states leave fewer the shared memory."""
     row = shape.lanes * shape.states
@@ -82,28 +95,15 @@ def narrow_shared(warps: int, rank: int, tokens: int) -> int:
     return 256 + warps * (1408 + 512 * ((rank + 7) // 8)) + 4 * NARROW_CHANNELS * (tokens + tokens % 2)
 
 
-def wide_forward(
-    shape: Shape, types: Types, rank: int, softplus: bool, vector_x: bool, vector_bc: bool
-) -> Specialisation:
-    more = dict(WARPS=WARPS, MIN_BLOCKS=4)
-    return Specialisation("wide_forward", _macros(types, **_wide(shape, rank, softplus, vector_x, vector_bc), **more))
+def wide_forward(types: Types, how: Wide) -> Specialisation:
+    few_digits = types[3:] == ("Bfloat", "Bfloat")  # then tensor cores are exact enough for <C, h>
+    return Specialisation("wide_forward", _macros(types, **_wide(how), MIN_BLOCKS=4, TENSOR_Y=few_digits))
 
 
-def wide_backward(
-    shape: Shape,
-    warps: int,
-    types: Types,
-    rank: int,
-    softplus: bool,
-    vector_x: bool,
-    vector_bc: bool,
-    dx: str,
-    ddt: str,
-) -> Specialisation:
+def wide_backward(types: Types, how: Wide, dx: str, ddt: str) -> Specialisation:
     exact = types[2:4] != ("Bfloat", "Bfloat")  # dB or dC has more digits than one term on the tensor cores
-    more = dict(WARPS=warps, MIN_BLOCKS=12 // warps, SUB=min(8, 64 // (shape.slots * shape.states)), TWO_TERMS=exact)
-    flags = _wide(shape, rank, softplus, vector_x, vector_bc)
-    return Specialisation("wide_backward", _macros(types, **flags, **more, DX_TYPE=dx, DDT_TYPE=ddt))
+    more = dict(MIN_BLOCKS=12 // how.warps, SUB=min(8, 64 // (how.shape.slots * how.shape.states)), TWO_TERMS=exact)
+    return Specialisation("wide_backward", _macros(types, **_wide(how), **more, DX_TYPE=dx, DDT_TYPE=ddt))
 
 
 def narrow_forward(types: Types, how: Narrow) -> Specialisation:
@@ -123,9 +123,11 @@ def on_tensor_cores(rank: int, dt: str) -> bool:
     return rank > 0 and dt == "Bfloat"
 
 
-def _wide(shape: Shape, rank: int, softplus: bool, vector_x: bool, vector_bc: bool) -> dict[str, Any]:
-    sizes = dict(LANES=shape.lanes, STATES=shape.states, SLOTS=shape.slots, RANK=rank)
-    return sizes | dict(SOFTPLUS=softplus, VECTOR_X=vector_x, VECTOR_BC=vector_bc, CHECKPOINT=CHECKPOINT)
+def _wide(how: Wide) -> dict[str, Any]:
+    shape = how.shape
+    sizes = dict(LANES=shape.lanes, STATES=shape.states, SLOTS=shape.slots, WARPS=how.warps, RANK=how.rank)
+    flags = dict(SOFTPLUS=how.softplus, VECTOR_X=how.vector_x, VECTOR_BC=how.vector_bc)
+    return sizes | flags | dict(VECTOR_RANK=how.vector_rank, TENSOR_RANK=how.tensor_rank)
 
 
 def _narrow(types: Types, how: Narrow) -> dict[str, Any]:
@@ -164,8 +166,11 @@ SHIPPED = (
     narrow_forward(_HALF, Narrow(7, 16, 6, True, True, True, True, True)),
     narrow_forward(_FULL, Narrow(8, 16, 0, True, False, False, True, True)),
     narrow_backward(_HALF, Narrow(7, 16, 6, True, True, True, True, True), "Bfloat", "Bfloat"),
-    wide_forward(wide_shape(16, 2), _HALF, 0, True, True, True),
-    wide_forward(wide_shape(64, 2), _FULL, 0, True, True, True),
-    wide_backward(wide_shape(16, 2), 4, _HALF, 0, True, True, True, "Bfloat", "Bfloat"),
+    wide_forward(_HALF, Wide(wide_shape(16, 2), WARPS, 0, True, True, True, False, False)),
+    wide_forward(_HALF, Wide(wide_shape(16, 2), WARPS, 24, True, True, True, True, True)),
+    wide_forward(_FULL, Wide(wide_shape(64, 2), WARPS, 0, True, True, True, False, False)),
+    wide_backward(_HALF, Wide(wide_shape(16, 2), WARPS, 0, True, True, True, False, False), "Bfloat", "Bfloat"),
+    wide_backward(_HALF, Wide(wide_shape(16, 2), WARPS, 24, True, True, True, True, True), "Bfloat", "Bfloat"),
+    narrow_finish("Bfloat", "Bfloat", 6, 8),
     merge("Bfloat", "Bfloat", 8),
 )
