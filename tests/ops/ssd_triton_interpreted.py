@@ -12,7 +12,7 @@ import torch
 from tests.ops import ssd_cases
 from tests.ops.ssd_cases import F16, F32, SsdCase, make_call, run
 from tests.tolerances import RELATIVE_RMS, assert_close, relative_rms
-from vision_mamba.ops.backends import ssd_triton
+from vision_mamba.ops.backends import ssd_triton, ssd_triton_backward
 from vision_mamba.ops.backends.ssd_triton import Tile
 from vision_mamba.ops.ssd_operator import registry
 
@@ -40,6 +40,7 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     for tables in (ssd_triton.FORWARD, ssd_triton.BACKWARD):
         monkeypatch.setitem(tables, 16, {256: Tile(16, 16)})
         monkeypatch.setitem(tables, 32, {256: Tile(16, 16)})
+    ssd_triton._plan.cache_clear()
 
 
 def assert_matches(case: SsdCase) -> None:
@@ -62,7 +63,8 @@ def test_matches_the_reference(case: SsdCase, poisoned: None) -> None:
 @pytest.mark.parametrize("steps", [65, 97])
 def test_segments(causal: bool, steps: int, monkeypatch: pytest.MonkeyPatch, poisoned: None) -> None:
     """Few sequences on many processors: the route is cut, and the heads of a group are shared out."""
-    monkeypatch.setattr(ssd_triton, "_processors", lambda device: 4)
+    for module in (ssd_triton, ssd_triton_backward):
+        monkeypatch.setattr(module, "_processors", lambda device: 4)
     monkeypatch.setattr(ssd_triton, "_SEGMENT", 1)
     assert_matches(SsdCase(grid=(1, steps), batch=1, heads=2, groups=1, channels=3, state=True, causal=causal))
 

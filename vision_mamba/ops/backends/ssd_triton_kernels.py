@@ -9,10 +9,12 @@ Grid: one program = one batch item, head, segment of the route, and block of cha
 segment with h in registers, so that nothing but x, dt, B, C is read and nothing but y written. Heads vary fastest:
 those that run at one time share B and C in the cache. A route is cut into several segments only where batch and heads
 are too few to fill the GPU; then `states` finds what each segment adds, and `carry` goes through the segments in order.
+`prepare` has computed s and c before, (B, H, steps): what is loaded needs no scan, and lies where the products want it.
 
 Precision: sums and states are float32. Factors of a product have the widest type of x, B and C: bfloat16; float16 as
-tf32, rounded here since the unit would cut, with the range of float32; float32 in three tf32 products. Differences
-c_i - c_j keep their digits however long the sums are: c is summed in float64 and split into two float32.
+tf32, rounded here since the unit would cut, with the range of float32; float32 in three tf32 products. For the latter
+two c is summed in float64 and kept as two float32, so that c_i - c_j has all its digits however long the sums are; for
+bfloat16 the digits of one float32 are enough, since a decay below 2^-256 counts as that.
 
 Names: p_ pointer, b_ block loaded, o_ offsets, m_ mask, i_ index; sizes are words; s_xl is the stride of x along its
 tokens (b batch, l tokens, h heads, c channels, g groups, n states, s segments). One launch is one route.
@@ -70,6 +72,13 @@ def load_rows(p_rows, o_l, m_l, o_c, s_l, s_c, SIZE: tl.constexpr, BLOCK: tl.con
 
 
 @triton.jit
+def store_rows(p_rows, b_rows, o_l, m_l, o_c, s_l, s_c, SIZE: tl.constexpr, BLOCK: tl.constexpr):
+    p_tile = p_rows + o_l[:, None] * s_l + o_c[None, :] * s_c
+    m = m_l[:, None] if SIZE % BLOCK == 0 else m_l[:, None] & (o_c < SIZE)[None, :]
+    tl.store(p_tile, b_rows.to(p_rows.dtype.element_ty), mask=m)
+
+
+@triton.jit
 def load_state(p_state, o_n, o_c, s_n, s_c, N: tl.constexpr, P: tl.constexpr):
     """(N, P), padded with 0."""
     m = (o_n < N)[:, None] & (o_c < P)[None, :]
@@ -83,80 +92,91 @@ def store_state(p_state, b_h, o_n, o_c, s_n, s_c, N: tl.constexpr, P: tl.constex
 
 
 @triton.jit
-def raw_steps(p_dt, o_l, m_l, s_l, bias):
-    """dt + dt_bias of T steps, (T,); dt is 0 where no token is visited."""
-    return tl.load(p_dt + o_l * s_l, mask=m_l, other=0.0).to(tl.float32) + bias
-
-
-@triton.jit
-def step_sizes(b_v, m_t, low, high, SOFTPLUS: tl.constexpr):
-    """s (T,); 0 behind the last step, which leaves the state as it is."""
-    b_s = _softplus(b_v) if SOFTPLUS else b_v
-    return tl.where(m_t, tl.minimum(tl.maximum(b_s, low), high), 0.0)
-
-
-@triton.jit
-def running_sums(b_s, rate, T: tl.constexpr):
-    """c (T,) in float64, and c_T; in units of log2, so that a decay is one exp2."""
-    b_c = tl.cumsum((b_s * rate).to(tl.float64), 0)
-    return b_c, tl.sum(tl.where(tl.arange(0, T) == T - 1, b_c, 0.0), 0)
-
-
-@triton.jit
-def triangle(b_c, b_like, TRANSPOSED: tl.constexpr, T: tl.constexpr):
+def triangle(p_c, p_low, b_like, TRANSPOSED: tl.constexpr, T: tl.constexpr):
     """exp(c_i - c_j) at [i, j], or at [j, i] if TRANSPOSED, 0 where j > i; (T, T).
 
-    Nothing of `b_like`, the matrix it will be multiplied by, is added to the sums: the exponentials are then taken where
-    that lies in registers, and need not be brought there through shared memory.
+    Nothing of `b_like`, the matrix it will be multiplied by, is added to the sums: the exponentials are then taken
+    where that lies in registers, and need not be brought there through shared memory.
     """
-    b_high = b_c.to(tl.float32)
-    b_low = (b_c - b_high.to(tl.float64)).to(tl.float32)
     o_t = tl.arange(0, T)
-    b_sum = (b_high[:, None] - b_high[None, :]) + (b_low[:, None] - b_low[None, :])
+    b_c = tl.load(p_c + o_t)
+    b_sum = b_c[:, None] - b_c[None, :]
+    if p_low is not None:
+        b_low = tl.load(p_low + o_t)
+        b_sum += b_low[:, None] - b_low[None, :]
     if TRANSPOSED:
         return tl.exp2(tl.where(o_t[:, None] <= o_t[None, :], b_like * 0.0 - b_sum, -float("inf")))
     return tl.exp2(tl.where(o_t[:, None] >= o_t[None, :], b_like * 0.0 + b_sum, -float("inf")))
 
 
 @triton.jit
-def scalar(p_value, default):
-    """A float32 behind a pointer that may be None."""
-    value = default
-    if p_value is not None:
-        value = tl.load(p_value).to(tl.float32)
-    return value
+def left(p_c, p_low, T: tl.constexpr):
+    """exp(c_T - c_t), (T,)."""
+    o_t = tl.arange(0, T)
+    b_sum = tl.load(p_c + T - 1) - tl.load(p_c + o_t)
+    if p_low is not None:
+        b_sum += tl.load(p_low + T - 1) - tl.load(p_low + o_t)
+    return tl.exp2(b_sum)
 
 
 @triton.jit
-def _optional(p_value, i):
+def optional(p_value, i):
     if p_value is not None:
         p_value += i
     return p_value
 
 
 @triton.jit
+def prepare(
+    p_dt, p_A, p_bias, p_indices, p_s, p_c, p_low, heads, steps, tokens, padded, low, high, s_dtb, s_dtl, s_dth,
+    T: tl.constexpr, HEADS: tl.constexpr, CAUSAL: tl.constexpr, DESCENDING: tl.constexpr, SOFTPLUS: tl.constexpr,
+):  # fmt: skip
+    """s and c, in units of log2 so that a decay is one exp2, of HEADS heads and T steps: (B, H, padded) each."""
+    chunks = padded // T
+    i_b, i_t = (tl.program_id(0) // chunks).to(tl.int64), tl.program_id(0) % chunks
+    o_h = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
+    m_h = o_h < heads
+    o_l, m_l, m_t = route(p_indices, i_t * T, steps, tokens, DESCENDING, T)
+    p_tile = p_dt + i_b * s_dtb + o_h[:, None] * s_dth + o_l[None, :] * s_dtl
+    b_s = tl.load(p_tile, mask=m_h[:, None] & m_l[None, :], other=0.0).to(tl.float32)  # (HEADS, T)
+    if p_bias is not None:
+        b_s += tl.load(p_bias + o_h, mask=m_h, other=0.0).to(tl.float32)[:, None]
+    b_s = _softplus(b_s) if SOFTPLUS else b_s
+    # Steps behind the last have size 0, which leaves the state as it is.
+    b_s = tl.where(m_t[None, :], tl.minimum(tl.maximum(b_s, low), high), 0.0)
+    o_out = (i_b * heads + o_h[:, None]) * padded + i_t * T + tl.arange(0, T)[None, :]
+    tl.store(p_s + o_out, b_s, mask=m_h[:, None])
+    if CAUSAL:
+        b_A = tl.load(p_A + o_h, mask=m_h, other=0.0).to(tl.float32)
+        b_a = tl.maximum(b_s * (b_A * LOG2E)[:, None], -256.0)
+        if p_low is not None:
+            b_c = tl.cumsum(b_a.to(tl.float64), 1)
+            b_high = b_c.to(tl.float32)
+            tl.store(p_low + o_out, (b_c - b_high.to(tl.float64)).to(tl.float32), mask=m_h[:, None])
+        else:
+            b_high = tl.cumsum(b_a, 1)
+        tl.store(p_c + o_out, b_high, mask=m_h[:, None])
+
+
+@triton.jit
 def forward(
-    p_x, p_dt, p_A, p_B, p_C, p_D, p_bias, p_indices, p_before, p_y, p_last,
-    heads, per_group, steps, tokens, segments, chunks, low, high,
-    s_xb, s_xl, s_xh, s_xc, s_dtb, s_dtl, s_dth, s_Bb, s_Bl, s_Bg, s_Bn, s_Cb, s_Cl, s_Cg, s_Cn,
+    p_x, p_s, p_c, p_low, p_B, p_C, p_D, p_indices, p_before, p_y, p_last,
+    heads, per_group, steps, tokens, segments, chunks,
+    s_xb, s_xl, s_xh, s_xc, s_Bb, s_Bl, s_Bg, s_Bn, s_Cb, s_Cl, s_Cg, s_Cn,
     s_Dh, s_Dc, s_hb, s_hh, s_hs, s_hn, s_hc, s_yb, s_yl, s_yh, s_yc, s_lastb,
     P: tl.constexpr, N: tl.constexpr, T: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr,
-    CAUSAL: tl.constexpr, DESCENDING: tl.constexpr, SOFTPLUS: tl.constexpr, ADD: tl.constexpr,
-    FACTORS: tl.constexpr,
+    CAUSAL: tl.constexpr, DESCENDING: tl.constexpr, ADD: tl.constexpr, FACTORS: tl.constexpr,
 ):  # fmt: skip
     """Outputs of the `chunks` chunks of a segment, from the state before it; added to y if ADD."""
     i_h = tl.program_id(0) % heads
     i_s = tl.program_id(0) // heads % segments
     i_b = (tl.program_id(0) // heads // segments).to(tl.int64)
     i_g = i_h // per_group
-    o_c, o_n = tl.program_id(1) * BLOCK_P + tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_N)
+    o_c, o_n, o_t = tl.program_id(1) * BLOCK_P + tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_N), tl.arange(0, T)
     p_x += i_b * s_xb + i_h * s_xh
     p_y += i_b * s_yb + i_h * s_yh
-    p_dt += i_b * s_dtb + i_h * s_dth
     p_B += i_b * s_Bb + i_g * s_Bg
     p_C += i_b * s_Cb + i_g * s_Cg
-    rate = tl.load(p_A + i_h).to(tl.float32) * LOG2E
-    bias = scalar(_optional(p_bias, i_h), 0.0)
     if p_D is not None:
         b_D = tl.load(p_D + i_h * s_Dh + o_c * s_Dc, mask=o_c < P, other=0.0).to(tl.float32)
     if p_before is not None:
@@ -165,27 +185,27 @@ def forward(
     else:
         b_h = tl.zeros((BLOCK_N, BLOCK_P), tl.float32)
     for i in range(chunks):
-        o_l, m_l, m_t = route(p_indices, (i_s * chunks + i) * T, steps, tokens, DESCENDING, T)
+        i_t = i_s * chunks + i
+        o_l, m_l, _ = route(p_indices, i_t * T, steps, tokens, DESCENDING, T)
         b_x = load_rows(p_x, o_l, m_l, o_c, s_xl, s_xc, P, BLOCK_P)  # (T, P)
         b_C = load_rows(p_C, o_l, m_l, o_n, s_Cl, s_Cn, N, BLOCK_N)  # (T, N)
         b_y = multiply(b_C, b_h, tl.zeros((T, BLOCK_P), tl.float32), FACTORS)
         if CAUSAL:
             b_B = load_rows(p_B, o_l, m_l, o_n, s_Bl, s_Bn, N, BLOCK_N)  # (T, N)
-            b_s = step_sizes(raw_steps(p_dt, o_l, m_l, s_dtl, bias), m_t, low, high, SOFTPLUS)
-            b_c, total = running_sums(b_s, rate, T)
-            b_y *= tl.exp2(b_c.to(tl.float32))[:, None]
+            i_step = ((i_b * heads + i_h) * segments * chunks + i_t) * T
+            p_c_t, p_low_t = p_c + i_step, optional(p_low, i_step)
+            b_s = tl.load(p_s + i_step + o_t)
+            b_y *= tl.exp2(tl.load(p_c_t + o_t))[:, None]
             b_scores = multiply(b_C, tl.trans(b_B), tl.zeros((T, T), tl.float32), FACTORS)
-            b_y = multiply(b_scores * triangle(b_c, b_scores, False, T) * b_s[None, :], b_x, b_y, FACTORS)
-            b_w = tl.exp2((total - b_c).to(tl.float32)) * b_s
-            b_h *= tl.exp2(total.to(tl.float32))
+            b_y = multiply(b_scores * triangle(p_c_t, p_low_t, b_scores, False, T) * b_s[None, :], b_x, b_y, FACTORS)
+            b_w = left(p_c_t, p_low_t, T) * b_s
+            b_h *= tl.exp2(tl.load(p_c_t + T - 1))
             b_h = multiply(tl.trans(b_B), b_x.to(tl.float32) * b_w[:, None], b_h, FACTORS)
         if p_D is not None:
             b_y += b_D[None, :] * b_x.to(tl.float32)
-        p_tile = p_y + o_l[:, None] * s_yl + o_c[None, :] * s_yc
-        m_y = m_l[:, None] & (o_c < P)[None, :]
         if ADD:
-            b_y += tl.load(p_tile, mask=m_y, other=0.0).to(tl.float32)
-        tl.store(p_tile, b_y.to(p_y.dtype.element_ty), mask=m_y)
+            b_y += load_rows(p_y, o_l, m_l, o_c, s_yl, s_yc, P, BLOCK_P).to(tl.float32)
+        store_rows(p_y, b_y, o_l, m_l, o_c, s_yl, s_yc, P, BLOCK_P)
     if p_last is not None:  # noqa: SIM102  known when compiling, unlike the next
         if i_s == segments - 1:
             store_state(p_last + i_b * s_lastb + i_h * P * N, b_h, o_n, o_c, 1, N, N, P)
@@ -193,13 +213,11 @@ def forward(
 
 @triton.jit
 def states(
-    p_x, p_dt, p_A, p_B, p_bias, p_indices, p_before, p_each, p_after, p_decay,
-    heads, per_group, steps, tokens, segments, chunks, low, high,
-    s_xb, s_xl, s_xh, s_xc, s_dtb, s_dtl, s_dth, s_Bb, s_Bl, s_Bg, s_Bn,
-    s_hb, s_hh, s_hs, s_hn, s_hc, s_ab, s_ah, s_as, s_an, s_ac,
+    p_x, p_s, p_c, p_low, p_A, p_B, p_indices, p_before, p_each, p_after, p_decay,
+    heads, per_group, steps, tokens, segments, chunks,
+    s_xb, s_xl, s_xh, s_xc, s_Bb, s_Bl, s_Bg, s_Bn, s_hb, s_hh, s_hs, s_hn, s_hc, s_ab, s_ah, s_as, s_an, s_ac,
     P: tl.constexpr, N: tl.constexpr, T: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr,
-    CAUSAL: tl.constexpr, DESCENDING: tl.constexpr, SOFTPLUS: tl.constexpr, ADJOINT: tl.constexpr,
-    FACTORS: tl.constexpr,
+    CAUSAL: tl.constexpr, DESCENDING: tl.constexpr, ADJOINT: tl.constexpr, FACTORS: tl.constexpr,
 ):  # fmt: skip
     """States alone: before each chunk into `each`, after the segment into `after`, and the segment's decay.
 
@@ -209,40 +227,42 @@ def states(
     i_h = tl.program_id(0) % heads
     i_s = tl.program_id(0) // heads % segments
     i_b = (tl.program_id(0) // heads // segments).to(tl.int64)
-    o_c, o_n = tl.program_id(1) * BLOCK_P + tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_N)
+    o_c, o_n, o_t = tl.program_id(1) * BLOCK_P + tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_N), tl.arange(0, T)
     p_x += i_b * s_xb + i_h * s_xh
-    p_dt += i_b * s_dtb + i_h * s_dth
     p_B += i_b * s_Bb + i_h // per_group * s_Bg
-    rate = tl.load(p_A + i_h).to(tl.float32) * LOG2E
-    bias = scalar(_optional(p_bias, i_h), 0.0)
     if p_before is not None:
         p_before += i_b * s_hb + i_h * s_hh + i_s * s_hs
         b_h = load_state(p_before, o_n, o_c, s_hn, s_hc, N, P).to(tl.float32)
     else:
         b_h = tl.zeros((BLOCK_N, BLOCK_P), tl.float32)
-    if p_each is not None:
-        p_each += ((i_b * heads + i_h) * segments + i_s) * chunks * N * P
-    decay = tl.zeros((), tl.float64)
+    decay = 0.0
     for i in range(chunks):
-        i_t = chunks - 1 - i if ADJOINT else i
+        i_t = i_s * chunks + (chunks - 1 - i if ADJOINT else i)
+        i_step = ((i_b * heads + i_h) * segments * chunks + i_t) * T
         if p_each is not None:
-            store_state(p_each + i_t * N * P, b_h.to(p_each.dtype.element_ty), o_n, o_c, P, 1, N, P)
-        o_l, m_l, m_t = route(p_indices, (i_s * chunks + i_t) * T, steps, tokens, DESCENDING, T)
+            p_tile = p_each + ((i_b * heads + i_h) * segments * chunks + i_t) * (N * P)
+            store_state(p_tile, b_h.to(p_each.dtype.element_ty), o_n, o_c, P, 1, N, P)
+        o_l, m_l, m_t = route(p_indices, i_t * T, steps, tokens, DESCENDING, T)
         b_x = load_rows(p_x, o_l, m_l, o_c, s_xl, s_xc, P, BLOCK_P)  # (T, P)
         b_B = load_rows(p_B, o_l, m_l, o_n, s_Bl, s_Bn, N, BLOCK_N)  # (T, N)
-        b_s = step_sizes(raw_steps(p_dt, o_l, m_l, s_dtl, bias), m_t, low, high, SOFTPLUS)
         if CAUSAL:
-            b_c, total = running_sums(b_s, rate, T)
-            b_w = tl.exp2(b_c.to(tl.float32)) if ADJOINT else tl.exp2((total - b_c).to(tl.float32)) * b_s
-            b_h *= tl.exp2(total.to(tl.float32))
+            p_c_t = p_c + i_step
+            if ADJOINT:
+                b_w = tl.exp2(tl.load(p_c_t + o_t))
+            else:
+                b_w = left(p_c_t, optional(p_low, i_step), T) * tl.load(p_s + i_step + o_t)
+            total = tl.load(p_c_t + T - 1)
+            b_h *= tl.exp2(total)
             decay += total
         else:
-            b_w = tl.where(m_t, 1.0, 0.0) if ADJOINT else -b_s * tl.load(p_A + i_h).to(tl.float32)
+            b_w = tl.where(m_t, 1.0, 0.0)
+            if not ADJOINT:
+                b_w = -tl.load(p_s + i_step + o_t) * tl.load(p_A + i_h).to(tl.float32)
         b_h = multiply(tl.trans(b_B), b_x.to(tl.float32) * b_w[:, None], b_h, FACTORS)
     if p_after is not None:
         store_state(p_after + i_b * s_ab + i_h * s_ah + i_s * s_as, b_h, o_n, o_c, s_an, s_ac, N, P)
     if p_decay is not None:
-        tl.store(p_decay + (i_b * heads + i_h) * segments + i_s, tl.exp2(decay.to(tl.float32)))
+        tl.store(p_decay + (i_b * heads + i_h) * segments + i_s, tl.exp2(decay))
 
 
 @triton.jit
