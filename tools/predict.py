@@ -18,6 +18,12 @@ from vision_mamba.train.predict import Classifier, Prediction, accuracy, load
 from vision_mamba.train.progress import Progress
 
 
+def positive(text: str) -> int:
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {text!r}")
+    return int(text)
+
+
 def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -39,11 +45,11 @@ come first in the table and stand out in the picture. exit status: 0 done, 1 fai
     parser.add_argument("--model", help="registered name, for a file of bare weights that does not say it")
     parser.add_argument("--png", metavar="FILE", help="write a sheet of images with predictions and confidence")
     parser.add_argument("--csv", metavar="FILE", help="write all predictions, one row an image and a model")
-    parser.add_argument("--top", type=int, default=3, metavar="N", help="classes to tell of each image [3]")
+    parser.add_argument("--top", type=positive, default=3, metavar="N", help="classes to tell of each image [3]")
     parser.add_argument(
-        "--rows", type=int, default=20, metavar="N", help="images in the table and, a model, the sheet [20]"
+        "--rows", type=positive, default=20, metavar="N", help="images in the table and, a model, the sheet [20]"
     )
-    parser.add_argument("--batch-size", type=int, default=64, metavar="N", help="images a step [64]")
+    parser.add_argument("--batch-size", type=positive, default=64, metavar="N", help="images a step [64]")
     parser.add_argument("--device", help="cpu, cuda, mps (the accelerator if there is one)")
     parser.add_argument("--skip-unreadable", action="store_true", help="leave out images that cannot be read")
     return parser
@@ -114,6 +120,7 @@ def table(classifier: Classifier, predictions: list[Prediction], rows: int) -> T
 
 def write_csv(path: str, results: list[Result]) -> None:
     try:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
         with open(path, "w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file)
             writer.writerow(["model", "image", "truth", "rank", "prediction", "confidence"])

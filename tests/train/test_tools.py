@@ -43,7 +43,7 @@ def test_the_digits_are_learned_from_the_first_epoch(
     assert {"last.pth", "best.pth", "args.yaml", "summary.csv", "train.log"} <= {p.name for p in run_dir.iterdir()}
     assert yaml.safe_load((run_dir / "args.yaml").read_text())["model"] == f"test_{name}"
 
-    sheet, table = tmp_path / "sheets" / "digits.png", tmp_path / "digits.csv"
+    sheet, table = tmp_path / "sheets" / "digits.png", tmp_path / "tables" / "digits.csv"
     flags = ("--digits", "--checkpoint", run_dir / "last.pth", "--png", sheet, "--csv", table, "--device", "cpu")
     status, out, _ = run(capsys, predict, *flags)
     assert status == 0 and out.endswith(f"test_{name} held-out accuracy {accuracy[1]} %\n")
@@ -97,6 +97,15 @@ def test_predict_wants_one_kind_of_images(
 ) -> None:
     status, _, err = run(capsys, predict, "--checkpoint", trained / "output" / "run" / "last.pth", *words)
     assert status == 2 and message in err
+
+
+@pytest.mark.parametrize("flag", ["--top", "--rows", "--batch-size"])
+@pytest.mark.parametrize("number", ["0", "-1", "1.5", "few"])
+def test_predict_counts_from_one(flag: str, number: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as left:
+        run(capsys, predict, "--digits", "--checkpoint", "none.pth", f"{flag}={number}")
+    assert left.value.code == 2
+    assert f"argument {flag}: must be a whole number of at least 1, got {number!r}" in capsys.readouterr().err
 
 
 def test_errors_are_one_sentence_and_an_exit_status(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
