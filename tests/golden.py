@@ -16,14 +16,20 @@ from torch import Tensor
 
 PHI = 0.6180339887498949
 
+
+def _by_route(*ends: str) -> tuple[str, ...]:
+    """LocalVim's names, where a number for the route comes before what says the kind."""
+    return tuple(end.replace("_0", f"_{route}") for end in ends for route in range(4))
+
+
 # First matching end of the name wins: (ends, offset, factor); everything else is a matrix, scaled by its fan-in.
 _RULES = (
     (("num_batches_tracked",), 0.0, 0.0),
     (("running_var",), 1.0, 0.5),
     (("running_mean",), 0.0, 0.1),
-    (("A_logs", "A_log", "A_b_log"), 0.0, 1.0),
+    (("A_logs", "A_log", "A_b_log", *_by_route("A_log_0")), 0.0, 1.0),
     (("Ds", ".D", ".D_b", "gamma_1", "gamma_2"), 1.0, 0.2),
-    (("dt_projs_bias", "dt_bias", "dt_proj.bias", "dt_proj_b.bias"), -2.0, 1.0),
+    (("dt_projs_bias", "dt_bias", "dt_proj.bias", "dt_proj_b.bias", *_by_route("dt_proj_0.bias")), -2.0, 1.0),
     (("bias",), 0.0, 0.2),
 )
 

@@ -1,6 +1,7 @@
 """Model families, one a file; importing it registers them with timm."""
 
+from vision_mamba.models.localmamba import LocalVim
 from vision_mamba.models.vim import VisionMamba
 from vision_mamba.models.vmamba import VMamba
 
-__all__ = ["VMamba", "VisionMamba"]
+__all__ = ["LocalVim", "VMamba", "VisionMamba"]

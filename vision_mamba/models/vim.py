@@ -569,22 +569,25 @@ def published_names(name: str) -> tuple[str, ...]:
     return (name.replace("norm.", "norm_f."),)
 
 
-def to_published(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+Names = Callable[[str], tuple[str, ...]]
+
+
+def to_published(state_dict: dict[str, Tensor], names: Names = published_names) -> dict[str, Tensor]:
     """Rename and unstack our state dict into what the published code loads; the inverse of checkpoint_filter_fn."""
     published = {}
     for name, tensor in state_dict.items():
-        theirs = published_names(name)
+        theirs = names(name)
         for official, part in zip(theirs, tensor.unbind() if len(theirs) > 1 else (tensor,), strict=True):
             published[official] = part.unsqueeze(1) if "conv1d" in official and part.dim() == 2 else part
     return published
 
 
-def _from_published(state: dict[str, Tensor], ours: Iterable[str]) -> dict[str, Tensor]:
+def _from_published(state: dict[str, Tensor], ours: Iterable[str], names: Names) -> dict[str, Tensor]:
     """Rename and stack; what does not fit keeps its name."""
     left = dict(state)
     found = {}
     for name in ours:
-        theirs = published_names(name)
+        theirs = names(name)
         if all(official in left for official in theirs):
             parts = [left.pop(official) for official in theirs]
             found[name] = (
@@ -593,19 +596,22 @@ def _from_published(state: dict[str, Tensor], ours: Iterable[str]) -> dict[str, 
     return found | left
 
 
-def checkpoint_filter_fn(state_dict: dict[str, Any], model: VisionMamba) -> dict[str, Tensor]:
+def checkpoint_filter_fn(
+    state_dict: dict[str, Any], model: VisionMamba, names: Names = published_names
+) -> dict[str, Tensor]:
     """Make a checkpoint fit a model: published names to ours, patch kernels and position embedding to its sizes.
 
     Args:
         state_dict: ours or the published one, or a training file that has it under "model" (or "model_ema").
         model: the model to fit, of another patch size or grid if need be.
+        names: what the published code calls each of our parameters.
 
     Returns: a state dict by our names.
     Raises: ValueError naming the tensors that are missing or unused, the classifier's excepted.
     """
     state = unwrap(state_dict)
     if any(name.startswith("layers.") for name in state):
-        state = _from_published(state, model.state_dict())
+        state = _from_published(state, model.state_dict(), names)
     require_all_used(state, model, "head")
     kernel = state["patch_embed.proj.weight"]
     patch = (kernel.shape[2], kernel.shape[3])
