@@ -10,7 +10,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
 
-from bench import render, run
+from bench import floor, plot, render, run
 from bench.cases import CASES, ScanCase, make_call
 
 from vision_mamba.ops import contract, selective_scan
@@ -54,3 +54,28 @@ def test_growth_along_one_axis() -> None:
     points = [("grow_tokens_100", 1.0), ("grow_tokens_200", 2.0), ("grow_tokens_400", 4.0), ("grow_states_2", 1.0)]
     records = [{"case": case, "backend": "cpu", "pass": "fwd", "ms": [0, ms, 9]} for case, ms in points]
     assert render.growth(records) == ["\ntime over tokens from 100 to 400, cpu, fwd: exponent 1.00"]
+
+
+def test_picture_of_growth(tmp_path: Path) -> None:
+    record = dict(device="a GPU", torch="2", dtype="bfloat16", backend="cuda")
+    records = [
+        record | {"case": f"grow_tokens_{n}", "pass": which, "ms": [1, n / 100, 2], "shape": {"width": n}}
+        for n in (100, 1000)
+        for which in ("fwd", "bwd")
+    ]
+    plot.draw(records, ["tokens"], tmp_path / "new" / "growth.png")
+    assert (tmp_path / "new" / "growth.png").stat().st_size > 5000
+    with pytest.raises(SystemExit, match="grow_states"):
+        plot.draw(records, ["states"], tmp_path / "growth.png")
+
+
+def test_floor_counts_bytes_and_exponentials(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(floor, "copied_bytes_per_ms", lambda device: 1.0)
+    monkeypatch.setattr(floor, "exponentials_per_ms", lambda device: 1.0)
+    call = make_call(SMALL, torch.bfloat16, torch.device("cpu"))
+    # Two bytes for each of x and y (2, 20, 8), dt (2, 20, 4, 2), B and C (2, 20, 4, 3).
+    forward = {"bytes": 2 * (320 + 320 + 320 + 480 + 480), "exponentials": 2 * 20 * 4 * 8 * 3}
+    backward = {"bytes": 2 * (2 * (320 + 320 + 480 + 480) + 320), "exponentials": 2 * 20 * 4 * 8 * 3}
+    assert floor.floor_ms(call, "fwd") == forward
+    assert floor.floor_ms(call, "bwd") == backward
+    assert floor.floor_ms(call, "fwdbwd") == {name: forward[name] + backward[name] for name in forward}
