@@ -196,14 +196,13 @@ def visits_all(call: Routed) -> bool:
 
 def _read_once(indices: Tensor, tokens: int) -> bool:
     """Read a table unless it was read as it is now; returns whether every route is known to visit every token."""
-    counted = not indices.is_inference()  # an inference tensor does not count what is written into it
     known = _tables.get(id(indices))
-    if counted and known and known.itself() is indices and known[1:3] == (indices._version, tokens):
+    if known and known.itself() is indices and known[1:3] == (indices._version, tokens):
         return known.complete
     if indices.is_cuda and torch.cuda.is_current_stream_capturing():
         return False  # reading would break the capture, and the warm-up before it has read what the table holds
     complete = read_table(indices, tokens)
-    if counted:
+    if not indices.is_inference():  # which does not count what is written into it, and so is read each time
         key = id(indices)
         itself = weakref.ref(indices, lambda _: _tables.pop(key, None))
         _tables[key] = _Table(itself, indices._version, tokens, complete)
