@@ -1,0 +1,134 @@
+"""The Triton backend of the state-space dual scan: under the interpreter, its refusals, and on a GPU all cases."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.ops import ssd_cases
+from tests.ops.ssd_cases import BF16, F16, F32, F64, SsdCase, make_call, run
+from tests.tolerances import RELATIVE_RMS, relative_rms
+from vision_mamba.ops import BackendError
+from vision_mamba.ops.backends import ssd_triton
+from vision_mamba.ops.ssd_operator import registry
+
+HERE = Path(__file__).parent
+GPU_CASES = ssd_cases.options() + ssd_cases.shapes() + ssd_cases.types() + ssd_cases.layouts()
+TILES = [(dtype, states) for dtype in (BF16, F16, F32) for states in (16, 64, 128, 256)]
+
+
+def gpu() -> torch.device:
+    return torch.device(torch.accelerator.current_accelerator().type, 0)
+
+
+def assert_matches(case: SsdCase) -> None:
+    """To the bound of the type of the factors, or of the result where that is coarser."""
+    call = make_call(case, device=gpu())
+    types = {call.x.dtype, call.B.dtype, call.C.dtype}
+    factors = next(dtype for dtype in (F32, F16, BF16) if dtype in types)
+    found, reference = run(call, "triton"), run(ssd_cases.double(make_call(case)), "reference")
+    assert found.keys() == reference.keys()
+    for name, tensor in reference.items():
+        bound, error = max(RELATIVE_RMS[factors], RELATIVE_RMS[found[name].dtype]), relative_rms(found[name], tensor)
+        assert error <= bound, f"{name}: {error:.2e} is over {bound:.0e}"
+
+
+def test_kernels_under_the_interpreter() -> None:
+    """In a process of its own, since Triton decides at import whether to interpret."""
+    command = [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", str(HERE / "ssd_triton_interpreted.py")]
+    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    outcome = subprocess.run(
+        command, env=environment, cwd=HERE.parent.parent, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    assert outcome.returncode == 0, outcome.stdout[-8000:]
+
+
+def test_says_why_it_can_not_run() -> None:
+    with pytest.raises(BackendError, match=r"ssd: backend 'triton' refuses this call: its tensors are on cpu"):
+        run(make_call(SsdCase()), "triton")
+    assert "float64" in str(ssd_triton.BACKEND.refuses(make_call(SsdCase(dtypes=(F64,) * 4))))
+    assert "129 channels, over 128" in str(ssd_triton.BACKEND.refuses(make_call(SsdCase(channels=129))))
+
+
+@pytest.mark.parametrize("steps", [1, 5, 64, 197, 16384])
+@pytest.mark.parametrize("batch", [1, 128])
+def test_a_plan_covers_the_route(steps: int, batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every step in a chunk, no segment without one, and few segments where there is much to do."""
+    monkeypatch.setattr(ssd_triton, "_processors", lambda device: 132)
+    ssd_triton._plan.cache_clear()
+    for backward in (False, True):
+        sizes = ssd_triton.Sizes(batch, steps, 6, 64, 1, 64, None, True, "bfloat16", torch.device("cpu"))
+        plan = ssd_triton._plan(backward, sizes)
+        chunks = -(-steps // plan.tile.steps)
+        assert plan.segments * plan.chunks >= chunks > (plan.segments - 1) * plan.chunks
+        assert plan.padded == plan.segments * plan.chunks * plan.tile.steps >= steps
+        assert batch == 1 or plan.segments == 1
+    ssd_triton._plan.cache_clear()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", GPU_CASES, ids=str)
+def test_matches_the_reference(case: SsdCase, poisoned: None) -> None:
+    assert_matches(case)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("dtype", "states"), TILES, ids=str)
+def test_every_tile(dtype: torch.dtype, states: int, poisoned: None) -> None:
+    assert_matches(SsdCase(dtypes=(dtype,) * 4, states=states, channels=64, grid=(1, 200), groups=1, heads=6))
+
+
+@pytest.mark.gpu
+def test_bitwise_deterministic() -> None:
+    call = make_call(SsdCase(routes=2, descending=1, heads=6, groups=1, states=16, grid=(14, 14)), device=gpu())
+    first = run(call, "triton")
+    for _ in range(10):
+        for name, tensor in run(call, "triton").items():
+            assert torch.equal(tensor, first[name]), name
+
+
+@pytest.mark.gpu
+def test_long_and_alone() -> None:
+    """One sequence, cut into segments."""
+    assert_matches(SsdCase(grid=(1, 2500), batch=1, heads=2, groups=1, channels=32, states=32, dtypes=(BF16,) * 4))
+
+
+@pytest.mark.gpu
+def test_more_than_32_bits_of_elements() -> None:
+    """x and y of 2^31 elements and more; the last batch item is the same as by itself."""
+    call = make_call(
+        SsdCase(batch=1, grid=(1, 3136), heads=16, groups=1, channels=64, states=16, dtypes=(BF16,) * 4), device=gpu()
+    )
+    batch = 2**31 // call.x.numel() + 1
+    wide = call._replace(
+        **{
+            n: getattr(call, n).expand(batch, *[-1] * (getattr(call, n).dim() - 1)).contiguous()
+            for n in ("x", "dt", "B", "C")
+        }
+    )
+    assert wide.x.numel() > 2**31
+    scan = torch.ops.vision_mamba.ssd
+    assert torch.equal(scan(*wide, "triton")[0][-1], scan(*call, "triton")[0][0])
+
+
+@pytest.mark.gpu
+def test_runs_in_a_graph() -> None:
+    call = make_call(SsdCase(states=16, routes=2, descending=1), device=gpu())
+    scan = torch.ops.vision_mamba.ssd
+    scan(*call, "triton")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = scan(*call, "triton")[0]
+    call.x.neg_()
+    graph.replay()
+    assert torch.equal(captured, scan(*call, "triton")[0])
+
+
+@pytest.mark.gpu
+def test_is_what_runs_on_a_gpu() -> None:
+    assert registry.choose(make_call(SsdCase(), device=gpu()), None).name == "triton"

@@ -1,0 +1,198 @@
+"""Time the state-space dual scan on a GPU beside mamba_ssm's, and put the figures on record.
+
+    python tools/bench/ssd.py --peer-path ~/src/mamba --out results/ssd.jsonl
+
+A case is timed only after output and every gradient have been found right at this very size, against the scan in
+float64 on the first and the last item of the batch. A figure is [p20, p50, p80] of the time on the GPU in milliseconds,
+the launches queued beforehand; inputs rotate. The peer is `mamba_chunk_scan_combined`, which only needs its Triton
+files to import, with each of --peer-chunk. Its autotuner chooses from shorter trials than it would by default.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import logging
+import multiprocessing
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "tools"))
+
+import vision_mamba  # noqa: E402, F401  registers the operators
+from bench.stopwatch import Stopwatch  # noqa: E402
+from vision_mamba.ops.ssd_call import GRADIENTS, SsdCall  # noqa: E402
+from vision_mamba.provenance import provenance  # noqa: E402
+from vision_mamba.selftest import BOUNDS, relative_rms  # noqa: E402
+
+log = logging.getLogger("bench")
+
+#: Batch, tokens, heads, channels of a head, states.
+CASES: dict[str, tuple[int, int, int, int, int]] = {
+    "l196_h24_p32_n16": (128, 196, 24, 32, 16),
+    "l196_h12_p64_n64": (128, 196, 12, 64, 64),
+    "l196_h6_p64_n128": (128, 196, 6, 64, 128),
+    "l784_h12_p64_n64": (128, 784, 12, 64, 64),
+    "l784_h6_p64_n128": (128, 784, 6, 64, 128),
+    "l3136_h6_p32_n16": (128, 3136, 6, 32, 16),
+    "l3136_h6_p64_n64": (128, 3136, 6, 64, 64),
+    "l16k_h24_p64_n128": (1, 16384, 24, 64, 128),
+}
+PEER = "mamba_ssm"
+COPIES = 3
+QUEUE = 4_000_000  # cycles for which the GPU waits while launches are queued
+Scan = Callable[[SsdCall], Tensor]
+
+
+def make_call(name: str, device: torch.device, dtype: torch.dtype = torch.bfloat16) -> SsdCall:
+    batch, tokens, heads, channels, states = CASES[name]
+    generator = torch.Generator(device).manual_seed(0)
+
+    def random(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
+        return torch.randn(*shape, generator=generator, device=device).to(dtype)
+
+    x, dt = random(batch, tokens, heads, channels), random(batch, tokens, 1, heads) - 2
+    B, C = (random(batch, tokens, 1, 1, states) for _ in range(2))
+    A, D, bias = (random(1, heads, dtype=torch.float32) for _ in range(3))
+    return SsdCall(x, dt, -torch.exp(A), B, C, D, dt_bias=0.1 * bias, dt_softplus=True)
+
+
+def ours(backend: str) -> Scan:
+    return lambda call: torch.ops.vision_mamba.ssd(*call, backend)[0]
+
+
+def peer(path: Path, chunk: int) -> Scan:
+    if str(path) not in sys.path:
+        sys.path.insert(0, str(path))
+    autotuner = importlib.import_module("triton.runtime.autotuner").Autotuner
+    testing = importlib.import_module("triton.testing")
+    quick = lambda launch, quantiles: testing.do_bench(launch, warmup=2, rep=8, quantiles=quantiles)  # noqa: E731
+    autotuner.do_bench = property(lambda self: quick)
+    combined = importlib.import_module("mamba_ssm.ops.triton.ssd_combined").mamba_chunk_scan_combined
+
+    def scan(call: SsdCall) -> Tensor:
+        dt, B, C = (t.squeeze(2) for t in (call.dt, call.B, call.C))
+        skip, bias = (None if t is None else t[0] for t in (call.D, call.dt_bias))
+        return combined(call.x, dt, call.A[0], B, C, chunk_size=chunk, D=skip, dt_bias=bias, dt_softplus=True)
+
+    return scan
+
+
+def leaves_of(call: SsdCall) -> dict[str, Tensor]:
+    return {n: t.detach().clone().requires_grad_() for n in GRADIENTS if (t := getattr(call, n)) is not None}
+
+
+def check(call: SsdCall, scan: Scan) -> float:
+    """The error of the output; raises ArithmeticError if it or a gradient is over the bound of the call's type."""
+    items = sorted({0, call.batch - 1})
+    leaves = leaves_of(call)
+    y = scan(call._replace(**leaves))  # type: ignore[arg-type]
+    seed = torch.zeros_like(y)
+    seed[items] = torch.randn_like(seed[items])
+    found = dict(zip(leaves, torch.autograd.grad(y, list(leaves.values()), seed), strict=True))
+    whole = ("x", "dt", "B", "C")
+    some = {n: (t.detach()[items] if n in whole else t.detach()).double().requires_grad_() for n, t in leaves.items()}
+    exact = ours("eager")(call._replace(**some))  # type: ignore[arg-type]
+    gradients = torch.autograd.grad(exact, list(some.values()), seed[items].double())
+    errors = {"y": relative_rms(y.detach()[items], exact.detach())}
+    for name, gradient in zip(some, gradients, strict=True):
+        errors[f"d{name}"] = relative_rms(found[name][items] if name in whole else found[name], gradient)
+    wrong = [f"{name} {error:.1e}" for name, error in errors.items() if not error <= BOUNDS[call.x.dtype]]
+    if wrong:
+        raise ArithmeticError(f"relative RMS errors over {BOUNDS[call.x.dtype]}: {', '.join(wrong)}")
+    return errors["y"]
+
+
+def measure(call: SsdCall, scan: Scan, watch: Stopwatch) -> Iterator[dict[str, Any]]:
+    """Figures of the forward and of the backward pass."""
+    rotation, turn = [leaves_of(call) for _ in range(COPIES)], 0
+    seed = torch.randn_like(scan(call))
+
+    def inputs() -> SsdCall:
+        nonlocal turn
+        turn += 1
+        return call._replace(**rotation[turn % COPIES])  # type: ignore[arg-type]
+
+    def queued(prepared: Any) -> Any:
+        torch.cuda._sleep(QUEUE)
+        return prepared
+
+    def graph() -> tuple[Tensor, list[Tensor]]:
+        chosen = inputs()
+        return queued((scan(chosen), [t for n in GRADIENTS if (t := getattr(chosen, n)) is not None]))
+
+    def forward(chosen: SsdCall) -> Tensor:
+        with torch.no_grad():
+            return scan(chosen)
+
+    yield {"pass": "fwd", "ms": watch.time(lambda: queued(inputs()), forward)}
+    yield {"pass": "bwd", "ms": watch.time(graph, lambda both: torch.autograd.grad(both[0], both[1], seed))}
+
+
+def compile_one(job: tuple[str, str, Path | None, int]) -> None:
+    """Fill Triton's cache on disk, beside other processes that do the same."""
+    name, subject, path, chunk = job
+    call = make_call(name, torch.device("cuda"))
+    scan = peer(path, chunk) if subject == PEER and path else ours(subject)
+    x, dt, B, C = (t[:8].clone() for t in (call.x, call.dt, call.B, call.C))
+    leaves = leaves_of(call._replace(x=x, dt=dt, B=B, C=C))
+    y = scan(call._replace(**leaves))  # type: ignore[arg-type]
+    torch.autograd.grad(y, list(leaves.values()), torch.randn_like(y))
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--case", default=",".join(CASES), help="names, with commas (default: all)")
+    parser.add_argument("--backend", default="triton")
+    parser.add_argument("--peer-path", type=Path, help="a checkout of mamba_ssm")
+    parser.add_argument("--peer-chunk", type=int, nargs="+", default=[256], help="its chunk sizes (default: 256)")
+    parser.add_argument("--seconds", type=float, default=0.5, help="time for a figure (default: 0.5)")
+    parser.add_argument("--jobs", type=int, default=0, help="processes that compile beforehand (default: none)")
+    parser.add_argument("--out", type=Path, help="append the records to this file, one JSON line a figure")
+    return parser.parse_args()
+
+
+def main() -> int:
+    chosen = arguments()
+    logging.basicConfig(format="%(message)s", level=logging.INFO, stream=sys.stderr)
+    device, names = torch.device("cuda"), chosen.case.split(",")
+    subjects: list[tuple[str, int]] = [(chosen.backend, 0)]
+    subjects += [(PEER, chunk) for chunk in chosen.peer_chunk] if chosen.peer_path else []
+    source, watch = provenance(device), Stopwatch(device, chosen.seconds)
+    for subject, chunk in subjects:
+        if chosen.jobs:
+            jobs = [(name, subject, chosen.peer_path, chunk) for name in names]
+            with multiprocessing.get_context("spawn").Pool(chosen.jobs) as pool:
+                pool.map(compile_one, jobs, chunksize=1)
+        scan = peer(chosen.peer_path, chunk) if subject == PEER else ours(subject)
+        for name in names:
+            call = make_call(name, device)
+            try:
+                error = check(call, scan)
+            except ArithmeticError as failure:
+                log.warning("%s on %s: %s", subject, name, failure)
+                if subject != PEER:
+                    return 1
+                error = float("nan")
+            shape = dict(zip(("batch", "tokens", "heads", "channels", "states"), CASES[name], strict=True))
+            what = {"case": name, "op": "ssd", "backend": subject, "shape": shape, "dtype": "bfloat16"}
+            what |= {"chunk": chunk} if chunk else {}
+            for figure in measure(call, scan, watch):
+                record = source | what | figure | {"rel_rms": float(f"{error:.2e}")}
+                log.info("%s %s %s %s: %s ms", name, subject, chunk or "", figure["pass"], figure["ms"])
+                if chosen.out:
+                    chosen.out.parent.mkdir(parents=True, exist_ok=True)
+                    with chosen.out.open("a") as file:
+                        file.write(json.dumps(record) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
