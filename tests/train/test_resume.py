@@ -82,6 +82,15 @@ def test_a_stopped_run_ends_like_one_that_was_not(
     assert rows(config.run_dir) == rows(whole[1])
 
 
+def test_an_epoch_done_twice_stands_once_in_the_summary(drawn: Path, whole: tuple[Position, Path]) -> None:
+    """As after a loss of power between the summary and the checkpoint."""
+    early = Path(interrupted(runs.config(drawn), STEPS + 1).checkpoint).read_bytes()
+    for _ in range(2):
+        (drawn / "output" / "run" / LAST).write_bytes(early)
+        runs.fit(runs.config(drawn, resume="auto"))
+    assert rows(drawn / "output" / "run") == rows(whole[1])
+
+
 def test_the_average_of_the_weights_and_float16_survive_a_stop(drawn: Path) -> None:
     options = {"model_ema": True, "model_ema_decay": 0.5, "model_ema_warmup": True, "amp": True, "amp_dtype": "float16"}
     whole = runs.config(drawn, experiment="whole", **options)
