@@ -6,16 +6,26 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.layers import LayerNorm
+from timm.layers import LayerNorm, register_notrace_function
 from torch import Tensor, nn
 
 Norm = Callable[..., nn.Module]
 
 
-class PatchStem(nn.Module):
-    """Patches that do not overlap, as in ViT: one convolution, then a norm. What is less than a patch is left out.
+@torch.fx.wrap
+@register_notrace_function
+def at_least(x: Tensor, side: int) -> Tensor:
+    """Pad images (B, C, H, W) of fewer rows or columns than that by zeros at their lower and right edge."""
+    lower, right = max(side - x.shape[2], 0), max(side - x.shape[3], 0)
+    return F.pad(x, (0, right, 0, lower)) if lower > 0 or right > 0 else x
 
-    Shape: (B, in_chans, H, W) -> (B, H // P, W // P, dim) with P = patch_size.
+
+class PatchStem(nn.Module):
+    """Patches that do not overlap, as in ViT: one convolution, then a norm.
+
+    What is less than a patch at the lower and right edge is left out, unless it is all there is.
+
+    Shape: (B, in_chans, H, W) -> (B, H // P, W // P, dim), at least 1 each, with P = patch_size.
     """
 
     def __init__(
@@ -30,10 +40,12 @@ class PatchStem(nn.Module):
     ) -> None:
         super().__init__()
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.patch_size = patch_size
         self.conv1 = nn.Conv2d(in_chans, dim, patch_size, stride=patch_size, **dd)
         self.norm1 = norm_layer(dim, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
+        x = at_least(x, self.patch_size)
         # Pixels are turned once, where they have three channels; all that follows is channels last by itself.
         x = self.conv1(x.contiguous(memory_format=torch.channels_last))
         return self.norm1(x.permute(0, 2, 3, 1))
