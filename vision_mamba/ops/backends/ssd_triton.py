@@ -20,12 +20,16 @@ _SEGMENT = 4  # chunks at least in a segment, below which its own start costs to
 
 
 class Tile(NamedTuple):
-    """What one program holds: steps of a chunk, channels at most, warps, and chunks in flight."""
+    """What one program holds: steps of a chunk, channels at most, warps, and chunks in flight.
+
+    A limit on the registers of a thread lets more programs run on a processor, on NVIDIA's.
+    """
 
     steps: int
     channels: int
     warps: int = 4
     stages: int = 2
+    registers: int | None = None
 
 
 #: Tiles by the states they have room for: with factors of 16 bits, and of 32.
@@ -93,6 +97,8 @@ def _plan(backward: bool, sizes: Sizes) -> Plan:
     shared: dict[str, Any] = dict(P=sizes.channels, N=sizes.states, T=steps, BLOCK_P=tile.channels)
     shared |= dict(BLOCK_N=max(_LEAST, _padded(sizes.states)), CAUSAL=sizes.causal, FACTORS=sizes.factors)
     shared |= dict(num_warps=tile.warps, num_stages=tile.stages)
+    if tile.registers and sizes.device.type == "cuda" and torch.version.hip is None:
+        shared |= dict(maxnreg=tile.registers)
     grid = (sizes.batch * sizes.heads * segments, blocks)
     return Plan(tile, segments, chunks, grid, shared, segments * chunks * steps)
 
