@@ -31,7 +31,13 @@ struct Params {
     float* ddt_bias;       // (B, K, D), or null
     float* ddt_weight;     // (B, K, D, R), or null
     float* dinitial_state; // (B, K, D, N), or null
+    // Of several states a channel, where routes are taken in segments of tiles: local states at the segments' ends, and
+    // sums of step sizes.
+    float* edges;  // (B, K, segments, D, N), N as many as lanes hold
+    float* spans;  // (B, K, segments, D)
     // Sizes.
+    long long segments;
+    long long segment_tiles;
     long long batch;
     long long tokens;
     long long routes;

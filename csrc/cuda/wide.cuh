@@ -18,6 +18,7 @@ constexpr bool kVectorX = VECTOR_X;        // x, dt and what goes with them: cha
 constexpr bool kVectorBC = VECTOR_BC;      // B, C: states are neighbours, aligned, as many as lanes hold
 constexpr bool kVectorRank = VECTOR_RANK;  // a low-rank step size: pairs of columns are neighbours, aligned
 constexpr bool kTensorRank = TENSOR_RANK;  // it is multiplied on the tensor cores
+constexpr int kPass = PASS;                // of two over a route in segments, or 0
 constexpr int kTile = 16;                  // steps between two states that forward saves
 
 constexpr int kThreads = 32 * kWarps;
@@ -126,7 +127,7 @@ struct alignas(16) Stage {
     float rows[kTile][2 * kRow];  // B, then C
     float bias[kBlockChannels];
     float D[kBlockChannels];
-    int tokens[2][kTile];  // of two tiles in turn
+    int tokens[4][kTile];  // of four tiles in turn
     // A low-rank step size: as pairs of bfloat16, of two tiles in turn, and the halves of its weights, for each 8 x 8 of
     // them channel lane / 4, columns 2 (lane % 4) and the next; or all as float32.
     alignas(16) unsigned low[2][kTensorRank ? kTile : 1][kTensorRank ? kRankPitch : 1];
@@ -135,9 +136,14 @@ struct alignas(16) Stage {
     alignas(16) float weight[kTensorRank ? 1 : kRank + 1][kBlockChannels];
 };
 
-// Which sequence, which channels, and where a thread reads them.
+// Which sequence, which of its segments, which channels, and where a thread reads them.
+//
+// Where sequences are few, a route is split into segments of whole tiles, so that there is work for every multiprocessor.
+// A first kernel, kPass 1, scans a segment from nothing and leaves the state at its end and the sum of its step sizes,
+// whose exponential takes any other state through; the second, kPass 2, joins what lies before its segment.
 struct Source {
     int channels, steps, states, route, run, valid, first, block, blocks;
+    int segment, segments, first_tile, last_tile, tiles;  // tiles first_tile to last_tile - 1
     long long batch, sequence;
     const X_TYPE* x;
     const DT_TYPE* dt;
@@ -148,7 +154,16 @@ struct Source {
     DEVICE explicit Source(const Params& p) {
         channels = (int)p.channels, steps = (int)p.steps, states = (int)p.states;
         blocks = (channels + kBlockChannels - 1) / kBlockChannels, block = blockIdx.x % blocks;
-        route = blockIdx.x / blocks % (int)p.routes, batch = blockIdx.x / blocks / (int)p.routes;
+        tiles = (steps + kTile - 1) / kTile;
+        unsigned rest = blockIdx.x / blocks;
+        segment = 0, segments = 1, first_tile = 0, last_tile = tiles;
+        if constexpr (kPass > 0) {
+            segments = (int)p.segments;
+            const int taken = segments - (kPass == 1);  // no one waits for the end of the last segment
+            segment = rest % taken + (kPass == 1 ? kFirstSegment : 0), rest /= taken;
+            first_tile = segment * (int)p.segment_tiles, last_tile = min(first_tile + (int)p.segment_tiles, tiles);
+        }
+        route = rest % (int)p.routes, batch = rest / (int)p.routes;
         sequence = batch * p.routes + route;
         first = block * kBlockChannels, run = own_run() * kRun, valid = channels - first - run;
         x = (const X_TYPE*)p.x + batch * p.x_b + route * p.x_k + (first + run) * p.x_d;
@@ -156,6 +171,24 @@ struct Source {
         B = (const B_TYPE*)p.B + batch * p.B_b + route * p.B_k;
         C = (const C_TYPE*)p.C + batch * p.C_b + route * p.C_k;
         indices = p.indices + (long long)route * steps;
+    }
+    // What a lane has of a channel's states at the end of a segment, and the sum of the channel's step sizes.
+    DEVICE float* edge(const Params& p, int of, int place) const {
+        return p.edges + (((sequence * segments + of) * channels) + min(first + place, channels - 1)) * kRow;
+    }
+    DEVICE float* span(const Params& p, int of, int place) const {
+        return p.spans + (sequence * segments + of) * channels + min(first + place, channels - 1);
+    }
+    // The state behind segments begin, begin + by and so on up to before end.
+    DEVICE void join(const Params& p, float* h, const float* A, int place, int from_state, int begin, int end, int by) const {
+#pragma unroll 1
+        for (int of = begin; of != end; of += by) {
+            float local[kStates];
+            get<kStates>(local, edge(p, of, place) + from_state);
+            const float sum = *span(p, of, place);
+#pragma unroll
+            for (int n = 0; n < kStates; ++n) h[n] = fmaf(decay(sum, A[n]), h[n], local[n]);
+        }
     }
     DEVICE int token_at(int step) const { return step < steps ? __ldg(indices + step) : -2; }
 
@@ -218,9 +251,9 @@ struct Incoming {
     }
     // beside(r, i): what goes beside x or takes its place in `through`, where backward keeps dL/dy.
     template <bool kBeside, class Beside>
-    DEVICE void unpack(const Source& from, const Params& p, Stage& stage, int turn, float2 (*through)[kPitch],
+    DEVICE void unpack(const Source& from, const Params& p, Stage& stage, int tile, float2 (*through)[kPitch],
                        Beside beside) {
-        const int* tokens = stage.tokens[turn];
+        const int* tokens = stage.tokens[tile & 3];
 #pragma unroll
         for (int r = 0; r < kRows; ++r) {
             const int row = own_row(r), token = tokens[row];
@@ -259,7 +292,7 @@ struct Incoming {
 #pragma unroll
             for (int k = 0; k < kRankParts; ++k) {
                 const int i = k * kThreads + threadIdx.x;
-                if (i < kTile * kRankWords) stage.low[turn][i / kRankWords][i % kRankWords] = low[k];
+                if (i < kTile * kRankWords) stage.low[tile & 1][i / kRankWords][i % kRankWords] = low[k];
             }
         } else if constexpr (kRank > 0) {
             for (int i = threadIdx.x; i < kTile * kRank; i += kThreads) {
@@ -275,15 +308,15 @@ struct Incoming {
         return token == -2 ? 0.f : v;
     }
     // Behind the barrier: (s, s x) from a low-rank step size and the x beside.
-    DEVICE void multiply_rank(const Source& from, Stage& stage, int turn, float2 (*through)[kPitch]) const {
-        const int* tokens = stage.tokens[turn];
+    DEVICE void multiply_rank(const Source& from, Stage& stage, int tile, float2 (*through)[kPitch]) const {
+        const int* tokens = stage.tokens[tile & 3];
         const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
         if constexpr (kTensorRank) {
             unsigned a[(kRankTiles + 1) / 2][4];
 #pragma unroll
             for (int i = 0; i < (kRankTiles + 1) / 2 * 4; ++i) {
-                const int tile = i / 4 * 2 + i % 4 / 2;
-                a[i / 4][i % 4] = tile < kRankTiles ? stage.low[turn][lane / 4 + 8 * (i % 2)][tile * 4 + lane % 4] : 0;
+                const int eight = i / 4 * 2 + i % 4 / 2, word = eight * 4 + lane % 4;
+                a[i / 4][i % 4] = eight < kRankTiles ? stage.low[tile & 1][lane / 4 + 8 * (i % 2)][word] : 0;
             }
 #pragma unroll
             for (int c = 0; c < kOwnTiles; ++c) {

@@ -17,6 +17,7 @@
 // states are fewer than four), over the warps through shared memory, over the blocks by the host's sum of partial
 // results: all in fixed order.
 #pragma once
+constexpr int kFirstSegment = 1;  // of those whose ends, their first states, are wanted
 #include "wide.cuh"
 
 constexpr int kSub = SUB;
@@ -98,7 +99,7 @@ DEVICE void sum_groups(float* d, const float* values, int t, int span, int lane,
 
 // Gradients of a low-rank step size and of its weights, from the halves of ddt that every thread has left in su. A warp
 // takes the weights of its own channels, and every kWarps-th eight columns of the step size for all channels.
-DEVICE void multiply_back(BlockMemory& block, int turn, float* to, int stride) {
+DEVICE void multiply_back(BlockMemory& block, int of_tile, float* to, int stride) {
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
     Stage& stage = block.stage;
     auto of_channels = [&](unsigned* high, unsigned* low, int channel) {  // as A of multiply_add: rows are steps
@@ -126,7 +127,7 @@ DEVICE void multiply_back(BlockMemory& block, int turn, float* to, int stride) {
             unsigned columns[2];
 #pragma unroll
             for (int i = 0; i < 2; ++i) {
-                columns[i] = transpose(stage.low[turn][lane / 4 + 8 * i][tile * 4 + lane % 4]);
+                columns[i] = transpose(stage.low[of_tile & 1][lane / 4 + 8 * i][tile * 4 + lane % 4]);
             }
             float sum[4];
             float* at = &block.dweight[warp][m][tile][lane].x;
@@ -156,7 +157,7 @@ DEVICE void multiply_back(BlockMemory& block, int turn, float* to, int stride) {
         const int rank = 8 * tile + 2 * (lane % 4);
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-            const int token = stage.tokens[turn][lane / 4 + 8 * (i / 2)];
+            const int token = stage.tokens[of_tile & 3][lane / 4 + 8 * (i / 2)];
             if (token >= 0 && rank + i % 2 < kRank) at_token(to, token, stride)[rank + i % 2] = out[i];
         }
     }
@@ -191,10 +192,16 @@ extern "C" __global__ void __launch_bounds__(kThreads, MIN_BLOCKS) wide_backward
             const bool there = channel < channels && state < states;
             const long long at = (long long)channel * states + state;
             A[j][n] = there ? p.A[(long long)route * channels * states + at] * kLog2e : 0.f;
-            carried[j][n] = there && p.dlast_state ? p.dlast_state[sequence * channels * states + at] : 0.f;
+            const bool given = there && p.dlast_state && from.last_tile == from.tiles;
+            carried[j][n] = given ? p.dlast_state[sequence * channels * states + at] : 0.f;
             dA[j][n] = 0.f;
         }
+        if constexpr (kPass == 2) {
+            from.join(p, carried[j], A[j], places[j], q * kStates, from.segments - 1, from.segment, -1);
+        }
     }
+    float span[kSlots] = {};
+    const long long share = (batch * from.segments + from.segment) * p.routes + route;  // of sums over segments and batch
     from.prepare(block.stage, p);
     for (int i = threadIdx.x; kTensorRank && i < (int)(sizeof(block.dweight) / sizeof(float4)); i += kThreads) {
         block.dweight[0][0][0][i] = make_float4(0.f, 0.f, 0.f, 0.f);
@@ -205,7 +212,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, MIN_BLOCKS) wide_backward
 #pragma unroll
     for (int i = 0; i < kColumns; ++i) columns[i] = 0.f;
 
-    const int tiles = (steps + kTile - 1) / kTile;
+    const int tiles = from.tiles;
     auto copy = [](float (*to)[kStates], const float (*from)[kStates]) {
 #pragma unroll
         for (int i = 0; i < kSlots * kStates; ++i) to[i / kStates][i % kStates] = from[i / kStates][i % kStates];
@@ -226,7 +233,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, MIN_BLOCKS) wide_backward
     Pack<Y_TYPE, kRun> dy_in[kRows];
     float h[kSlots][kStates];
     auto fetch = [&](int tile) {
-        const int* tokens = block.stage.tokens[tile & 1];
+        const int* tokens = block.stage.tokens[tile & 3];
         in.fetch(from, p, tokens);
 #pragma unroll
         for (int r = 0; r < kRows; ++r) {
@@ -234,28 +241,51 @@ extern "C" __global__ void __launch_bounds__(kThreads, MIN_BLOCKS) wide_backward
             if (p.dy) load<kVectorX>(dy_in[r], at_token(dy, token, p.dy_l), (int)p.dy_d, token >= 0 ? from.valid : 0);
             else dy_in[r].clear();
         }
-        saved(h, tile);
+        if (kPass != 1) saved(h, tile);
     };
     auto unpack = [&](int tile) {
-        in.unpack<true>(from, p, block.stage, tile & 1, block.dz, [&](int r, int i) { return dy_in[r].get(i); });
+        in.unpack<true>(from, p, block.stage, tile, block.dz, [&](int r, int i) { return dy_in[r].get(i); });
     };
 
     if (threadIdx.x < kTile) {
-        block.stage.tokens[(tiles - 1) & 1][threadIdx.x] = from.token_at((tiles - 1) * kTile + threadIdx.x);
+        const int tile = from.last_tile - 1;
+        block.stage.tokens[tile & 3][threadIdx.x] = from.token_at(tile * kTile + threadIdx.x);
     }
     __syncthreads();
-    fetch(tiles - 1);
-    unpack(tiles - 1);
-    for (int tile = tiles - 1; tile >= 0; --tile) {
+    fetch(from.last_tile - 1);
+    unpack(from.last_tile - 1);
+    for (int tile = from.last_tile - 1; tile >= from.first_tile; --tile) {
         const int start = tile * kTile;
-        const int* tokens = block.stage.tokens[tile & 1];
+        const int* tokens = block.stage.tokens[tile & 3];
+        const bool more = tile > from.first_tile;
         int ahead = 0;
-        if (threadIdx.x < kTile && tile > 0) ahead = from.token_at(start - kTile + threadIdx.x);
+        if (threadIdx.x < kTile && more) ahead = from.token_at(start - kTile + threadIdx.x);
         Pack<X_TYPE, kRun> x_now[kRows];
 #pragma unroll
         for (int r = 0; r < kRows; ++r) x_now[r] = in.x[r];
         __syncthreads();
-        in.multiply_rank(from, block.stage, tile & 1, block.dz);
+        in.multiply_rank(from, block.stage, tile, block.dz);
+        if constexpr (kPass == 1) {
+            // The gradient of the state alone.
+#pragma unroll 4
+            for (int t = kTile - 1; t >= 0; --t) {
+                float c[kStates];
+                get<kStates>(c, block.stage.rows[t] + kRow + q * kStates);
+#pragma unroll
+                for (int j = 0; j < kSlots; ++j) {
+                    const float s = block.stage.su[t][places[j]].x, out = block.dz[t][places[j]].x;
+#pragma unroll
+                    for (int n = 0; n < kStates; ++n) {
+                        carried[j][n] = fmaf(c[n], out, carried[j][n]) * decay(s, A[j][n]);
+                    }
+                    span[j] += s;
+                }
+            }
+            if (threadIdx.x < kTile) block.stage.tokens[tile - 1 & 3][threadIdx.x] = ahead;
+            __syncthreads();
+            if (more) fetch(tile - 1), unpack(tile - 1);
+            continue;
+        }
 
         const bool whole = start + kHeld < steps;  // not only padding behind the first steps
         auto forwards = [&](int t) {
@@ -346,9 +376,9 @@ extern "C" __global__ void __launch_bounds__(kThreads, MIN_BLOCKS) wide_backward
                 copy(h, before);
             }
         }
-        if (threadIdx.x < kTile) block.stage.tokens[~tile & 1][threadIdx.x] = ahead;
+        if (threadIdx.x < kTile) block.stage.tokens[tile - 1 & 3][threadIdx.x] = ahead;
         __syncthreads();
-        if (tile > 0) fetch(tile - 1);
+        if (more) fetch(tile - 1);
 
         // dx and ddt of a thread's run, and its shares of dD and ddt_bias.
 #pragma unroll
@@ -414,7 +444,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, MIN_BLOCKS) wide_backward
                 if (kVectorBC && token >= 0) put<kRowRun>(to, sum);
             }
         }
-        if (tile % kFlush == 0) {
+        if ((tile - from.first_tile) % kFlush == 0) {
             // Partial sums keep the rounding of a long route's sum down.
 #pragma unroll
             for (int j = 0; j < kSlots; ++j) {
@@ -423,8 +453,8 @@ extern "C" __global__ void __launch_bounds__(kThreads, MIN_BLOCKS) wide_backward
                 for (int n = 0; n < kStates; ++n) {
                     const int state = q * kStates + n;
                     if (channel < channels && state < states) {
-                        float* at = p.dA + (sequence * channels + channel) * states + state;
-                        *at = (tile + kFlush < tiles ? *at : 0.f) + dA[j][n];
+                        float* at = p.dA + (share * channels + channel) * states + state;
+                        *at = (tile + kFlush < from.last_tile ? *at : 0.f) + dA[j][n];
                     }
                     dA[j][n] = 0.f;
                 }
@@ -432,12 +462,22 @@ extern "C" __global__ void __launch_bounds__(kThreads, MIN_BLOCKS) wide_backward
         }
         if constexpr (kTensorRank) {
             __syncthreads();
-            multiply_back(block, tile & 1, (float*)p.ddt + first_sum * kRank, sums_stride * kRank);
+            multiply_back(block, tile, (float*)p.ddt + first_sum * kRank, sums_stride * kRank);
         }
-        if (tile > 0) unpack(tile - 1);
+        if (more) unpack(tile - 1);
+    }
+    if constexpr (kPass == 1) {
+#pragma unroll
+        for (int j = 0; j < kSlots; ++j) {
+            if (first + places[j] < channels) {
+                put<kStates>(from.edge(p, from.segment, places[j]) + q * kStates, carried[j]);
+                if (q == 0) *from.span(p, from.segment, places[j]) = span[j];
+            }
+        }
+        return;
     }
 
-    if (p.dinitial_state) {
+    if (p.dinitial_state && from.segment == 0) {
 #pragma unroll
         for (int j = 0; j < kSlots; ++j) {
             const int channel = first + places[j];
@@ -457,7 +497,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, MIN_BLOCKS) wide_backward
         const int of = 16 * m + lane / 4 + i % 4 / 2 * 8, channel = first + warp * kWarpChannels + of;
         const int rank = 8 * tile + 2 * (lane % 4) + i % 2;
         if (of < kWarpChannels && channel < channels && rank < kRank) {
-            p.ddt_weight[(sequence * channels + channel) * kRank + rank] = (&block.dweight[warp][m][tile][lane].x)[i % 4];
+            p.ddt_weight[(share * channels + channel) * kRank + rank] = (&block.dweight[warp][m][tile][lane].x)[i % 4];
         }
     }
     // dD and ddt_bias, over the four quarters of the rows.
@@ -478,6 +518,6 @@ extern "C" __global__ void __launch_bounds__(kThreads, MIN_BLOCKS) wide_backward
         for (int r = 0; r < 4 / kRows; ++r) sum += quarters[r * 2 * kBlockChannels + i];
         const int channel = first + i % kBlockChannels;
         float* to = i < kBlockChannels ? p.dD : p.ddt_bias;
-        if (to && channel < channels) to[sequence * channels + channel] = sum;
+        if (to && channel < channels) to[share * channels + channel] = sum;
     }
 }

@@ -7,6 +7,7 @@
 // column a step, of which column t is right for step t. Else slot j of lane q is channel j ^ q of its group, so that a
 // lane gets the sum of its own channel's y by kSlots - 1 exchanges and no selection.
 #pragma once
+constexpr int kFirstSegment = 0;  // of those whose ends are wanted
 #include "wide.cuh"
 
 constexpr int kHalf = kTile / 2;
@@ -45,32 +46,39 @@ extern "C" __global__ void __launch_bounds__(kThreads, MIN_BLOCKS) wide_forward(
             const bool there = channel < channels && state < states;
             const long long at = (long long)channel * states + state;
             A[j][n] = there ? p.A[(long long)from.route * channels * states + at] * kLog2e : 0.f;
-            h[j][n] = there && p.initial_state ? p.initial_state[from.sequence * channels * states + at] : 0.f;
+            const bool given = there && p.initial_state && from.segment == 0;
+            h[j][n] = given ? p.initial_state[from.sequence * channels * states + at] : 0.f;
         }
+        if constexpr (kPass == 2) from.join(p, h[j], A[j], places[j], q * kStates, 0, from.segment, 1);
     }
+    float span[kSlots] = {};
     from.prepare(stage, p);
 
-    const int tiles = (steps + kTile - 1) / kTile;
     Incoming in;
     auto unpack = [&](int tile) {
-        in.unpack<false>(from, p, stage, tile & 1, stage.su, [](int, int) { return 0.f; });
+        in.unpack<false>(from, p, stage, tile, stage.su, [](int, int) { return 0.f; });
     };
-    if (threadIdx.x < kTile) stage.tokens[0][threadIdx.x] = from.token_at(threadIdx.x);
+    if (threadIdx.x < 2 * kTile) {
+        const int tile = from.first_tile + threadIdx.x / kTile, step = threadIdx.x % kTile;
+        stage.tokens[tile & 3][step] = from.token_at(tile * kTile + step);
+    }
     __syncthreads();
-    in.fetch(from, p, stage.tokens[0]);
-    unpack(0);
-    for (int tile = 0; tile < tiles; ++tile) {
-        const int* tokens = stage.tokens[tile & 1];
+    in.fetch(from, p, stage.tokens[from.first_tile & 3]);
+    unpack(from.first_tile);
+    for (int tile = from.first_tile; tile < from.last_tile; ++tile) {
+        const int* tokens = stage.tokens[tile & 3];
+        const bool more = tile + 1 < from.last_tile;
         int ahead = 0;
-        if (threadIdx.x < kTile) ahead = from.token_at((tile + 1) * kTile + threadIdx.x);
+        if (threadIdx.x < kTile) ahead = from.token_at((tile + 2) * kTile + threadIdx.x);
         Pack<X_TYPE, kRun> x_now[kRows];
 #pragma unroll
         for (int r = 0; r < kRows; ++r) x_now[r] = in.x[r];
         __syncthreads();
-        in.multiply_rank(from, stage, tile & 1, stage.su);
+        in.multiply_rank(from, stage, tile, stage.su);
+        if (more) in.fetch(from, p, stage.tokens[tile + 1 & 3]);
 
-        if (p.saved) {
-            float* at = p.saved + (from.sequence * tiles + tile) * channels * kRow + q * kStates;
+        if (kPass != 1 && p.saved) {
+            float* at = p.saved + (from.sequence * from.tiles + tile) * channels * kRow + q * kStates;
 #pragma unroll
             for (int j = 0; j < kSlots; ++j) {
                 const int channel = from.first + places[j];
@@ -92,7 +100,9 @@ extern "C" __global__ void __launch_bounds__(kThreads, MIN_BLOCKS) wide_forward(
                     const float2 su = stage.su[start + t][places[j]];
 #pragma unroll
                     for (int n = 0; n < kStates; ++n) h[j][n] = fmaf(decay(su.x, A[j][n]), h[j][n], su.y * b[n]);
+                    if (kPass == 1) span[j] += su.x;
                 }
+                if (kPass == 1) continue;
                 if constexpr (kTensorY) {
                     float d[4] = {0.f, 0.f, 0.f, 0.f};
 #pragma unroll
@@ -124,6 +134,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, MIN_BLOCKS) wide_forward(
                     results[t] = sum[0];
                 }
             }
+            if (kPass == 1) continue;
             if constexpr (kTensorY) {
 #pragma unroll
                 for (int i = 0; i < 2 * kSlots; ++i) {
@@ -134,12 +145,11 @@ extern "C" __global__ void __launch_bounds__(kThreads, MIN_BLOCKS) wide_forward(
                 for (int t = 0; t < kHalf; ++t) block.y[start + t][places[0]] = results[t];
             }
         }
-        if (threadIdx.x < kTile) stage.tokens[~tile & 1][threadIdx.x] = ahead;
+        if (threadIdx.x < kTile) stage.tokens[tile + 2 & 3][threadIdx.x] = ahead;
         __syncthreads();
-        in.fetch(from, p, stage.tokens[~tile & 1]);
 
 #pragma unroll
-        for (int r = 0; r < kRows; ++r) {
+        for (int r = 0; r < (kPass == 1 ? 0 : kRows); ++r) {
             const int row = own_row(r), token = tokens[row];
             float out[kRun], skip[kRun];
             get<kRun>(out, block.y[row] + run);
@@ -152,10 +162,18 @@ extern "C" __global__ void __launch_bounds__(kThreads, MIN_BLOCKS) wide_forward(
                 store<kVectorX>(packed, at_token(y, token, p.y_l), (int)p.y_d, from.valid);
             }
         }
-        unpack(tile + 1);
+        if (more) unpack(tile + 1);
     }
 
-    if (p.last_state) {
+    if constexpr (kPass == 1) {
+#pragma unroll
+        for (int j = 0; j < kSlots; ++j) {
+            if (from.first + places[j] < channels) {
+                put<kStates>(from.edge(p, from.segment, places[j]) + q * kStates, h[j]);
+                if (q == 0) *from.span(p, from.segment, places[j]) = span[j];
+            }
+        }
+    } else if (p.last_state && from.last_tile == from.tiles) {
 #pragma unroll
         for (int j = 0; j < kSlots; ++j) {
             const int channel = from.first + places[j];

@@ -49,7 +49,7 @@ def test_matches_the_reference(case: Case, poisoned: None) -> None:
 
 
 def many() -> list[Case]:
-    """Shapes for scans of many sequences, which the tests' few would not choose by themselves."""
+    """Scans to be taken in one piece, as where sequences are many; few go in segments."""
     found = [
         Case(channels=channels, states=states, order="cross", dtypes=(dtype,) * 4, rank=rank, grid=(5, 11))
         for states in (2, 4, 8, 16, 24, 32, 64, 100, 256)
@@ -60,8 +60,8 @@ def many() -> list[Case]:
 
 
 @pytest.mark.parametrize("case", many(), ids=str)
-def test_shapes_for_many_sequences(case: Case, poisoned: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cuda, "_plenty", lambda *_: True)
+def test_routes_in_one_piece(case: Case, poisoned: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda.kernels, "wide_segments", lambda *_: (1, 0))
     monkeypatch.setattr(cuda, "_forward_plans", {})
     monkeypatch.setattr(cuda, "_backward_plans", {})
     found = run(make_call(case, device="cuda"), "cuda")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from array import array
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -87,6 +88,8 @@ class _Plan(NamedTuple):
     scan: _Launch
     merging: bool  # the kernel adds the routes up itself
     parts: torch.dtype | None  # type of the routes' shares that are added up afterwards, or None
+    edges: _Launch | None = None  # what goes before the scan where routes are taken in segments
+    segments: int = 1
 
 
 @functools.cache
@@ -108,11 +111,15 @@ def _forward(call: ScanCall, save: bool) -> tuple[Tensor, Tensor, Tensor]:
         target = y if plan.parts is None else _new_parts(call, plan.parts)
         if not plan.merging and not complete:
             target.zero_()
-        plan.scan(
-            device, x=call.x, dt=call.dt, B=call.B, C=call.C, indices=call.indices, A=call.A, D=call.D,
+        addresses = dict(
+            x=call.x, dt=call.dt, B=call.B, C=call.C, indices=call.indices, A=call.A, D=call.D,
             dt_weight=call.dt_weight, dt_bias=call.dt_bias, initial_state=call.initial_state, y=target,
             last_state=last if call.return_last_state else None, saved=saved,
         )  # fmt: skip
+        if plan.edges is not None:
+            addresses |= _new_edges(call, plan.segments)
+            plan.edges(device, **addresses)
+        plan.scan(device, **addresses)
         if plan.parts is not None:
             _merge(target, y)
         return y, last, call.x.new_empty(0) if saved is None else saved
@@ -135,7 +142,8 @@ def _backward(asked: ScanCall, saved: Tensor, dy: Tensor | None, dlast: Tensor |
             plan = _backward_plans[key] = _plan_backward(call, complete, dy, dx, device)
         target = dx if plan.parts is None else _new_parts(call, plan.parts)
         products = call.rank > 0 and _rank_in_kernel(call)
-        blocks = plan.scan.grid // (batch * (1 if plan.merging else routes))
+        blocks = plan.scan.grid // (batch * (1 if plan.merging else routes) * plan.segments)
+        shares = batch * plan.segments
         wide = states > 1
         if products and wide:
             ddt = call.dt.new_empty((batch, tokens, routes, blocks, call.rank), dtype=torch.float32)
@@ -147,19 +155,23 @@ def _backward(asked: ScanCall, saved: Tensor, dy: Tensor | None, dlast: Tensor |
             ddt = torch.empty_like(call.dt)
         new = functools.partial(call.x.new_empty, dtype=torch.float32)
         dBC = new((2, batch, tokens, routes, blocks, states) if wide else (2, blocks, batch, tokens, routes, states))
-        dA = new((batch, routes, channels, states))
-        per_channel = new((2, batch, routes, channels))
-        dweight = new((batch, routes, channels, call.rank)) if products else None
-        dinitial = None if call.initial_state is None else torch.empty_like(dA)
+        dA = new((shares, routes, channels, states))
+        per_channel = new((2, shares, routes, channels))
+        dweight = new((shares, routes, channels, call.rank)) if products else None
+        dinitial = None if call.initial_state is None else torch.empty_like(call.initial_state)
         if not complete:
             for tensor in (ddt, dBC) if plan.merging else (target, ddt, dBC):
                 tensor.zero_()
-        plan.scan(
-            device, x=call.x, dt=call.dt, B=call.B, C=call.C, indices=call.indices, A=call.A, D=call.D,
+        addresses = dict(
+            x=call.x, dt=call.dt, B=call.B, C=call.C, indices=call.indices, A=call.A, D=call.D,
             dt_weight=call.dt_weight, dt_bias=call.dt_bias, saved=saved, dy=dy, dlast_state=dlast, dx=target, ddt=ddt,
             dB=dBC[0], dC=dBC[1], dA=dA, dD=per_channel[0], ddt_bias=per_channel[1], ddt_weight=dweight,
             dinitial_state=dinitial,
         )  # fmt: skip
+        if plan.edges is not None:
+            addresses |= _new_edges(call, plan.segments)
+            plan.edges(device, **addresses)
+        plan.scan(device, **addresses)
         if plan.parts is not None:
             _merge(target, dx)
 
@@ -201,8 +213,9 @@ def _plan_forward(call: ScanCall, complete: bool, y: Tensor, device: int) -> _Pl
     if call.states == 1:
         kernel = kernels.narrow_forward(types, _narrow(call, complete, merging, view))
         return _Plan(_narrow_launch(kernel, call, fields, merging, device), merging, parts)
-    how = _wide(call, _wide_shape(call, device), kernels.WARPS, call.x, view, None if call.rank else call.dt)
-    return _Plan(_wide_launch(kernels.wide_forward(types, how), how, call, fields, device), merging, parts)
+    how = _wide(call, kernels.WARPS, call.x, view, None if call.rank else call.dt)
+    room = kernels.FORWARD_BLOCKS * _multiprocessors(device)
+    return _wide_plan(functools.partial(kernels.wide_forward, types), how, call, fields, room, parts, device)
 
 
 def _plan_backward(call: ScanCall, complete: bool, dy: Tensor | None, dx: Tensor, device: int) -> _Plan:
@@ -224,13 +237,14 @@ def _plan_backward(call: ScanCall, complete: bool, dy: Tensor | None, dx: Tensor
         how = _narrow(call, complete, merging, view, *across)
         kernel = kernels.narrow_backward(types, how, TYPES[view.dtype], ddt_type)
         return _Plan(_narrow_launch(kernel, call, fields, merging, device), merging, parts)
-    shape = _wide_shape(call, device)
-    how = _wide(call, shape, kernels.backward_warps(shape, nvrtc.shared_limit(device)), *across)
-    kernel = kernels.wide_backward(types, how, TYPES[view.dtype], ddt_type)
-    return _Plan(_wide_launch(kernel, how, call, fields, device), merging, parts)
+    wide = _wide(call, kernels.backward_warps(kernels.wide_shape(call.states, 2), nvrtc.shared_limit(device)), *across)
+    wanted = functools.partial(kernels.wide_backward, types, dx=TYPES[view.dtype], ddt=ddt_type)
+    room = kernels.BACKWARD_WARPS // wide.warps * _multiprocessors(device)
+    return _wide_plan(wanted, wide, call, fields, room, parts, device)
 
 
-def _wide(call: ScanCall, shape: kernels.Shape, warps: int, *across: Tensor | None) -> kernels.Wide:
+def _wide(call: ScanCall, warps: int, *across: Tensor | None) -> kernels.Wide:
+    shape = kernels.wide_shape(call.states, 2)
     row = shape.lanes * shape.states
     return kernels.Wide(
         shape,
@@ -242,15 +256,6 @@ def _wide(call: ScanCall, shape: kernels.Shape, warps: int, *across: Tensor | No
         vector_rank=call.rank > 0 and call.rank % 2 == 0 and vector(2, call.dt),
         tensor_rank=_rank_in_kernel(call),
     )
-
-
-def _wide_shape(call: ScanCall, device: int) -> kernels.Shape:
-    return kernels.wide_shape(call.states, 2 if _plenty(call, device) else 1)
-
-
-def _plenty(call: ScanCall, device: int) -> bool:
-    """Whether two channels a group of lanes leave warps enough for every multiprocessor."""
-    return call.batch * call.routes * call.channels * call.states >= 2048 * _multiprocessors(device)
 
 
 def _merging(call: ScanCall, wanted: bool, result: Tensor, device: int) -> tuple[torch.dtype | None, bool, Tensor]:
@@ -303,12 +308,31 @@ def _narrow_launch(
     return _Launch(nvrtc.kernel(wanted, device), grid, _template(fields), 32 * warps, more)
 
 
-def _wide_launch(
-    wanted: nvrtc.Specialisation, how: kernels.Wide, call: ScanCall, fields: dict[str, int], device: int
-) -> _Launch:
+def _wide_plan(
+    wanted: Callable[[kernels.Wide], nvrtc.Specialisation],
+    how: kernels.Wide,
+    call: ScanCall,
+    fields: dict[str, int],
+    room: int,
+    parts: torch.dtype | None,
+    device: int,
+) -> _Plan:
+    """One launch, or two over routes in segments where sequences are too few for the `room` of the device."""
     per_block = how.shape.channels * how.warps
-    grid = call.batch * call.routes * ((call.channels + per_block - 1) // per_block)
-    return _Launch(nvrtc.kernel(wanted, device), grid, _template(fields))
+    blocks = call.batch * call.routes * ((call.channels + per_block - 1) // per_block)
+    segments, per_segment = kernels.wide_segments(call.steps, blocks, room)
+    if segments == 1:
+        return _Plan(_Launch(nvrtc.kernel(wanted(how), device), blocks, _template(fields)), False, parts)
+    template = _template(fields | dict(segments=segments, segment_tiles=per_segment))
+    edges, scan = (nvrtc.kernel(wanted(how._replace(part=part)), device) for part in (1, 2))
+    first = _Launch(edges, blocks * (segments - 1), template)
+    return _Plan(_Launch(scan, blocks * segments, template), False, parts, first, segments)
+
+
+def _new_edges(call: ScanCall, segments: int) -> dict[str, Tensor]:
+    shape = (call.batch, call.routes, segments, call.channels)
+    edges = call.A.new_empty((*shape, 1 << (call.states - 1).bit_length()))
+    return dict(edges=edges, spans=call.A.new_empty(shape))
 
 
 def _merge(parts: Tensor, out: Tensor) -> None:
@@ -425,7 +449,7 @@ def _rank_in_kernel(call: ScanCall) -> bool:
     device = call.x.device.index
     if not kernels.on_tensor_cores(call.rank, TYPES[call.dt.dtype]) or _capability(device) < (8, 0):
         return False
-    return call.states == 1 or _wide_shape(call, device).channels % 8 == 0
+    return call.states == 1 or kernels.wide_shape(call.states, 2).channels % 8 == 0
 
 
 def _sizes(call: ScanCall) -> dict[str, int]:

@@ -13,6 +13,8 @@ TYPES = {torch.float32: "Float", torch.float16: "Half", torch.bfloat16: "Bfloat"
 MAX_RANK = 64  # columns of a low-rank step size that the kernels multiply themselves
 CHECKPOINT = 16  # steps between two states that the wide kernels save
 WARPS = 4  # of a block of the wide kernels
+FORWARD_BLOCKS = 4  # of the wide forward kernel that a multiprocessor holds
+BACKWARD_WARPS = 12  # of the wide backward kernel
 NARROW_CHANNELS = 16  # of a block of the narrow kernels
 
 Types = tuple[str, str, str, str, str]  # of x, dt, B, C and y
@@ -50,6 +52,17 @@ class Wide(NamedTuple):
     vector_bc: bool  # so are states, as many as lanes hold
     vector_rank: bool  # and pairs of columns of a low-rank step size
     tensor_rank: bool  # which is multiplied on the tensor cores
+    part: int = 0  # of two kernels over a route in segments, or 0
+
+
+def wide_segments(steps: int, blocks: int, room: int) -> tuple[int, int]:
+    """Segments a route is taken in, and tiles of a segment: several where blocks leave half of the room empty."""
+    tiles = (steps + CHECKPOINT - 1) // CHECKPOINT
+    wanted = min(room // max(blocks, 1), tiles // 2)
+    if wanted < 2:
+        return 1, tiles
+    per_segment = (tiles + wanted - 1) // wanted
+    return (tiles + per_segment - 1) // per_segment, per_segment
 
 
 def backward_warps(shape: Shape, shared: int) -> int:
@@ -97,12 +110,14 @@ def narrow_shared(warps: int, rank: int, tokens: int) -> int:
 
 def wide_forward(types: Types, how: Wide) -> Specialisation:
     few_digits = types[3:] == ("Bfloat", "Bfloat")  # then tensor cores are exact enough for <C, h>
-    return Specialisation("wide_forward", _macros(types, **_wide(how), MIN_BLOCKS=4, TENSOR_Y=few_digits))
+    return Specialisation("wide_forward", _macros(types, **_wide(how), MIN_BLOCKS=FORWARD_BLOCKS, TENSOR_Y=few_digits))
 
 
 def wide_backward(types: Types, how: Wide, dx: str, ddt: str) -> Specialisation:
     exact = types[2:4] != ("Bfloat", "Bfloat")  # dB or dC has more digits than one term on the tensor cores
-    more = dict(MIN_BLOCKS=12 // how.warps, SUB=min(8, 64 // (how.shape.slots * how.shape.states)), TWO_TERMS=exact)
+    more = dict(
+        MIN_BLOCKS=BACKWARD_WARPS // how.warps, SUB=min(8, 64 // (how.shape.slots * how.shape.states)), TWO_TERMS=exact
+    )
     return Specialisation("wide_backward", _macros(types, **_wide(how), **more, DX_TYPE=dx, DDT_TYPE=ddt))
 
 
@@ -126,6 +141,7 @@ def on_tensor_cores(rank: int, dt: str) -> bool:
 def _wide(how: Wide) -> dict[str, Any]:
     shape = how.shape
     sizes = dict(LANES=shape.lanes, STATES=shape.states, SLOTS=shape.slots, WARPS=how.warps, RANK=how.rank)
+    sizes |= dict(PASS=how.part)
     flags = dict(SOFTPLUS=how.softplus, VECTOR_X=how.vector_x, VECTOR_BC=how.vector_bc)
     return sizes | flags | dict(VECTOR_RANK=how.vector_rank, TENSOR_RANK=how.tensor_rank)
 
