@@ -46,6 +46,7 @@ CASES: dict[str, tuple[int, int, int, int, int]] = {
     "l16k_h24_p64_n128": (1, 16384, 24, 64, 128),
 }
 PEER = "mamba_ssm"
+PEER_BOUND = 2e-2  # it is held to less than we are
 COPIES = 3
 QUEUE = 4_000_000  # cycles for which the GPU waits while launches are queued
 Scan = Callable[[SsdCall], Tensor]
@@ -89,8 +90,8 @@ def leaves_of(call: SsdCall) -> dict[str, Tensor]:
     return {n: t.detach().clone().requires_grad_() for n in GRADIENTS if (t := getattr(call, n)) is not None}
 
 
-def check(call: SsdCall, scan: Scan) -> float:
-    """The error of the output; raises ArithmeticError if it or a gradient is over the bound of the call's type."""
+def check(call: SsdCall, scan: Scan, bound: float) -> float:
+    """The error of the output; raises ArithmeticError if it or a gradient is over the bound."""
     items = sorted({0, call.batch - 1})
     leaves = leaves_of(call)
     y = scan(call._replace(**leaves))  # type: ignore[arg-type]
@@ -104,9 +105,9 @@ def check(call: SsdCall, scan: Scan) -> float:
     errors = {"y": relative_rms(y.detach()[items], exact.detach())}
     for name, gradient in zip(some, gradients, strict=True):
         errors[f"d{name}"] = relative_rms(found[name][items] if name in whole else found[name], gradient)
-    wrong = [f"{name} {error:.1e}" for name, error in errors.items() if not error <= BOUNDS[call.x.dtype]]
+    wrong = [f"{name} {error:.1e}" for name, error in errors.items() if not error <= bound]
     if wrong:
-        raise ArithmeticError(f"relative RMS errors over {BOUNDS[call.x.dtype]}: {', '.join(wrong)}")
+        raise ArithmeticError(f"relative RMS errors over {bound}: {', '.join(wrong)}")
     return errors["y"]
 
 
@@ -165,7 +166,7 @@ def main() -> int:
     device, names = torch.device("cuda"), chosen.case.split(",")
     subjects: list[tuple[str, int]] = [(chosen.backend, 0)]
     subjects += [(PEER, chunk) for chunk in chosen.peer_chunk] if chosen.peer_path else []
-    source, watch = provenance(device), Stopwatch(device, chosen.seconds)
+    source, watch, wrong = provenance(device), Stopwatch(device, chosen.seconds), False
     for subject, chunk in subjects:
         if chosen.jobs:
             jobs = [(name, subject, chosen.peer_path, chunk) for name in names]
@@ -175,12 +176,11 @@ def main() -> int:
         for name in names:
             call = make_call(name, device)
             try:
-                error = check(call, scan)
+                error = check(call, scan, PEER_BOUND if subject == PEER else BOUNDS[call.x.dtype])
             except ArithmeticError as failure:
-                log.warning("%s on %s: %s", subject, name, failure)
-                if subject != PEER:
-                    return 1
-                error = float("nan")
+                log.warning("skip %s on %s: %s", subject, name, failure)
+                wrong |= subject != PEER
+                continue
             shape = dict(zip(("batch", "tokens", "heads", "channels", "states"), CASES[name], strict=True))
             what = {"case": name, "op": "ssd", "backend": subject, "shape": shape, "dtype": "bfloat16"}
             what |= {"chunk": chunk} if chunk else {}
@@ -191,7 +191,7 @@ def main() -> int:
                     chosen.out.parent.mkdir(parents=True, exist_ok=True)
                     with chosen.out.open("a") as file:
                         file.write(json.dumps(record) + "\n")
-    return 0
+    return int(wrong)
 
 
 if __name__ == "__main__":
