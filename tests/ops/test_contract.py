@@ -112,6 +112,7 @@ CROSSED = [
     (dict(indices=torch.zeros(4, 6, dtype=torch.int32, device="meta")), r"indices must be on the input's device"),
     (dict(B=torch.ones(2, 6, 4, 3, dtype=torch.float64)), r"float64 does not mix"),
     (dict(out_dtype=torch.float64), r"out_dtype must be"),
+    (dict(out_dtype="float32"), r"out_dtype must be .* got 'float32' for float32 input"),
 ]
 
 

@@ -62,4 +62,5 @@ def cross_selective_scan(
         raise ValueError("cross_selective_scan: indices must be an int32 table (routes, steps), got None.")
     call = ScanCall(x, dt, A, B, C, D, indices, dt_weight, dt_bias, None, dt_softplus, merge, False, out_dtype)
     contract.check_tensors("cross_selective_scan", call)
+    contract.require_out_dtype("cross_selective_scan", out_dtype, x)
     return torch.ops.vision_mamba.cross_selective_scan(*call, backend or registry.forced())[0]
