@@ -31,6 +31,12 @@ struct Params {
     float* ddt_bias;       // (B, K, D), or null
     float* ddt_weight;     // (B, K, D, R), or null
     float* dinitial_state; // (B, K, D, N), or null
+    // Of one state a channel: partial sums, and where narrow_finish.cuh puts the whole ones.
+    float* dBC;            // (channel tiles, B, K, S, 2): dB and dC in the order of steps
+    void* sum_dB;          // (B, L, K)
+    void* sum_dC;          // (B, L, K)
+    void* sum_ddt;         // (B, L, K, R)
+    float* sum_channels;   // (3, K, D) of A, D and the bias, then (K, D, R) of the weights
     // Of several states a channel, where routes are taken in segments of tiles: local states at the segments' ends, and
     // sums of step sizes.
     float* edges;  // (B, K, segments, D, N), N as many as lanes hold
@@ -44,6 +50,8 @@ struct Params {
     long long steps;
     long long channels;
     long long states;
+    long long tiles;       // of channels
+    long long save_warps;  // of a block of the narrow backward kernel: its chunks start where states are saved
     // Strides.
     long long x_b;
     long long x_l;
