@@ -28,6 +28,17 @@ def tuned() -> list[Case]:
     ]
     found += [Case(channels=128, states=16, order="bidirectional", dtypes=(t,) * 4, grid=(1, 197)) for t in (F16, F32)]
     found += [Case(channels=192, states=states, order="cross", dtypes=half, grid=(28, 28)) for states in (1, 16)]
+    # Blocks enough that they add up the routes themselves; whole segments of seven and eight, and others.
+    merged = (((56, 56), 16, 140), ((28, 28), 32, 70), ((14, 14), 48, 50), ((16, 16), 32, 70), ((9, 11), 40, 60))
+    found += [
+        Case(channels=channels, batch=batch, states=1, order="cross", rank=rank, dtypes=half, grid=grid)
+        for grid, channels, batch in merged
+        for rank in (0, 6)
+    ]
+    found += [
+        Case(channels=48, batch=50, states=1, order="cross", rank=rank, dtypes=half, grid=(14, 14), state=True)
+        for rank in (5, 24, 48)
+    ]
     found += [Case(channels=64, batch=100, states=16, dtypes=half, shared_x=False, merge=False, grid=(1, 65))]
     found += [Case(channels=72, rank=rank, order="cross", dtypes=(F32,) * 4) for rank in (1, 48, 64, 65)]
     return found
