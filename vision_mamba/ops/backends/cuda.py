@@ -154,19 +154,19 @@ def _backward(asked: ScanCall, saved: Tensor, dy: Tensor | None, dlast: Tensor |
         else:
             ddt = torch.empty_like(call.dt)
         new = functools.partial(call.x.new_empty, dtype=torch.float32)
-        dBC = new((2, batch, tokens, routes, blocks, states) if wide else (2, blocks, batch, tokens, routes, states))
+        dBC = new((2, batch, tokens, routes, blocks, states) if wide else (blocks, batch, routes, call.steps, 2))
         dA = new((shares, routes, channels, states))
         per_channel = new((2, shares, routes, channels))
         dweight = new((shares, routes, channels, call.rank)) if products else None
         dinitial = None if call.initial_state is None else torch.empty_like(call.initial_state)
         if not complete:
-            for tensor in (ddt, dBC) if plan.merging else (target, ddt, dBC):
+            for tensor in (ddt, *((target,) if not plan.merging else ()), *((dBC,) if wide else ())):
                 tensor.zero_()
         addresses = dict(
             x=call.x, dt=call.dt, B=call.B, C=call.C, indices=call.indices, A=call.A, D=call.D,
             dt_weight=call.dt_weight, dt_bias=call.dt_bias, saved=saved, dy=dy, dlast_state=dlast, dx=target, ddt=ddt,
-            dB=dBC[0], dC=dBC[1], dA=dA, dD=per_channel[0], ddt_bias=per_channel[1], ddt_weight=dweight,
-            dinitial_state=dinitial,
+            dB=dBC[0] if wide else None, dC=dBC[1] if wide else None, dBC=None if wide else dBC, dA=dA,
+            dD=per_channel[0], ddt_bias=per_channel[1], ddt_weight=dweight, dinitial_state=dinitial,
         )  # fmt: skip
         if plan.edges is not None:
             addresses |= _new_edges(call, plan.segments)
@@ -175,19 +175,19 @@ def _backward(asked: ScanCall, saved: Tensor, dy: Tensor | None, dlast: Tensor |
         if plan.parts is not None:
             _merge(target, dx)
 
-        found: dict[str, Tensor | None] = dict(x=dx, dt=ddt, initial_state=dinitial, A=dA.sum(0))
+        found: dict[str, Tensor | None] = dict(x=dx, dt=ddt, initial_state=dinitial)
         if wide:
+            found["A"] = dA.sum(0)
             found["B"], found["C"] = (
                 _sum_blocks(dBC[i], argument.dtype) for i, argument in enumerate((call.B, call.C))
             )
+            found["D"], found["dt_bias"] = per_channel.sum(1).unbind(0)
+            if products:
+                assert dweight is not None
+                found["dt"], found["dt_weight"] = _sum_blocks(ddt, call.dt.dtype), dweight.sum(0)
         else:
-            found["B"], found["C"] = (dBC.sum(1) if blocks > 1 else dBC[:, 0]).unbind(0)
-        found["D"], found["dt_bias"] = per_channel.sum(1).unbind(0)
-        if products:
-            assert dweight is not None
-            found["dt"] = _sum_blocks(ddt, call.dt.dtype) if wide else ddt.sum(0)
-            found["dt_weight"] = dweight.sum(0)
-        elif asked.dt_weight is not None:
+            found |= _finish(call, complete, ddt if products else None, dBC, dA, per_channel, dweight)
+        if asked.dt_weight is not None and not products:
             low_rank, weight = asked.dt.to(torch.float32), asked.dt_weight.to(torch.float32)
             found["dt"] = torch.einsum("blkd,kdr->blkr", ddt, weight)
             found["dt_weight"] = torch.einsum("blkd,blkr->kdr", ddt, low_rank)
@@ -294,7 +294,7 @@ def _narrow(call: ScanCall, complete: bool, merging: bool, view: Tensor, *across
         call.dt_softplus,
         merging,
         whole=complete and call.steps == call.tokens and call.steps % segment == 0,
-        vector=vector(2, *across),
+        vector=vector(4, *across),
         vector_rank=call.rank > 0 and call.rank % 2 == 0 and vector(2, call.dt),
     )
 
@@ -303,6 +303,7 @@ def _narrow_launch(
     wanted: nvrtc.Specialisation, call: ScanCall, fields: dict[str, int], merging: bool, device: int
 ) -> _Launch:
     warps, _ = _narrow_chunk(call)
+    fields = fields | dict(save_warps=warps)
     grid = call.batch * _narrow_blocks(call) * (1 if merging else call.routes)
     more = 4 * kernels.NARROW_CHANNELS * (call.tokens + call.tokens % 2) if merging else 0
     return _Launch(nvrtc.kernel(wanted, device), grid, _template(fields), 32 * warps, more)
@@ -354,6 +355,47 @@ def _merge(parts: Tensor, out: Tensor) -> None:
 
 
 _merges: dict[Any, _Launch] = {}
+
+
+def _finish(
+    call: ScanCall,
+    complete: bool,
+    ddt: Tensor | None,
+    dBC: Tensor,
+    dA: Tensor,
+    per_channel: Tensor,
+    dweight: Tensor | None,
+) -> dict[str, Tensor | None]:
+    """The sums of what the narrow backward kernel left in parts, in one launch; see csrc/cuda/narrow_finish.cuh."""
+    device, tiles, rank = call.x.device.index, dBC.shape[0], 0 if ddt is None else call.rank
+    batch, tokens, routes, channels = call.batch, call.tokens, call.routes, call.channels
+    dB, dC = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (call.B, call.C))
+    if not complete:
+        dB.zero_(), dC.zero_()
+    sum_ddt = None if ddt is None else ddt.new_empty(ddt.shape[1:])
+    of_channels = dA.new_empty((3 + rank) * routes * channels)
+    key = (device, dBC.shape, tokens, channels, rank, dB.dtype, dC.dtype)
+    launch = _finishes.get(key)
+    if launch is None:
+        elements = batch * tokens * routes * rank
+        run = next(n for n in (8, 4, 2, 1) if elements % n == 0)
+        sums = (routes * channels * (3 + rank), elements // run, batch * routes * call.steps)
+        fields = dict(batch=batch, tokens=tokens, routes=routes, channels=channels, steps=call.steps, tiles=tiles)
+        kernel = nvrtc.kernel(kernels.narrow_finish(TYPES[dB.dtype], TYPES[dC.dtype], rank, run), device)
+        grid = sum((count + 255) // 256 for count in sums)
+        launch = _finishes[key] = _Launch(kernel, grid, _template(fields))
+    launch(
+        device, indices=call.indices, dBC=dBC, dA=dA, dD=per_channel[0], ddt_bias=per_channel[1], ddt_weight=dweight,
+        ddt=ddt, sum_dB=dB, sum_dC=dC, sum_ddt=sum_ddt, sum_channels=of_channels,
+    )  # fmt: skip
+    of_A, of_D, of_bias = of_channels[: 3 * routes * channels].view(3, routes, channels).unbind(0)
+    found: dict[str, Tensor | None] = dict(B=dB, C=dC, A=of_A.unsqueeze(-1), D=of_D, dt_bias=of_bias)
+    if ddt is not None:
+        found |= dict(dt=sum_ddt, dt_weight=of_channels[3 * routes * channels :].view(routes, channels, rank))
+    return found
+
+
+_finishes: dict[Any, _Launch] = {}
 
 
 def _sum_blocks(parts: Tensor, dtype: torch.dtype) -> Tensor:

@@ -93,19 +93,19 @@ def narrow_segment(steps: Any) -> int:
 
 def narrow_warps(sequences: Any, channels: Any, tokens: Any) -> int:
     """Warps of a block of the narrow kernels at most: few where several blocks share a multiprocessor and overlap."""
-    return 8 if sequences * channels >= 16384 and tokens <= 1024 else 16
+    return 4 if sequences * channels >= 16384 and tokens <= 1024 else 8
 
 
 def narrow_chunk(steps: Any, max_warps: int) -> tuple[Any, Any]:
     """Warps of a block of the narrow kernels, and chunks that a route of so many steps is taken in."""
-    warp_steps = 4 * narrow_segment(steps)
+    warp_steps = 8 * narrow_segment(steps)
     chunks = (steps + warp_steps * max_warps - 1) // (warp_steps * max_warps)
     return (steps + warp_steps * chunks - 1) // (warp_steps * chunks), chunks
 
 
 def narrow_shared(warps: int, rank: int, tokens: int) -> int:
     """Bytes of shared memory that the backward kernel, which needs more, takes to add routes up; see BlockMemory."""
-    return 256 + warps * (1408 + 512 * ((rank + 7) // 8)) + 4 * NARROW_CHANNELS * (tokens + tokens % 2)
+    return 256 + warps * (2240 + 512 * ((rank + 7) // 8)) + 4 * NARROW_CHANNELS * (tokens + tokens % 2)
 
 
 def wide_forward(types: Types, how: Wide) -> Specialisation:
@@ -122,11 +122,16 @@ def wide_backward(types: Types, how: Wide, dx: str, ddt: str) -> Specialisation:
 
 
 def narrow_forward(types: Types, how: Narrow) -> Specialisation:
-    return Specialisation("narrow_forward", _macros(types, **_narrow(types, how)))
+    return Specialisation("narrow_forward", _macros(types, **_narrow(types, how, 3)))
 
 
 def narrow_backward(types: Types, how: Narrow, dx: str, ddt: str) -> Specialisation:
-    return Specialisation("narrow_backward", _macros(types, **_narrow(types, how), DX_TYPE=dx, DDT_TYPE=ddt))
+    return Specialisation("narrow_backward", _macros(types, **_narrow(types, how, 2), DX_TYPE=dx, DDT_TYPE=ddt))
+
+
+def narrow_finish(dB: str, dC: str, rank: int, run: int) -> Specialisation:
+    types = ("Float", "Bfloat", dB, dC, "Float")
+    return Specialisation("narrow_finish", _macros(types, RANK=rank, RUN=run, DDT_TYPE="Bfloat"))
 
 
 def merge(part: str, out: str, run: int) -> Specialisation:
@@ -146,8 +151,8 @@ def _wide(how: Wide) -> dict[str, Any]:
     return sizes | flags | dict(VECTOR_RANK=how.vector_rank, TENSOR_RANK=how.tensor_rank)
 
 
-def _narrow(types: Types, how: Narrow) -> dict[str, Any]:
-    sizes = dict(STEPS=how.steps, MAX_WARPS=how.warps, MIN_BLOCKS=16 // how.warps, RANK=how.rank)
+def _narrow(types: Types, how: Narrow, blocks: int) -> dict[str, Any]:
+    sizes = dict(STEPS=how.steps, MAX_WARPS=how.warps, MIN_BLOCKS=1 if how.warps > 4 else blocks, RANK=how.rank)
     flags = dict(SOFTPLUS=how.softplus, MERGE=how.merge, WHOLE=how.whole)
     flags |= dict(VECTOR=how.vector, VECTOR_RANK=how.vector_rank, TENSOR=on_tensor_cores(how.rank, types[1]))
     return sizes | flags
@@ -179,13 +184,14 @@ _FULL: Types = ("Float",) * 5
 
 #: What the published models run: compiled for every architecture by the tests, and warmed by the doctor.
 SHIPPED = (
-    narrow_forward(_HALF, Narrow(7, 16, 6, True, True, True, True, True)),
-    narrow_forward(_FULL, Narrow(8, 16, 0, True, False, False, True, True)),
-    narrow_backward(_HALF, Narrow(7, 16, 6, True, True, True, True, True), "Bfloat", "Bfloat"),
+    narrow_forward(_HALF, Narrow(7, 8, 6, True, True, True, True, True)),
+    narrow_forward(_FULL, Narrow(8, 8, 0, True, False, False, True, True)),
+    narrow_backward(_HALF, Narrow(7, 8, 6, True, True, True, True, True), "Bfloat", "Bfloat"),
     wide_forward(_HALF, Wide(wide_shape(16, 2), WARPS, 0, True, True, True, False, False)),
     wide_forward(_HALF, Wide(wide_shape(16, 2), WARPS, 24, True, True, True, True, True)),
     wide_forward(_FULL, Wide(wide_shape(64, 2), WARPS, 0, True, True, True, False, False)),
     wide_backward(_HALF, Wide(wide_shape(16, 2), WARPS, 0, True, True, True, False, False), "Bfloat", "Bfloat"),
     wide_backward(_HALF, Wide(wide_shape(16, 2), WARPS, 24, True, True, True, True, True), "Bfloat", "Bfloat"),
+    narrow_finish("Bfloat", "Bfloat", 6, 8),
     merge("Bfloat", "Bfloat", 8),
 )
