@@ -416,6 +416,8 @@ def _like(gradient: Tensor | None, argument: Tensor | None) -> Tensor | None:
     """The gradient in the type and memory order of its argument, as the operator promises."""
     if argument is None or gradient is None:
         return None
+    if gradient.dtype == argument.dtype and gradient.stride() == argument.stride() and argument.is_contiguous():
+        return gradient  # what follows would say so too, at the price of a launch
     promised = torch.empty_like(argument, device="meta")
     if gradient.dtype == promised.dtype and gradient.stride() == promised.stride():
         return gradient
