@@ -106,10 +106,19 @@ DEVICE void multiply_add_tf32(float* d, float a0, float a1, float a2, float a3, 
 }
 constexpr float kTruncated = 1.000352f;  // what cutting off 13 bits takes from a number on average, given back
 
-// A thread's run of channels, the same in all its rows, and those rows: eight neighbouring lanes have two runs of four
-// rows, for the banks' sake.
-DEVICE int own_run() { return (threadIdx.x & 1) + 2 * ((threadIdx.x >> 3) % (kRuns / 2)); }
-DEVICE int own_row(int r) { return (threadIdx.x >> 1 & 3) + 4 * ((r * kThreads + threadIdx.x) / 8 / (kRuns / 2)); }
+// A thread's run of channels, the same in all its rows, and those rows. Eight neighbouring lanes have two runs of four
+// rows, for the banks' sake; where tokens are neighbours in memory, sixteen have all rows of one run. Lanes whose numbers
+// differ in the bits from kRowHigh down to kRowLow have the same run.
+constexpr bool kTokensFirst = TOKENS_FIRST && kRows == 1;
+constexpr int kRowHigh = kTokensFirst ? 8 : 4, kRowLow = kTokensFirst ? 1 : 2;
+constexpr int kRowsTogether = kTokensFirst ? 16 : 4;  // of those lanes
+DEVICE int own_run() {
+    return kTokensFirst ? threadIdx.x / kTile : (threadIdx.x & 1) + 2 * ((threadIdx.x >> 3) % (kRuns / 2));
+}
+DEVICE int own_row(int r) {
+    if (kTokensFirst) return threadIdx.x % kTile;
+    return (threadIdx.x >> 1 & 3) + 4 * ((r * kThreads + threadIdx.x) / 8 / (kRuns / 2));
+}
 
 // A thread's share of the rows of B and C.
 struct Part {

@@ -207,7 +207,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, MIN_BLOCKS) wide_backward
         block.dweight[0][0][0][i] = make_float4(0.f, 0.f, 0.f, 0.f);
     }
     // A thread's share of dD and ddt_bias.
-    constexpr int kColumns = owned_count<2 * kRun, 4, 2>();
+    constexpr int kColumns = owned_count<2 * kRun, kRowHigh, kRowLow>();
     float columns[kColumns];
 #pragma unroll
     for (int i = 0; i < kColumns; ++i) columns[i] = 0.f;
@@ -413,7 +413,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, MIN_BLOCKS) wide_backward
                     *reinterpret_cast<uint2*>(&block.stage.su[row][run + i]) = halves(ddt_out[i], ddt_out[i + 1]);
                 }
             }
-            reduce_scatter<2 * kRun, 4, 2>(shares, lane);
+            reduce_scatter<2 * kRun, kRowHigh, kRowLow>(shares, lane);
 #pragma unroll
             for (int i = 0; i < kColumns; ++i) columns[i] += shares[i];
         }
@@ -500,22 +500,22 @@ extern "C" __global__ void __launch_bounds__(kThreads, MIN_BLOCKS) wide_backward
             p.ddt_weight[(share * channels + channel) * kRank + rank] = (&block.dweight[warp][m][tile][lane].x)[i % 4];
         }
     }
-    // dD and ddt_bias, over the four quarters of the rows.
+    // dD and ddt_bias, over the rows.
     __syncthreads();
-    float* quarters = block.held[0][0][0][0];
-    if (owns_first<2 * kRun, 4, 2>(lane)) {
-        const int owned = owned_from<2 * kRun, 4, 2>(lane);
+    float* parts = block.held[0][0][0][0];
+    if (owns_first<2 * kRun, kRowHigh, kRowLow>(lane)) {
+        const int owned = owned_from<2 * kRun, kRowHigh, kRowLow>(lane);
 #pragma unroll
         for (int i = 0; i < kColumns; ++i) {
             const int kind = (owned + i) / kRun, channel = run + (owned + i) % kRun;
-            quarters[(own_row(0) / 4 * 2 + kind) * kBlockChannels + channel] = columns[i];
+            parts[(own_row(0) / kRowsTogether * 2 + kind) * kBlockChannels + channel] = columns[i];
         }
     }
     __syncthreads();
     for (int i = threadIdx.x; i < 2 * kBlockChannels; i += kThreads) {
         float sum = 0.f;
 #pragma unroll
-        for (int r = 0; r < 4 / kRows; ++r) sum += quarters[r * 2 * kBlockChannels + i];
+        for (int r = 0; r < kTile / kRowsTogether / kRows; ++r) sum += parts[r * 2 * kBlockChannels + i];
         const int channel = first + i % kBlockChannels;
         float* to = i < kBlockChannels ? p.dD : p.ddt_bias;
         if (to && channel < channels) to[share * channels + channel] = sum;

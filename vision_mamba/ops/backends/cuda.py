@@ -255,6 +255,7 @@ def _wide(call: ScanCall, warps: int, *across: Tensor | None) -> kernels.Wide:
         vector_bc=call.states == row and vector(min(row, 4), call.B, call.C),
         vector_rank=call.rank > 0 and call.rank % 2 == 0 and vector(2, call.dt),
         tensor_rank=_rank_in_kernel(call),
+        tokens_first=call.x.stride(1) == 1 != call.x.stride(-1),
     )
 
 

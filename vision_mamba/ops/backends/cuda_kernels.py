@@ -52,6 +52,7 @@ class Wide(NamedTuple):
     vector_bc: bool  # so are states, as many as lanes hold
     vector_rank: bool  # and pairs of columns of a low-rank step size
     tensor_rank: bool  # which is multiplied on the tensor cores
+    tokens_first: bool  # tokens are neighbours in memory, channels are not
     part: int = 0  # of two kernels over a route in segments, or 0
 
 
@@ -148,7 +149,7 @@ def _wide(how: Wide) -> dict[str, Any]:
     sizes = dict(LANES=shape.lanes, STATES=shape.states, SLOTS=shape.slots, WARPS=how.warps, RANK=how.rank)
     sizes |= dict(PASS=how.part)
     flags = dict(SOFTPLUS=how.softplus, VECTOR_X=how.vector_x, VECTOR_BC=how.vector_bc)
-    return sizes | flags | dict(VECTOR_RANK=how.vector_rank, TENSOR_RANK=how.tensor_rank)
+    return sizes | flags | dict(VECTOR_RANK=how.vector_rank, TENSOR_RANK=how.tensor_rank, TOKENS_FIRST=how.tokens_first)
 
 
 def _narrow(types: Types, how: Narrow, blocks: int) -> dict[str, Any]:
@@ -187,11 +188,11 @@ SHIPPED = (
     narrow_forward(_HALF, Narrow(7, 8, 6, True, True, True, True, True)),
     narrow_forward(_FULL, Narrow(8, 8, 0, True, False, False, True, True)),
     narrow_backward(_HALF, Narrow(7, 8, 6, True, True, True, True, True), "Bfloat", "Bfloat"),
-    wide_forward(_HALF, Wide(wide_shape(16, 2), WARPS, 0, True, True, True, False, False)),
-    wide_forward(_HALF, Wide(wide_shape(16, 2), WARPS, 24, True, True, True, True, True)),
-    wide_forward(_FULL, Wide(wide_shape(64, 2), WARPS, 0, True, True, True, False, False)),
-    wide_backward(_HALF, Wide(wide_shape(16, 2), WARPS, 0, True, True, True, False, False), "Bfloat", "Bfloat"),
-    wide_backward(_HALF, Wide(wide_shape(16, 2), WARPS, 24, True, True, True, True, True), "Bfloat", "Bfloat"),
+    wide_forward(_HALF, Wide(wide_shape(16, 2), WARPS, 0, True, True, True, False, False, False)),
+    wide_forward(_HALF, Wide(wide_shape(16, 2), WARPS, 24, True, True, True, True, True, False)),
+    wide_forward(_FULL, Wide(wide_shape(64, 2), WARPS, 0, True, True, True, False, False, False)),
+    wide_backward(_HALF, Wide(wide_shape(16, 2), WARPS, 0, True, True, True, False, False, False), "Bfloat", "Bfloat"),
+    wide_backward(_HALF, Wide(wide_shape(16, 2), WARPS, 24, True, True, True, True, True, False), "Bfloat", "Bfloat"),
     narrow_finish("Bfloat", "Bfloat", 6, 8),
     merge("Bfloat", "Bfloat", 8),
 )
