@@ -69,8 +69,8 @@ def require_out_dtype(where: str, out_dtype: torch.dtype | None, leader: Tensor)
     if out_dtype not in FLOATS or (out_dtype == torch.float64) != (leader.dtype == torch.float64):
         found = _name(out_dtype) if isinstance(out_dtype, torch.dtype) else repr(out_dtype)
         raise ValueError(
-            f"{where}: out_dtype must be torch.float32, torch.float16 or torch.bfloat16 (torch.float64 for float64 input "
-            f"alone), got {found} for {_name(leader.dtype)} input; leave it out to get the input's type."
+            f"{where}: out_dtype must be torch.float32, torch.float16 or torch.bfloat16 (torch.float64 for float64 "
+            f"input alone), got {found} for {_name(leader.dtype)} input; leave it out to get the input's type."
         )
 
 
