@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import doctest
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -18,7 +20,7 @@ from torch import Tensor, nn
 from tests import golden
 from tests.tolerances import LOGITS
 from vision_mamba import scans
-from vision_mamba.layers import bimamba
+from vision_mamba.layers import SS2D, local
 from vision_mamba.layers.local import LocalMamba, RouteAttention, class_place
 from vision_mamba.models import localmamba, vim, vmamba
 from vision_mamba.models.localmamba import LocalVim
@@ -301,7 +303,7 @@ def test_rotations_add_up_from_block_to_block() -> None:
         pairs = model.patch_embed(image).flatten(1, 2).unflatten(-1, (-1, 2))
         turned = model.forward_features(image).unflatten(-1, (-1, 2))
     sine, cosine = vim.rotation(torch.zeros(1, 48), [4, 4], [4, 4], "none")
-    turns = torch.complex(cosine, sine)[:, ::2] ** 4
+    turns = torch.complex(cosine, sine)[:, ::2] ** len(model.blocks)
     expected = torch.view_as_real(torch.view_as_complex(pairs.contiguous()) * turns)
     torch.testing.assert_close(turned, expected, atol=1e-4, rtol=1e-4)
 
@@ -432,15 +434,15 @@ def test_published_names_stand_for_ours(published: str, ours: str, file: str | N
 
 @pytest.mark.parametrize("name", ["test_localvim", "test_localvmamba"])
 def test_an_order_for_every_block(name: str) -> None:
-    orders = ["local_2", "cross", "local_7", "snake", "bidirectional"]
-    model = timm.create_model(name, scan_order=orders[: 5 if name == "test_localvmamba" else 4])
-    kinds = (LocalMamba, bimamba.BiMamba) if isinstance(model, LocalVim) else (vmamba.SS2D,)
-    assert [m.scan.order for m in model.modules() if isinstance(m, kinds)] == orders[
-        : len(orders) - isinstance(model, LocalVim)
-    ]
+    orders = (
+        ["local_2", "cross", "snake"] if name == "test_localvim" else ["local_2", "cross", "local_7", "snake", "cross"]
+    )
+    model = timm.create_model(name, scan_order=orders)
+    mixing = (m for m in model.modules() if isinstance(m, (LocalMamba, SS2D)))
+    assert [mixer.scan.order for mixer in mixing] == orders
     assert model(torch.randn(1, 3, 48, 32)).shape == (1, 1000)
     refusal = ValueError if isinstance(model, VMamba) else AssertionError
-    with pytest.raises(refusal, match=r"scan_order must be one name or one for each of the [45] blocks, got 2"):
+    with pytest.raises(refusal, match=r"scan_order must be one name or one for each of the [35] blocks, got 2"):
         timm.create_model(name, scan_order=["cross", "cross"])
 
 
@@ -452,7 +454,9 @@ def test_initialisation_is_the_published_one(name: str) -> None:
     """Mean, spread and bounds of what the published code fills every parameter of a block and the rest with."""
     torch.manual_seed(0)
     model = {
-        "test_localvim": lambda: timm.create_model(name, embed_dim=96, class_token="middle", rope=False),
+        "test_localvim": lambda: timm.create_model(
+            name, embed_dim=96, depth=4, scan_order="local_2", class_token="middle", rope=False
+        ),
         "test_localvmamba": lambda: timm.create_model(name, dims=(64, 64, 64, 128)),
     }[name]()
     model.init_weights()  # once more, as after storage was made anew
@@ -463,3 +467,9 @@ def test_initialisation_is_the_published_one(name: str) -> None:
         assert float(values.mean()) == pytest.approx(mean, rel=1e-4, abs=0.25 * deviation), key
         assert float(values.min()) == pytest.approx(low, rel=0.35, abs=1e-6), key
         assert float(values.max()) == pytest.approx(high, rel=0.35, abs=1e-6), key
+
+
+@pytest.mark.parametrize("module", [localmamba, local], ids=lambda module: module.__name__)
+def test_its_examples(module: ModuleType) -> None:
+    result = doctest.testmod(module)
+    assert result.attempted > 0 and result.failed == 0

@@ -268,8 +268,8 @@ def localvmamba_small(pretrained: bool = False, **kwargs: Any) -> VMamba:
 @register_model
 def test_localvim(pretrained: bool = False, **kwargs: Any) -> LocalVim:
     """A LocalVim small enough for tests."""
-    orders = _orders("h_vf_w7_w7f", "hf_v_vf_w2f", "h_hf_w2f_w7", "v_vf_w2_w2f")
-    model_args = dict(_PLAIN, img_size=160, embed_dim=48, depth=4, scan_order=orders)
+    orders = _orders("h_vf_w7_w7f", "hf_v_vf_w2f", "h_hf_w2f_w7")
+    model_args = dict(_PLAIN, img_size=160, embed_dim=48, depth=3, scan_order=orders)
     return _create_localvim("test_localvim", pretrained, **dict(model_args, **kwargs))
 
 
