@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from vision_mamba.ops import reference, registry, ssd_operator, ssd_reference
-from vision_mamba.ops.backends import cpu, cuda, eager, ssd_eager, ssd_triton, triton
+from vision_mamba.ops.backends import cpu, cuda, eager, ssd_cpu, ssd_eager, ssd_triton, triton
 
 
 def _anywhere(device: torch.device) -> None:
@@ -26,6 +26,7 @@ registry.register(registry.Backend("reference", _anywhere, _anything, reference.
 
 ssd = ssd_operator.registry
 ssd.register(ssd_triton.BACKEND)
-# On a CPU, the matrix products of plain torch are the kernel.
+ssd.register(ssd_cpu.BACKEND)
+# On a CPU its two products are the fastest there is for a call without an order.
 ssd.register(registry.Backend("eager", _anywhere, _anything, ssd_eager.forward, fast=False, fast_on=("cpu",)))
 ssd.register(registry.Backend("reference", _anywhere, _anything, ssd_reference.forward, fast=False, automatic=False))
