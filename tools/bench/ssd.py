@@ -1,6 +1,7 @@
-"""Time the state-space dual scan on a GPU beside mamba_ssm's, and put the figures on record.
+"""Time the state-space dual scan, on a GPU beside mamba_ssm's, and put the figures on record.
 
     python tools/bench/ssd.py --peer-path ~/src/mamba --out results/ssd.jsonl
+    python tools/bench/ssd.py --device cpu --dtype float32 --backend cpu,eager --case 'cpu_*' --out results/ssd_cpu.jsonl
 
 A case is timed only after output and every gradient have been found right at this very size, against the scan in
 float64 on the first and the last item of the batch. A figure is [p20, p50, p80] of the time on the GPU in milliseconds,
@@ -11,6 +12,7 @@ files to import, with each of --peer-chunk. Its autotuner chooses from shorter t
 from __future__ import annotations
 
 import argparse
+import fnmatch
 import importlib
 import json
 import logging
@@ -44,6 +46,9 @@ CASES: dict[str, tuple[int, int, int, int, int]] = {
     "l3136_h6_p32_n16": (128, 3136, 6, 32, 16),
     "l3136_h6_p64_n64": (128, 3136, 6, 64, 64),
     "l16k_h24_p64_n128": (1, 16384, 24, 64, 128),
+    "cpu_l196_h12_p64_n64": (4, 196, 12, 64, 64),
+    "cpu_l784_h12_p64_n64": (1, 784, 12, 64, 64),
+    "cpu_l3136_h6_p32_n16": (1, 3136, 6, 32, 16),
 }
 PEER = "mamba_ssm"
 PEER_BOUND = 2e-2  # it is held to less than we are
@@ -52,7 +57,7 @@ QUEUE = 4_000_000  # cycles for which the GPU waits while launches are queued
 Scan = Callable[[SsdCall], Tensor]
 
 
-def make_call(name: str, device: torch.device, dtype: torch.dtype = torch.bfloat16) -> SsdCall:
+def make_call(name: str, device: torch.device, dtype: torch.dtype) -> SsdCall:
     batch, tokens, heads, channels, states = CASES[name]
     generator = torch.Generator(device).manual_seed(0)
 
@@ -122,7 +127,8 @@ def measure(call: SsdCall, scan: Scan, watch: Stopwatch) -> Iterator[dict[str, A
         return call._replace(**rotation[turn % COPIES])  # type: ignore[arg-type]
 
     def queued(prepared: Any) -> Any:
-        torch.cuda._sleep(QUEUE)
+        if watch.cuda:
+            torch.cuda._sleep(QUEUE)
         return prepared
 
     def graph() -> tuple[Tensor, list[Tensor]]:
@@ -140,7 +146,7 @@ def measure(call: SsdCall, scan: Scan, watch: Stopwatch) -> Iterator[dict[str, A
 def compile_one(job: tuple[str, str, Path | None, int]) -> None:
     """Fill Triton's cache on disk, beside other processes that do the same."""
     name, subject, path, chunk = job
-    call = make_call(name, torch.device("cuda"))
+    call = make_call(name, torch.device("cuda"), torch.bfloat16)
     scan = peer(path, chunk) if subject == PEER and path else ours(subject)
     x, dt, B, C = (t[:8].clone() for t in (call.x, call.dt, call.B, call.C))
     leaves = leaves_of(call._replace(x=x, dt=dt, B=B, C=C))
@@ -150,8 +156,10 @@ def compile_one(job: tuple[str, str, Path | None, int]) -> None:
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--case", default=",".join(CASES), help="names, with commas (default: all)")
-    parser.add_argument("--backend", default="triton")
+    parser.add_argument("--case", default="l*", help="names or patterns, with commas (default: those of GPUs)")
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--dtype", default="bfloat16", choices=[str(d).removeprefix("torch.") for d in BOUNDS])
+    parser.add_argument("--backend", default="triton", help="names, with commas")
     parser.add_argument("--peer-path", type=Path, help="a checkout of mamba_ssm")
     parser.add_argument("--peer-chunk", type=int, nargs="+", default=[256], help="its chunk sizes (default: 256)")
     parser.add_argument("--seconds", type=float, default=0.5, help="time for a figure (default: 0.5)")
@@ -163,8 +171,9 @@ def arguments() -> argparse.Namespace:
 def main() -> int:
     chosen = arguments()
     logging.basicConfig(format="%(message)s", level=logging.INFO, stream=sys.stderr)
-    device, names = torch.device("cuda"), chosen.case.split(",")
-    subjects: list[tuple[str, int]] = [(chosen.backend, 0)]
+    device, dtype = torch.device(chosen.device), getattr(torch, chosen.dtype)
+    names = [name for name in CASES if any(fnmatch.fnmatch(name, one) for one in chosen.case.split(","))]
+    subjects: list[tuple[str, int]] = [(backend, 0) for backend in chosen.backend.split(",")]
     subjects += [(PEER, chunk) for chunk in chosen.peer_chunk] if chosen.peer_path else []
     source, watch, wrong = provenance(device), Stopwatch(device, chosen.seconds), False
     for subject, chunk in subjects:
@@ -174,7 +183,7 @@ def main() -> int:
                 pool.map(compile_one, jobs, chunksize=1)
         scan = peer(chosen.peer_path, chunk) if subject == PEER else ours(subject)
         for name in names:
-            call = make_call(name, device)
+            call = make_call(name, device, dtype)
             try:
                 error = check(call, scan, PEER_BOUND if subject == PEER else BOUNDS[call.x.dtype])
             except ArithmeticError as failure:
@@ -182,7 +191,7 @@ def main() -> int:
                 wrong |= subject != PEER
                 continue
             shape = dict(zip(("batch", "tokens", "heads", "channels", "states"), CASES[name], strict=True))
-            what = {"case": name, "op": "ssd", "backend": subject, "shape": shape, "dtype": "bfloat16"}
+            what = {"case": name, "op": "ssd", "backend": subject, "shape": shape, "dtype": chosen.dtype}
             what |= {"chunk": chunk} if chunk else {}
             for figure in measure(call, scan, watch):
                 record = source | what | figure | {"rel_rms": float(f"{error:.2e}")}
