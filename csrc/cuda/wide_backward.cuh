@@ -18,22 +18,12 @@
 // results: all in fixed order.
 #pragma once
 constexpr int kFirstSegment = 1;  // of those whose ends, their first states, are wanted
-#include "wide.cuh"
+#include "wide_sums.cuh"
 
 constexpr int kSub = SUB;
 constexpr int kHeld = kTile - kSub;
-constexpr int kSums = 2 * kStates;     // dB and dC of a lane's states
 constexpr bool kDirect = kWarps == 1;  // a warp's sums are the block's
 constexpr int kFlush = 64;             // tiles after which partial sums of dA leave the registers
-
-#if __CUDA_ARCH__ >= 800
-constexpr bool kTensor = kGroups >= 4 && kSums <= 16;
-#else
-constexpr bool kTensor = false;
-#endif
-// Numbers go to the tensor cores in their upper 19 bits, and where results are more exact than that their rest as well.
-constexpr bool kTwoTerms = TWO_TERMS;
-constexpr int kSpan = kTensor ? 16 / kSums : 1;  // steps whose sums the tensor cores take together
 
 static_assert(kSub % kSpan == 0 && kHeld % kSpan == 0);
 
@@ -45,123 +35,6 @@ struct alignas(16) BlockMemory {
     float4 dweight[kTensorRank ? kWarps : 1][kTensorRank ? (kOwnTiles + 1) / 2 : 1][kTensorRank ? kRankTiles : 1][32];
 };
 extern "C" __device__ int launch_shape[2] = {kThreads, (int)sizeof(BlockMemory)};
-
-DEVICE float one_if_equal(float a, float b) {
-    float r;
-    asm("set.eq.f32.f32 %0, %1, %2;" : "=f"(r) : "f"(a), "f"(b));
-    return r;
-}
-DEVICE float rest(float v) { return v - __uint_as_float(__float_as_uint(v) & 0xffffe000u); }
-
-// Sum dB and dC of a lane's states, values[0 .. kSums), over the groups of lanes, and leave them in row_at(t)[kind kRow +
-// state]. On the tensor cores, A holds four values at a time, and B is 1 in one column for the first two of them and in
-// the next for the others: so a lane finds in d[i] the sums, over the four lanes of its quad, of values
-// 4 (lane % 4) + i, counted over kSpan steps, the last of which writes.
-template <class RowAt>
-DEVICE void sum_groups(float* d, const float* values, int t, int span, int lane, RowAt row_at) {
-    const int q = lane / kGroups;
-    if constexpr (kTensor) {
-        if (span == kSpan - 1) d[0] = d[1] = d[2] = d[3] = 0.f;
-#pragma unroll
-        for (int i = 0; i < kSums; i += 4) {
-            const float column = (span * kSums + i) / 2;
-            const float b0 = one_if_equal(lane >> 2, column), b1 = one_if_equal(lane >> 2, column + 1);
-            const float* v = values + i;
-            multiply_add_tf32(d, v[0], v[2], v[1], v[3], b0, b1);
-            if constexpr (kTwoTerms) multiply_add_tf32(d, rest(v[0]), rest(v[2]), rest(v[1]), rest(v[3]), b0, b1);
-        }
-        if (span > 0) return;
-        constexpr int kCount = owned_count<4, kGroups / 2, 4>();
-        reduce_scatter<4, kGroups / 2, 4>(d, lane);
-        if (owns_first<4, kGroups / 2, 4>(lane)) {
-            const int value = 4 * (lane & 3) % kSums + owned_from<4, kGroups / 2, 4>(lane);
-            float* row = row_at(t + 4 * (lane & 3) / kSums);
-#pragma unroll
-            for (int i = 0; i < kCount; i += kCount < 2 ? 1 : 2) {
-                const int kind = (value + i) / kStates, state = (value + i) % kStates;
-                put<(kCount < 2 ? 1 : 2)>(row + kind * kRow + q * kStates + state, d + i);
-            }
-        }
-    } else {
-        float sums[kSums];
-#pragma unroll
-        for (int i = 0; i < kSums; ++i) sums[i] = values[i];
-        reduce_scatter<kSums, kGroups / 2, 1>(sums, lane);
-        if (owns_first<kSums, kGroups / 2, 1>(lane)) {
-            const int from = owned_from<kSums, kGroups / 2, 1>(lane);
-#pragma unroll
-            for (int i = 0; i < owned_count<kSums, kGroups / 2, 1>(); ++i) {
-                row_at(t)[(from + i) / kStates * kRow + q * kStates + (from + i) % kStates] = sums[i];
-            }
-        }
-    }
-}
-
-// Gradients of a low-rank step size and of its weights, from the halves of ddt that every thread has left in su. A warp
-// takes the weights of its own channels, and every kWarps-th eight columns of the step size for all channels.
-DEVICE void multiply_back(BlockMemory& block, int of_tile, float* to, int stride) {
-    const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
-    Stage& stage = block.stage;
-    auto of_channels = [&](unsigned* high, unsigned* low, int channel) {  // as A of multiply_add: rows are steps
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-            uint2 pair = {0, 0};
-            if (i < 2 || kOwnTiles > 1) {
-                const float2& at = stage.su[lane / 4 + 8 * (i % 2)][channel + 8 * (i / 2) + 2 * (lane % 4)];
-                pair = *reinterpret_cast<const uint2*>(&at);
-            }
-            high[i] = pair.x, low[i] = pair.y;
-        }
-    };
-#pragma unroll
-    for (int m = 0; m < (kOwnTiles + 1) / 2; ++m) {
-        unsigned high[4], low[4], high_t[4], low_t[4];
-        of_channels(high, low, warp * kWarpChannels + 16 * m);
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-            const int turned = i % 2 * 2 + i / 2;
-            high_t[turned] = transpose(high[i]), low_t[turned] = transpose(low[i]);
-        }
-#pragma unroll
-        for (int tile = 0; tile < kRankTiles; ++tile) {
-            unsigned columns[2];
-#pragma unroll
-            for (int i = 0; i < 2; ++i) {
-                columns[i] = transpose(stage.low[of_tile & 1][lane / 4 + 8 * i][tile * 4 + lane % 4]);
-            }
-            float sum[4];
-            float* at = &block.dweight[warp][m][tile][lane].x;
-            get<4>(sum, at);
-            multiply_add(sum, high_t, columns);
-            multiply_add(sum, low_t, columns);
-            put<4>(at, sum);
-        }
-    }
-#pragma unroll 1
-    for (int tile = warp; tile < kRankTiles; tile += kWarps) {
-        float out[4] = {0.f, 0.f, 0.f, 0.f};
-        constexpr int kTogether = kOwnTiles > 1 ? 2 : 1;
-#pragma unroll
-        for (int c = 0; c < kChannelTiles; c += kTogether) {
-            unsigned high[4], low[4], w_high[2] = {0, 0}, w_low[2] = {0, 0};
-            of_channels(high, low, 8 * c);
-#pragma unroll
-            for (int i = 0; i < kTogether; ++i) {
-                const uint2 w = stage.weight_halves[c + i][tile][lane];
-                w_high[i] = transpose(w.x), w_low[i] = transpose(w.y);
-            }
-            multiply_add(out, high, w_high);
-            multiply_add(out, low, w_high);
-            multiply_add(out, high, w_low);
-        }
-        const int rank = 8 * tile + 2 * (lane % 4);
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-            const int token = stage.tokens[of_tile & 3][lane / 4 + 8 * (i / 2)];
-            if (token >= 0 && rank + i % 2 < kRank) at_token(to, token, stride)[rank + i % 2] = out[i];
-        }
-    }
-}
 
 extern "C" __global__ void __launch_bounds__(kThreads, MIN_BLOCKS) wide_backward(const __grid_constant__ Params p) {
     extern __shared__ __align__(16) char shared[];

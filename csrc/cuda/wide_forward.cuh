@@ -1,14 +1,14 @@
 // wide_forward.cuh: h_t = exp(s_t A) h_{t-1} + s_t B_t x_t, y_t = <C_t, h_t> + D x_t, for several states a channel.
 //
 // Grid: a block = one (b, k) and kBlockChannels channels, a warp = kWarpChannels of them, walking the route's steps in
-// tiles (see wide.cuh). Lane (group, q), q in the low bits, holds states q kStates.. of kSlots channels in registers,
+// tiles (see wide_stage.cuh). Lane (group, q), q in the low bits, holds states q kStates.. of kSlots channels in registers,
 // float32. The scan proper touches shared memory and registers alone, whatever the formats and strides.
 // <C_t, h_t>: on the tensor cores where y has few digits, eight steps' C at a time: A = h, a row a channel, B = C, a
 // column a step, of which column t is right for step t. Else slot j of lane q is channel j ^ q of its group, so that a
 // lane gets the sum of its own channel's y by kSlots - 1 exchanges and no selection.
 #pragma once
 constexpr int kFirstSegment = 0;  // of those whose ends are wanted
-#include "wide.cuh"
+#include "wide_stage.cuh"
 
 constexpr int kHalf = kTile / 2;
 constexpr int kYPitch = kBlockChannels + 4;

@@ -1,0 +1,285 @@
+// wide_stage.cuh: how a block brings a tile of kTile steps of its kBlockChannels channels into shared memory, for both
+// passes over several states a channel.
+//
+// While loading and storing, a thread has one run of channels of one row (or a few) of the tile, so that a warp touches
+// few rows of device memory at a time. It is read a tile ahead, into registers (struct Incoming), and unpacked as
+// float32 when the scan of the tile before is done. A low-rank step size is multiplied after the barrier behind that,
+// by each warp for its own channels.
+#pragma once
+#include "wide.cuh"
+
+// A thread's run of channels, the same in all its rows, and those rows. Eight neighbouring lanes have two runs of four
+// rows, for the banks' sake; where tokens are neighbours in memory, sixteen have all rows of one run. Lanes whose numbers
+// differ in the bits from kRowHigh down to kRowLow have the same run.
+constexpr bool kTokensFirst = TOKENS_FIRST && kRows == 1;
+constexpr int kRowHigh = kTokensFirst ? 8 : 4, kRowLow = kTokensFirst ? 1 : 2;
+constexpr int kRowsTogether = kTokensFirst ? 16 : 4;  // of those lanes
+DEVICE int own_run() {
+    return kTokensFirst ? threadIdx.x / kTile : (threadIdx.x & 1) + 2 * ((threadIdx.x >> 3) % (kRuns / 2));
+}
+DEVICE int own_row(int r) {
+    if (kTokensFirst) return threadIdx.x % kTile;
+    return (threadIdx.x >> 1 & 3) + 4 * ((r * kThreads + threadIdx.x) / 8 / (kRuns / 2));
+}
+
+// A thread's share of the rows of B and C.
+struct Part {
+    int row, state;
+    bool there;
+    DEVICE explicit Part(int k) {
+        const int i = (k * kThreads + threadIdx.x) * kRowRun;
+        row = i / kRow % kTile, state = i % kRow, there = kShare > 0 || i < kTile * kRow;
+    }
+};
+
+// A tile in shared memory. A token of -1 is a padding step, -2 is past the end.
+struct alignas(16) Stage {
+    float2 su[kTile][kPitch];     // s, s x
+    float rows[kTile][2 * kRow];  // B, then C
+    float bias[kBlockChannels];
+    float D[kBlockChannels];
+    int tokens[4][kTile];  // of four tiles in turn
+    // A low-rank step size: as pairs of bfloat16, of two tiles in turn, and the halves of its weights, for each 8 x 8 of
+    // them channel lane / 4, columns 2 (lane % 4) and the next; or all as float32.
+    alignas(16) unsigned low[2][kTensorRank ? kTile : 1][kTensorRank ? kRankPitch : 1];
+    alignas(16) uint2 weight_halves[kTensorRank ? kChannelTiles : 1][kTensorRank ? kRankTiles : 1][32];
+    alignas(16) float low_wide[kRank && !kTensorRank ? kTile : 1][kRank + 1];
+    alignas(16) float weight[kTensorRank ? 1 : kRank + 1][kBlockChannels];
+};
+
+// Which sequence, which of its segments, which channels, and where a thread reads them.
+//
+// Where sequences are few, a route is split into segments of whole tiles, so that there is work for every multiprocessor.
+// A first kernel, kPass 1, scans a segment from nothing and leaves the state at its end and the sum of its step sizes,
+// whose exponential takes any other state through; the second, kPass 2, joins what lies before its segment.
+struct Source {
+    int channels, steps, states, route, run, valid, first, block, blocks;
+    int segment, segments, first_tile, last_tile, tiles;  // tiles first_tile to last_tile - 1
+    long long batch, sequence;
+    const X_TYPE* x;
+    const DT_TYPE* dt;
+    const B_TYPE* B;
+    const C_TYPE* C;
+    const int* indices;
+
+    DEVICE explicit Source(const Params& p) {
+        channels = (int)p.channels, steps = (int)p.steps, states = (int)p.states;
+        blocks = (channels + kBlockChannels - 1) / kBlockChannels, block = blockIdx.x % blocks;
+        tiles = (steps + kTile - 1) / kTile;
+        unsigned rest = blockIdx.x / blocks;
+        segment = 0, segments = 1, first_tile = 0, last_tile = tiles;
+        if constexpr (kPass > 0) {
+            segments = (int)p.segments;
+            const int taken = segments - (kPass == 1);  // no one waits for the end of the last segment
+            segment = rest % taken + (kPass == 1 ? kFirstSegment : 0), rest /= taken;
+            first_tile = segment * (int)p.segment_tiles, last_tile = min(first_tile + (int)p.segment_tiles, tiles);
+        }
+        route = rest % (int)p.routes, batch = rest / (int)p.routes;
+        sequence = batch * p.routes + route;
+        first = block * kBlockChannels, run = own_run() * kRun, valid = channels - first - run;
+        x = (const X_TYPE*)p.x + batch * p.x_b + route * p.x_k + (first + run) * p.x_d;
+        dt = (const DT_TYPE*)p.dt + batch * p.dt_b + route * p.dt_k + (kRank ? 0 : (first + run) * p.dt_d);
+        B = (const B_TYPE*)p.B + batch * p.B_b + route * p.B_k;
+        C = (const C_TYPE*)p.C + batch * p.C_b + route * p.C_k;
+        indices = p.indices + (long long)route * steps;
+    }
+    // What a lane has of a channel's states at the end of a segment, and the sum of the channel's step sizes.
+    DEVICE float* edge(const Params& p, int of, int place) const {
+        return p.edges + (((sequence * segments + of) * channels) + min(first + place, channels - 1)) * kRow;
+    }
+    DEVICE float* span(const Params& p, int of, int place) const {
+        return p.spans + (sequence * segments + of) * channels + min(first + place, channels - 1);
+    }
+    // The state behind segments begin, begin + by and so on up to before end.
+    DEVICE void join(const Params& p, float* h, const float* A, int place, int from_state, int begin, int end, int by) const {
+#pragma unroll 1
+        for (int of = begin; of != end; of += by) {
+            float local[kStates];
+            get<kStates>(local, edge(p, of, place) + from_state);
+            const float sum = *span(p, of, place);
+#pragma unroll
+            for (int n = 0; n < kStates; ++n) h[n] = fmaf(decay(sum, A[n]), h[n], local[n]);
+        }
+    }
+    DEVICE int token_at(int step) const { return step < steps ? __ldg(indices + step) : -2; }
+
+    // What belongs to the channels; those past the last are all 0.
+    DEVICE void prepare(Stage& stage, const Params& p) const {
+        for (int i = threadIdx.x; i < kBlockChannels; i += kThreads) {
+            const bool there = first + i < channels;
+            const long long at = (long long)route * channels + first + i;
+            stage.bias[i] = there && p.dt_bias ? p.dt_bias[at] : 0.f;
+            stage.D[i] = there && p.D ? p.D[at] : 0.f;
+            for (int r = 0; r < (kTensorRank ? 0 : kRank); ++r) {
+                stage.weight[r][i] = there ? p.dt_weight[at * kRank + r] : 0.f;
+            }
+        }
+        for (int i = threadIdx.x; kTensorRank && i < kChannelTiles * kRankTiles * 32; i += kThreads) {
+            const int lane = i % 32, tile = i / 32 % kRankTiles, eight = i / 32 / kRankTiles;
+            const int channel = first + 8 * eight + lane / 4, rank = 8 * tile + 2 * (lane % 4);
+            const float* at = p.dt_weight + ((long long)route * channels + channel) * kRank + rank;
+            const bool there = channel < channels;
+            stage.weight_halves[eight][tile][lane] =
+                halves(there && rank < kRank ? at[0] : 0.f, there && rank + 1 < kRank ? at[1] : 0.f);
+        }
+    }
+};
+
+// What a thread has read of a tile and not yet unpacked.
+struct Incoming {
+    Pack<X_TYPE, kRun> x[kRows];
+    Pack<DT_TYPE, kRun> dt[kRank ? 1 : kRows];
+    Pack<B_TYPE, kRowRun> B[kPartsAhead ? kParts : 1];
+    Pack<C_TYPE, kRowRun> C[kPartsAhead ? kParts : 1];
+    unsigned low[kRankParts];
+
+    DEVICE void fetch_part(const Source& from, const Params& p, const int* tokens, int k, int slot) {
+        const Part part(k);
+        const int token = part.there ? tokens[part.row] : -1, valid = token >= 0 ? from.states - part.state : 0;
+        load<kVectorBC>(B[slot], at_token(from.B, token, p.B_l) + part.state * (int)p.B_n, (int)p.B_n, valid);
+        load<kVectorBC>(C[slot], at_token(from.C, token, p.C_l) + part.state * (int)p.C_n, (int)p.C_n, valid);
+    }
+    DEVICE void fetch(const Source& from, const Params& p, const int* tokens) {
+#pragma unroll
+        for (int r = 0; r < kRows; ++r) {
+            const int token = tokens[own_row(r)], valid = token >= 0 ? from.valid : 0;
+            load<kVectorX>(x[r], at_token(from.x, token, p.x_l), (int)p.x_d, valid);
+            if constexpr (kRank == 0) load<kVectorX>(dt[r], at_token(from.dt, token, p.dt_l), (int)p.dt_d, valid);
+        }
+#pragma unroll
+        for (int k = 0; kPartsAhead && k < kParts; ++k) fetch_part(from, p, tokens, k, k);
+        if constexpr (kTensorRank) {
+#pragma unroll
+            for (int k = 0; k < kRankParts; ++k) {
+                const int i = k * kThreads + threadIdx.x, row = i / kRankWords, rank = 2 * (i % kRankWords);
+                const int token = row < kTile ? tokens[row] : -1;
+                Pack<DT_TYPE, 2> pair;
+                load<kVectorRank>(pair, at_token(from.dt, token, p.dt_l) + rank * (int)p.dt_d, (int)p.dt_d,
+                                  token >= 0 ? kRank - rank : 0);
+                low[k] = pair.words[0];
+            }
+        }
+    }
+    // beside(r, i): what goes beside x or takes its place in `through`, where backward keeps dL/dy.
+    template <bool kBeside, class Beside>
+    DEVICE void unpack(const Source& from, const Params& p, Stage& stage, int tile, float2 (*through)[kPitch],
+                       Beside beside) {
+        const int* tokens = stage.tokens[tile & 3];
+#pragma unroll
+        for (int r = 0; r < kRows; ++r) {
+            const int row = own_row(r), token = tokens[row];
+            float su[2 * kRun], other[2 * kRun];
+            if constexpr (kRank == 0) {
+                float bias[kRun];
+                get<kRun>(bias, stage.bias + from.run);
+#pragma unroll
+                for (int i = 0; i < kRun; ++i) {
+                    const float s = step_size(dt[r].get(i) + bias[i], token);
+                    su[2 * i] = s, su[2 * i + 1] = s * x[r].get(i);
+                }
+                put<2 * kRun>(&stage.su[row][from.run].x, su);
+            }
+            if constexpr (kRank > 0 || kBeside) {
+#pragma unroll
+                for (int i = 0; i < kRun; ++i) other[2 * i] = beside(r, i), other[2 * i + 1] = x[r].get(i);
+                put<2 * kRun>(&through[row][from.run].x, other);
+            }
+        }
+#pragma unroll
+        for (int k = 0; k < kParts; ++k) {
+            const Part part(k);
+            const int slot = kPartsAhead ? k : 0;
+            if (!kPartsAhead) fetch_part(from, p, tokens, k, 0);
+            if (!part.there) continue;
+            float values[kRowRun];
+#pragma unroll
+            for (int n = 0; n < kRowRun; ++n) values[n] = B[slot].get(n);
+            put<kRowRun>(stage.rows[part.row] + part.state, values);
+#pragma unroll
+            for (int n = 0; n < kRowRun; ++n) values[n] = C[slot].get(n);
+            put<kRowRun>(stage.rows[part.row] + kRow + part.state, values);
+        }
+        if constexpr (kTensorRank) {
+#pragma unroll
+            for (int k = 0; k < kRankParts; ++k) {
+                const int i = k * kThreads + threadIdx.x;
+                if (i < kTile * kRankWords) stage.low[tile & 1][i / kRankWords][i % kRankWords] = low[k];
+            }
+        } else if constexpr (kRank > 0) {
+            for (int i = threadIdx.x; i < kTile * kRank; i += kThreads) {
+                const int row = i / kRank, rank = i % kRank, token = tokens[row];
+                const DT_TYPE* at = at_token(from.dt, token, p.dt_l) + rank * (int)p.dt_d;
+                stage.low_wide[row][rank] = token >= 0 ? widen(*at) : 0.f;
+            }
+        }
+    }
+    // Past the end the state stays as it is.
+    static DEVICE float step_size(float v, int token) {
+        if (kSoftplus) v = softplus<sizeof(DT_TYPE) == 4>(v);
+        return token == -2 ? 0.f : v;
+    }
+    // Behind the barrier: (s, s x) from a low-rank step size and the x beside.
+    DEVICE void multiply_rank(const Source& from, Stage& stage, int tile, float2 (*through)[kPitch]) const {
+        const int* tokens = stage.tokens[tile & 3];
+        const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
+        if constexpr (kTensorRank) {
+            unsigned a[(kRankTiles + 1) / 2][4];
+#pragma unroll
+            for (int i = 0; i < (kRankTiles + 1) / 2 * 4; ++i) {
+                const int eight = i / 4 * 2 + i % 4 / 2, word = eight * 4 + lane % 4;
+                a[i / 4][i % 4] = eight < kRankTiles ? stage.low[tile & 1][lane / 4 + 8 * (i % 2)][word] : 0;
+            }
+#pragma unroll
+            for (int c = 0; c < kOwnTiles; ++c) {
+                float d[4] = {0.f, 0.f, 0.f, 0.f};
+#pragma unroll
+                for (int i = 0; i < (kRankTiles + 1) / 2; ++i) {
+                    const uint2(*weights)[32] = stage.weight_halves[warp * kOwnTiles + c];
+                    const uint2 w0 = weights[2 * i][lane];
+                    uint2 w1 = {0, 0};
+                    if (2 * i + 1 < kRankTiles) w1 = weights[2 * i + 1 < kRankTiles ? 2 * i + 1 : 0][lane];
+                    const unsigned high[2] = {w0.x, w1.x}, rest[2] = {w0.y, w1.y};
+                    multiply_add(d, a[i], high);
+                    multiply_add(d, a[i], rest);
+                }
+                const int channel = warp * kWarpChannels + 8 * c + 2 * (lane % 4);
+                float bias[2];
+                get<2>(bias, stage.bias + channel);
+#pragma unroll
+                for (int half = 0; half < 2; ++half) {
+                    const int row = lane / 4 + 8 * half, token = tokens[row];
+                    float pair[4];
+                    get<4>(pair, &through[row][channel].x);
+#pragma unroll
+                    for (int i = 0; i < 2; ++i) {
+                        const float s = step_size(d[2 * half + i] + bias[i], token);
+                        pair[2 * i] = s, pair[2 * i + 1] *= s;
+                    }
+                    put<4>(&stage.su[row][channel].x, pair);
+                }
+            }
+            __syncwarp();
+        } else if constexpr (kRank > 0) {
+#pragma unroll
+            for (int r = 0; r < kRows; ++r) {
+                const int row = own_row(r), token = tokens[row];
+                float s[kRun], su[2 * kRun];
+                get<kRun>(s, stage.bias + from.run);
+#pragma unroll 4
+                for (int c = 0; c < kRank; ++c) {
+                    float weight[kRun];
+                    get<kRun>(weight, stage.weight[c] + from.run);
+#pragma unroll
+                    for (int i = 0; i < kRun; ++i) s[i] = fmaf(weight[i], stage.low_wide[row][c], s[i]);
+                }
+#pragma unroll
+                for (int i = 0; i < kRun; ++i) {
+                    su[2 * i] = step_size(s[i], token);
+                    su[2 * i + 1] = su[2 * i] * x[r].get(i);
+                }
+                put<2 * kRun>(&stage.su[row][from.run].x, su);
+            }
+            __syncthreads();
+        }
+    }
+};
