@@ -1,7 +1,7 @@
 """Time the state-space dual scan, on a GPU beside mamba_ssm's, and put the figures on record.
 
     python tools/bench/ssd.py --peer-path ~/src/mamba --out results/ssd.jsonl
-    python tools/bench/ssd.py --device cpu --dtype float32 --backend cpu,eager --case 'cpu_*' --out results/ssd_cpu.jsonl
+    python tools/bench/ssd.py --device cpu --dtype float32 --backend cpu,eager --case 'cpu_*'
 
 A case is timed only after output and every gradient have been found right at this very size, against the scan in
 float64 on the first and the last item of the batch. A figure is [p20, p50, p80] of the time on the GPU in milliseconds,
