@@ -21,8 +21,9 @@ from tests import golden
 from tests.tolerances import LOGITS
 from vision_mamba import scans
 from vision_mamba.layers import SS2D, local
-from vision_mamba.layers.local import LocalMamba, RouteAttention, class_place
-from vision_mamba.models import localmamba, vim, vmamba
+from vision_mamba.layers.local import LocalMamba, RouteAttention
+from vision_mamba.layers.tokens import class_place, rotation
+from vision_mamba.models import localmamba, vmamba
 from vision_mamba.models.localmamba import LocalVim
 from vision_mamba.models.vmamba import VMamba
 from vision_mamba.ops import selective_scan
@@ -279,7 +280,7 @@ def test_attention_weighs_the_channels_of_every_route() -> None:
 
 @pytest.mark.parametrize(("token", "places"), [("none", None), ("head", 0), ("middle", 7)])
 def test_rotations_are_the_published_ones(token: str, places: int | None) -> None:
-    sine, cosine = vim.rotation(torch.zeros(1, 24), [3, 5], [3, 5], token)
+    sine, cosine = rotation(torch.zeros(1, 24), [3, 5], [3, 5], token)
     angles = np.zeros((3, 5, 24))
     for channel in range(24):
         pair = channel % 12 // 2
@@ -302,7 +303,7 @@ def test_rotations_add_up_from_block_to_block() -> None:
     with torch.no_grad():
         pairs = model.patch_embed(image).flatten(1, 2).unflatten(-1, (-1, 2))
         turned = model.forward_features(image).unflatten(-1, (-1, 2))
-    sine, cosine = vim.rotation(torch.zeros(1, 48), [4, 4], [4, 4], "none")
+    sine, cosine = rotation(torch.zeros(1, 48), [4, 4], [4, 4], "none")
     turns = torch.complex(cosine, sine)[:, ::2] ** len(model.blocks)
     expected = torch.view_as_real(torch.view_as_complex(pairs.contiguous()) * turns)
     torch.testing.assert_close(turned, expected, atol=1e-4, rtol=1e-4)
@@ -372,7 +373,7 @@ def test_published_parameters_that_share_their_storage_load_apart(tmp_path: Path
 
 def test_a_published_file_loads_strictly(tmp_path: Path) -> None:
     source = timm.create_model("test_localvim")
-    sine, cosine = vim.rotation(torch.zeros(1, 48), [10, 10], [10, 10], "none")
+    sine, cosine = rotation(torch.zeros(1, 48), [10, 10], [10, 10], "none")
     state = to_published(source, source.state_dict()) | {"rope.freqs_cos": cosine, "rope.freqs_sin": sine}
     card = dict(file=str(tmp_path / "published.ckpt"))
     torch.save({"state_dict": state}, card["file"])
@@ -381,7 +382,9 @@ def test_a_published_file_loads_strictly(tmp_path: Path) -> None:
     assert own.keys() == theirs.keys() and all(torch.equal(own[name], theirs[name]) for name in own)
 
     torch.save({"state_dict": state | {"rope.freqs_cos": sine}}, card["file"])
-    with pytest.raises(ValueError, match=r"rope\.freqs_cos are not the rotary embedding of a square of 48 channels"):
+    with pytest.raises(
+        ValueError, match=r"rope\.freqs_cos are not the rotary embedding of a square grid and 48 channels"
+    ):
         timm.create_model("test_localvim", pretrained=True, pretrained_cfg_overlay=card)
     with pytest.raises(ValueError, match=r"\(rope\.freqs_cos, rope\.freqs_sin\) not used"):
         load(timm.create_model("test_localvim", rope=False), state)

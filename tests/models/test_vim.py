@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from tests import golden
 from tests.tolerances import LOGITS
 from vision_mamba.layers import BiMamba
 from vision_mamba.layers.bimamba import conv_both_ways
+from vision_mamba.layers.tokens import rotation
 from vision_mamba.models import vim
 from vision_mamba.models.vim import VisionMamba, checkpoint_filter_fn, published_names, to_published
 from vision_mamba.ops import selective_scan
@@ -27,13 +29,19 @@ from vision_mamba.ops import selective_scan
 FIXTURES = Path(__file__).parent / "fixtures"
 FULL = ["vim_tiny"]  # all 24 blocks at 224 pixels
 SHORT = ["vim_small", "vim_base", "vim_tiny_stride8", "vim_tiny_faint"]
+#: As first published: tokens turned by their places, a class token in front or none; and one at either end.
+LEGACY = ["vim_legacy_head", "vim_legacy_mean", "vim_legacy_double"]
 #: Largest difference of a gradient's elements relative to the largest, and of its norm; measured below 3e-6.
 GRADIENTS = 1e-4
 
 
+def by_published_names(model: VisionMamba, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return to_published(tensors, partial(published_names, class_token=model.class_token))
+
+
 def published_weights(model: VisionMamba, scaled: dict[str, float]) -> tuple[dict[str, Tensor], str]:
     """The rule's weights by their published names, a few of them scaled, and the fingerprint before that."""
-    state = golden.fill_state_dict(to_published(model.state_dict()))
+    state = golden.fill_state_dict(by_published_names(model, model.state_dict()))
     return {name: tensor * scaled.get(name, 1.0) for name, tensor in state.items()}, golden.fingerprint(state)
 
 
@@ -53,7 +61,7 @@ def difference(logits: Tensor, expected: dict[str, Any]) -> float:
     return float((ours - theirs).abs().max() / theirs.abs().max())
 
 
-@pytest.mark.parametrize("case", FULL + SHORT)
+@pytest.mark.parametrize("case", FULL + SHORT + LEGACY)
 def test_published_logits_and_gradients(case: str) -> None:
     expected, model, image = prepare(case)
     gradients = expected.get("gradients", {})
@@ -70,7 +78,8 @@ def test_published_logits_and_gradients(case: str) -> None:
     if not gradients:
         return
     (logits.square().sum() / 2).backward()
-    ours = to_published({name: p.grad for name, p in model.named_parameters()}) | {"pixels": pixels.grad}
+    found = {name: p.grad for name, p in model.named_parameters()}
+    ours = by_published_names(model, found) | {"pixels": pixels.grad}
     for name, wanted in gradients.items():
         error = (ours[name].flatten()[wanted["places"]] - torch.tensor(wanted["values"])).abs().max().item()
         assert error <= GRADIENTS * wanted["max"], f"{name}: {error / wanted['max']:.1e} of the largest"
@@ -250,7 +259,7 @@ def test_class_token_comes_first_and_patches_keep_their_places() -> None:
     assert first.tolist() == [7, 0, 1, 2, 3, 4, 5, 6, 8, 9, 10, 11, 12, 13, 14, 15]
 
 
-@pytest.mark.parametrize("class_token", ["middle", "head", "none"])
+@pytest.mark.parametrize("class_token", ["middle", "head", "none", "double"])
 def test_pos_embed_is_resampled_without_the_class_token(class_token: str) -> None:
     pool = "avg" if class_token == "none" else "token"
     model = timm.create_model("test_vim", img_size=(48, 80), class_token=class_token, global_pool=pool).eval()
@@ -262,12 +271,9 @@ def test_pos_embed_is_resampled_without_the_class_token(class_token: str) -> Non
         torch.testing.assert_close(model(image), dynamic)
     after = model.pos_embed.detach()
     # 15 patches became 24: places 7 and 12 in the middle.
-    places = {"middle": (7, 12), "head": (0, 0), "none": None}[class_token]
-    if places is not None:
-        assert torch.equal(after[:, places[1]], before[:, places[0]])
-        before, after = (
-            torch.cat((table[:, :p], table[:, p + 1 :]), 1) for table, p in zip((before, after), places, strict=True)
-        )
+    for old, new in {"middle": [(7, 12)], "head": [(0, 0)], "none": [], "double": [(16, 25), (0, 0)]}[class_token]:
+        assert torch.equal(after[:, new], before[:, old])
+        before, after = (torch.cat((table[:, :p], table[:, p + 1 :]), 1) for table, p in ((before, old), (after, new)))
     torch.testing.assert_close(after, resample_abs_pos_embed(before, (6, 4), (3, 5), num_prefix_tokens=0))
 
 
@@ -365,6 +371,37 @@ def test_our_own_state_passes_the_filter_unchanged() -> None:
         state = model.state_dict()
         filtered = checkpoint_filter_fn(state, model)
         assert filtered.keys() == state.keys() and all(torch.equal(filtered[name], state[name]) for name in state)
+
+
+def test_the_first_published_file_brings_its_rotations() -> None:
+    """It holds their tables, for 14 by 14 patches of the width; ours are computed, and any others are refused."""
+    model = timm.create_model("test_vim", class_token="head", rope=True, average_routes=False)
+    tables = rotation(torch.zeros(1, 48), [14, 14], [14, 14], "none")
+    published = by_published_names(model, model.state_dict()) | {
+        "rope.freqs_sin": tables[0],
+        "rope.freqs_cos": tables[1],
+    }
+    assert checkpoint_filter_fn({"model": published}, model).keys() == model.state_dict().keys()
+    for wrong in (tables[1], tables[0, :195], tables[0, :, :40]):
+        with pytest.raises(ValueError, match="are not the rotary embedding of a square grid and 48 channels"):
+            checkpoint_filter_fn(published | {"rope.freqs_sin": wrong, "rope.freqs_cos": wrong}, model)
+    still = timm.create_model("test_vim", class_token="head")
+    with pytest.raises(ValueError, match=r"rope\.freqs_\w+, rope\.freqs_\w+\) not used"):
+        checkpoint_filter_fn(published, still)
+
+
+def test_two_class_tokens_leave_first_and_pool_to_their_mean() -> None:
+    model = timm.create_model("test_vim", img_size=(48, 80), class_token="double").eval()
+    image = torch.randn(2, 3, 48, 80)
+    with torch.no_grad():
+        tokens = model.forward_features(image)
+        _, taps = model.forward_intermediates(image, indices=[3], return_prefix_tokens=True, norm=True)
+        torch.testing.assert_close(model(image), model.head(tokens[:, :2].mean(1)))
+    patches, prefix = taps[0]
+    assert patches.shape == (2, 48, 3, 5) and prefix.shape == (2, 2, 48)
+    torch.testing.assert_close(torch.cat((prefix, patches.flatten(2).transpose(1, 2)), 1), tokens)
+    with pytest.raises(ValueError, match="LocalMamba: class_token must be 'middle', 'head' or 'none', got 'double'"):
+        timm.create_model("test_vim", class_token="double", scan_order="cross")
 
 
 def test_every_parameter_has_its_published_name() -> None:

@@ -13,6 +13,7 @@ from vision_mamba import scans
 from vision_mamba.layers.bimamba import RouteMamba
 from vision_mamba.layers.init import init_in_float32_
 from vision_mamba.layers.scan import SelectiveScan
+from vision_mamba.layers.tokens import CLASS_TOKENS, class_place
 
 
 class RouteAttention(nn.Module):
@@ -108,6 +109,11 @@ class LocalMamba(RouteMamba):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(dim, scan_order, d_state, d_conv, expand, dt_rank, average, device, dtype)
+        if CLASS_TOKENS.get(class_token, 2) > 1:
+            raise ValueError(
+                f"LocalMamba: class_token must be 'middle', 'head' or 'none', got {class_token!r}; routes over a grid "
+                f"go through one class token at most."
+            )
         self.class_token = class_token
         self.attn = RouteAttention(
             self.d_inner, scan_order, published_quirks=published_quirks, device=device, dtype=dtype
@@ -155,11 +161,3 @@ class LocalMamba(RouteMamba):
         places = places.scatter(1, table.long() + 1, steps)[:, 1:]  # of padding, some step lands in column 0: cut off
         parts = F.pad(y, (0, 0, 0, 0, 1, 0)).unbind(2)
         return torch.stack([parts[k].index_select(1, places[k]) for k in range(self.routes)], 2)
-
-
-@torch.fx.wrap
-def class_place(class_token: str, height: int, width: int) -> int:
-    """Where a class token stands among the patches of a grid; -1 for none."""
-    if class_token == "middle":
-        return height * width // 2
-    return 0 if class_token == "head" else -1

@@ -10,7 +10,6 @@ embedding smaller. The models here do all of that right, which is the same at th
 they are made with ``published_quirks=True``: that is for weights that have been tuned on other maps by that code.
 """
 
-import math
 from typing import Any
 
 import torch
@@ -26,8 +25,7 @@ from torch import Tensor, nn
 
 from vision_mamba.layers.init import init_in_float32_
 from vision_mamba.models import vim, vmamba
-from vision_mamba.models.checkpoint import unwrap
-from vision_mamba.models.vim import VisionMamba, rotation
+from vision_mamba.models.vim import VisionMamba
 from vision_mamba.models.vmamba import VMamba
 
 __all__ = ["LocalVim"]
@@ -120,24 +118,8 @@ def to_published(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def checkpoint_filter_fn(state_dict: dict[str, Any], model: LocalVim) -> dict[str, Tensor]:
-    """Make a checkpoint fit a LocalVim, as `vision_mamba.models.vim.checkpoint_filter_fn`.
-
-    Published files hold the tables of the rotary embedding; ours are computed, and must be the same.
-
-    Raises: ValueError naming every tensor that is missing, unused or, for such a table, another.
-    """
-    state = unwrap(state_dict)
-    tables = ("rope.freqs_sin", "rope.freqs_cos")
-    if model.rope and all(name in state for name in tables):
-        theirs = torch.stack([state.pop(name) for name in tables]).float()
-        side = math.isqrt(theirs.shape[1])
-        ours = rotation(theirs, [side, side], [side, side], "none") if side**2 == theirs.shape[1] else theirs[:, :0]
-        if ours.shape != theirs.shape or not torch.allclose(ours, theirs, atol=1e-4):
-            raise ValueError(
-                f"LocalVim: the checkpoint's {' and '.join(tables)} are not the rotary embedding of a square of "
-                f"{model.embed_dim} channels that this model has; leave them out of the file to load the rest."
-            )
-    return vim.checkpoint_filter_fn(state, model, published_names)
+    """Make a checkpoint fit a LocalVim, as `vision_mamba.models.vim.checkpoint_filter_fn` does for Vim."""
+    return vim.checkpoint_filter_fn(state_dict, model, published_names)
 
 
 def _cfg(url: str = "", **kwargs: Any) -> dict[str, Any]:

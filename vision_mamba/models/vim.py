@@ -20,14 +20,11 @@ from timm.layers import (
     LayerType,
     _assert,
     apply_rot_embed,
-    build_rotary_pos_embed,
     get_device_dtype,
     get_norm_layer,
     global_pool_nlc,
-    is_exporting,
     lecun_normal_,
     register_notrace_function,
-    resample_abs_pos_embed,
     resample_patch_embed,
     to_2tuple,
     trunc_normal_,
@@ -46,6 +43,7 @@ from torch import Tensor, nn
 from vision_mamba.layers.bimamba import BiMamba
 from vision_mamba.layers.init import init_in_float32_
 from vision_mamba.layers.local import LocalMamba
+from vision_mamba.layers.tokens import CLASS_TOKENS, class_first, insert_class, resample_pos_embed, rotation
 from vision_mamba.models.checkpoint import require_all_used, unwrap
 
 __all__ = ["VisionMamba"]
@@ -53,7 +51,6 @@ __all__ = ["VisionMamba"]
 _log = logging.getLogger("vision_mamba")
 
 POOLS = ("", "token", "avg", "avgmax", "max")
-PLACES = ("middle", "head", "none")
 
 
 @torch.fx.wrap
@@ -133,80 +130,6 @@ class StridedPatchEmbed(nn.Module):
         return x.permute(0, 2, 3, 1)
 
 
-@torch.fx.wrap
-@register_notrace_function
-def resample_pos_embed(
-    pos_embed: Tensor, new_size: list[int], old_size: list[int], class_token: str, antialias: bool = True
-) -> Tensor:
-    """Resample a position embedding to another grid; the class token keeps its row, at its place in the new sequence.
-
-    Args:
-        pos_embed: (1, T, E) in the order of the sequence, T = h w patches and the class token if there is one.
-        new_size: grid (height, width) wanted.
-        old_size: grid (h, w) that pos_embed is for.
-        class_token: "middle", "head" or "none".
-        antialias: filter where the new grid is coarser.
-
-    Returns: (1, T', E).
-    """
-    # An exported graph must not depend on the size it was made with, so there the sizes are not compared.
-    if not is_exporting() and new_size[0] == old_size[0] and new_size[1] == old_size[1]:
-        return pos_embed
-    if class_token == "none":
-        return resample_abs_pos_embed(pos_embed, new_size, old_size, num_prefix_tokens=0, antialias=antialias)
-    first = class_first(pos_embed, class_token)
-    first = resample_abs_pos_embed(first, new_size, old_size, num_prefix_tokens=1, antialias=antialias)
-    return insert_class(first[:, 1:], first[:, :1], class_token)
-
-
-def insert_class(patches: Tensor, token: Tensor, class_token: str) -> Tensor:
-    """(B, M, E) patches and (B, 1, E) class token -> (B, M + 1, E), the token at its place: M // 2 or 0."""
-    if class_token == "head":
-        return torch.cat((token, patches), 1)
-    place = patches.shape[1] // 2
-    return torch.cat((patches[:, :place], token, patches[:, place:]), 1)
-
-
-def class_first(tokens: Tensor, class_token: str) -> Tensor:
-    """Undo insert_class, but keep the token: (B, M + 1, E) -> (B, M + 1, E), the class token before all patches."""
-    if class_token != "middle":
-        return tokens
-    place = (tokens.shape[1] - 1) // 2
-    return torch.cat((tokens[:, place : place + 1], tokens[:, :place], tokens[:, place + 1 :]), 1)
-
-
-@torch.fx.wrap
-@register_notrace_function
-def rotation(like: Tensor, size: list[int], old_size: list[int], class_token: str, resample: bool = False) -> Tensor:
-    """What turns every token by its place on the grid: rotary embedding, the sine and cosine of each channel's angle.
-
-    Of the E channels, neighbours in pairs turn together, the first half of them by the row and the other by the column.
-    Pair j of E / 4 turns by 10000^(-4 j / E) times the row's number, scaled so that the grid has 14 rows; as in EVA-02,
-    arXiv:2303.11331. A class token is not turned.
-
-    Args:
-        like: (..., E) of the device that the result is wanted on.
-        size: grid (height, width) of the patches.
-        old_size: grid that the model is for.
-        class_token: "middle", "head" or "none".
-        resample: take the sines and cosines for the old grid and resample those.
-
-    Returns: float32 (2, L, E).
-    """
-    grid = old_size if resample else size
-    reference = [14, 14]  # 224 pixels in patches of 16
-    table = torch.stack(
-        build_rotary_pos_embed(grid, dim=like.shape[-1], in_pixels=False, ref_feat_shape=reference, device=like.device)
-    )
-    if resample and not (size[0] == old_size[0] and size[1] == old_size[1]):
-        parts = [resample_abs_pos_embed(part[None], size, old_size, 0, antialias=False) for part in table.unbind()]
-        table = torch.cat(parts)
-    if class_token == "none":
-        return table
-    still = torch.tensor([0.0, 1.0], device=table.device).view(2, 1, 1).expand(2, 1, table.shape[2])
-    return insert_class(table, still, class_token)
-
-
 class Block(nn.Module):
     """x + drop_path(scale(mixer(norm(x)))). The published add -> norm -> mixer with two streams is the same sum.
 
@@ -261,7 +184,8 @@ class VisionMamba(nn.Module):
         scan_order: name of a registered `ScanOrder` over the grid of patches, or one for every block: mixers are then
             those of LocalMamba. By default they are Vim's, both ways along the sequence.
         init_values: start of a learned scale on every block's output; none by default.
-        class_token: its place: "middle" (M // 2 among M patches), "head" or "none".
+        class_token: its place: "middle" (M // 2 among M patches), "head", "none", or "double" for one at either end, of
+            which the head then sees the mean.
         pos_embed: learn a position embedding, the class token's included.
         rope: turn the tokens by their place before every block; turns add up through the depth, as published.
         published_quirks: on other grids than the nominal one do as LocalMamba's published code: resample the rotations
@@ -308,7 +232,8 @@ class VisionMamba(nn.Module):
     ) -> None:
         super().__init__()
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
-        _assert(class_token in PLACES, f"VisionMamba: class_token must be one of {PLACES}, got {class_token!r}.")
+        places = tuple(CLASS_TOKENS)
+        _assert(class_token in places, f"VisionMamba: class_token must be one of {places}, got {class_token!r}.")
         self.class_token = class_token
         self.has_class_token = self.has_cls_token = class_token != "none"
         self._check_pool(global_pool)
@@ -316,7 +241,7 @@ class VisionMamba(nn.Module):
         self.in_chans = in_chans
         self.global_pool = global_pool
         self.num_features = self.head_hidden_size = self.embed_dim = embed_dim
-        self.num_prefix_tokens = int(self.has_class_token)
+        self.num_prefix_tokens = CLASS_TOKENS[class_token]
         self.dynamic_img_size = dynamic_img_size
         self.rope = rope
         self.published_quirks = published_quirks
@@ -327,7 +252,9 @@ class VisionMamba(nn.Module):
             img_size, patch_size, stride, in_chans, embed_dim, strict_img_size=not dynamic_img_size, **dd
         )
         tokens = self.patch_embed.num_patches + self.num_prefix_tokens
-        self.cls_token = nn.Parameter(torch.empty(1, 1, embed_dim, **dd)) if self.has_class_token else None
+        self.cls_token = (
+            nn.Parameter(torch.empty(self.num_prefix_tokens, 1, embed_dim, **dd)) if self.has_class_token else None
+        )
         self.pos_embed = nn.Parameter(torch.empty(1, tokens, embed_dim, **dd)) if pos_embed else None
         self.pos_drop = nn.Dropout(pos_drop_rate)
 
@@ -438,7 +365,7 @@ class VisionMamba(nn.Module):
         height, width = x.shape[1], x.shape[2]
         x = x.flatten(1, 2)
         if self.cls_token is not None:
-            x = insert_class(x, self.cls_token.expand(x.shape[0], -1, -1), self.class_token)
+            x = insert_class(x, self.cls_token.transpose(0, 1).expand(x.shape[0], -1, -1), self.class_token)
         if self.pos_embed is not None:
             table = self.pos_embed
             if self.dynamic_img_size:
@@ -532,7 +459,10 @@ class VisionMamba(nn.Module):
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """(B, L, E) features -> (B, num_classes) logits, or the pooled features before the head."""
-        x = global_pool_nlc(x, pool_type=self.global_pool, num_prefix_tokens=self.num_prefix_tokens)
+        if self.global_pool == "token" and self.num_prefix_tokens > 1:
+            x = x[:, : self.num_prefix_tokens].mean(1)
+        else:
+            x = global_pool_nlc(x, pool_type=self.global_pool, num_prefix_tokens=self.num_prefix_tokens)
         x = self.head_drop(x)
         return x if pre_logits else self.head(x)
 
@@ -557,8 +487,10 @@ _BLOCK_NAMES = {
 }
 
 
-def published_names(name: str) -> tuple[str, ...]:
+def published_names(name: str, class_token: str = "middle") -> tuple[str, ...]:
     """What the published code calls one of our parameters: one name, or two if ours is theirs of either way, stacked.
+
+    Two class tokens have a name each as well.
 
     >>> published_names("blocks.3.mixer.A_log")
     ('layers.3.mixer.A_log', 'layers.3.mixer.A_b_log')
@@ -566,6 +498,8 @@ def published_names(name: str) -> tuple[str, ...]:
     if name.startswith("blocks."):
         _, number, rest = name.split(".", 2)
         return tuple(f"layers.{number}.{official}" for official in _BLOCK_NAMES[rest])
+    if name == "cls_token" and class_token == "double":
+        return "cls_token_head", "cls_token_tail"
     return (name.replace("norm.", "norm_f."),)
 
 
@@ -578,7 +512,8 @@ def to_published(state_dict: dict[str, Tensor], names: Names = published_names) 
     for name, tensor in state_dict.items():
         theirs = names(name)
         for official, part in zip(theirs, tensor.unbind() if len(theirs) > 1 else (tensor,), strict=True):
-            published[official] = part.unsqueeze(1) if "conv1d" in official and part.dim() == 2 else part
+            squeezed = part.dim() == 2 and ("conv1d" in official or "cls_token" in official)
+            published[official] = part.unsqueeze(1) if squeezed else part
     return published
 
 
@@ -597,19 +532,24 @@ def _from_published(state: dict[str, Tensor], ours: Iterable[str], names: Names)
 
 
 def checkpoint_filter_fn(
-    state_dict: dict[str, Any], model: VisionMamba, names: Names = published_names
+    state_dict: dict[str, Any], model: VisionMamba, names: Names | None = None
 ) -> dict[str, Tensor]:
     """Make a checkpoint fit a model: published names to ours, patch kernels and position embedding to its sizes.
+
+    Published files with rotations hold their tables; ours are computed, and must be the same.
 
     Args:
         state_dict: ours or the published one, or a training file that has it under "model" (or "model_ema").
         model: the model to fit, of another patch size or grid if need be.
-        names: what the published code calls each of our parameters.
+        names: what the published code calls each of our parameters; as Vim's does by default.
 
     Returns: a state dict by our names.
-    Raises: ValueError naming the tensors that are missing or unused, the classifier's excepted.
+    Raises: ValueError naming the tensors that are missing or unused, the classifier's excepted, or such a table.
     """
     state = unwrap(state_dict)
+    if model.rope:
+        _check_rotations(state, model)
+    names = partial(published_names, class_token=model.class_token) if names is None else names
     if any(name.startswith("layers.") for name in state):
         state = _from_published(state, model.state_dict(), names)
     require_all_used(state, model, "head")
@@ -624,6 +564,21 @@ def checkpoint_filter_fn(
     if patch != model.patch_embed.patch_size:
         state["patch_embed.proj.weight"] = resample_patch_embed(kernel, list(model.patch_embed.patch_size))
     return state
+
+
+def _check_rotations(state: dict[str, Tensor], model: VisionMamba) -> None:
+    """Take a published file's tables of rotations out of it, if they are what this model computes."""
+    tables = ("rope.freqs_sin", "rope.freqs_cos")
+    if not all(name in state for name in tables):
+        return
+    theirs = torch.stack([state.pop(name) for name in tables]).float()
+    side = math.isqrt(theirs.shape[1])
+    ours = rotation(theirs, [side, side], [side, side], "none")
+    if ours.shape != theirs.shape or not torch.allclose(ours, theirs, atol=1e-4):
+        raise ValueError(
+            f"{type(model).__name__}: the checkpoint's {' and '.join(tables)} are not the rotary embedding of a square "
+            f"grid and {model.embed_dim} channels, which this model has; without them, the rest may load."
+        )
 
 
 def _source_grid(pos_embed: Tensor, patch: tuple[int, int], model: VisionMamba) -> tuple[int, int]:
