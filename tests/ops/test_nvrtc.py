@@ -125,3 +125,12 @@ def test_chunks_cover_a_route(steps: int, most: int) -> None:
     assert 1 <= warps <= most
     chunk = 8 * kernels.narrow_segment(steps) * warps
     assert chunk * (chunks - 1) < steps <= chunk * chunks
+
+
+@pytest.mark.parametrize("steps", [1, 49, 95, 96, 197, 6085, 100_000])
+@pytest.mark.parametrize("blocks", [0, 1, 24, 132, 1000])
+def test_segments_cover_a_route(steps: int, blocks: int) -> None:
+    tiles = (steps + kernels.CHECKPOINT - 1) // kernels.CHECKPOINT
+    segments, each = kernels.wide_segments(steps, blocks, 528)
+    assert each * (segments - 1) < tiles <= each * segments
+    assert segments == 1 or 2 < segments <= 528 // max(blocks, 1)

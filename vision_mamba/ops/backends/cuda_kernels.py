@@ -57,10 +57,10 @@ class Wide(NamedTuple):
 
 
 def wide_segments(steps: int, blocks: int, room: int) -> tuple[int, int]:
-    """Segments a route is taken in, and tiles of a segment: several where blocks leave half of the room empty."""
+    """Segments a route is taken in, and tiles of a segment: at least three, fewer do not pay for the first launch."""
     tiles = (steps + CHECKPOINT - 1) // CHECKPOINT
     wanted = min(room // max(blocks, 1), tiles // 2)
-    if wanted < 2:
+    if wanted < 3:
         return 1, tiles
     per_segment = (tiles + wanted - 1) // wanted
     return (tiles + per_segment - 1) // per_segment, per_segment
