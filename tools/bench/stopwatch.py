@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import gc
+import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -13,12 +14,16 @@ from typing import Any
 import torch
 
 
+_CYCLES_PER_MS = 2_000_000  # of a GPU's clock, at the most
+
+
 class Stopwatch:
     """Times a call on a device, and says what memory it took at its peak beyond what stood before."""
 
     def __init__(self, device: torch.device, seconds: float, least: int = 4, most: int = 300) -> None:
         self.device, self.seconds, self.least, self.most = device, seconds, least, most
         self.cuda = device.type == "cuda"
+        self.host_ms = 0.0  # what the CPU needed to queue the last call on a GPU
 
     def _once(self, prepare: Callable[[], Any], work: Callable[[Any], Any]) -> float:
         """Milliseconds of work(prepare()), without prepare."""
@@ -28,9 +33,12 @@ class Stopwatch:
             work(prepared)
             return (time.perf_counter() - begun) * 1e3
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        torch.cuda._sleep(200_000)  # the device waits while the CPU queues, so that launches are not timed
+        # The device waits while the CPU queues, twice as long as that took the last time: launches are not timed.
+        torch.cuda._sleep(200_000 + int(min(2 * self.host_ms, 5.0) * _CYCLES_PER_MS))
         start.record()
+        begun = time.perf_counter()
         work(prepared)
+        self.host_ms = (time.perf_counter() - begun) * 1e3
         end.record()
         end.synchronize()
         return start.elapsed_time(end)
@@ -42,9 +50,11 @@ class Stopwatch:
             self._once(prepare, work)
             if time.perf_counter() > until:
                 break
-        until, times = time.perf_counter() + self.seconds, list[float]()
+        until, times, host = time.perf_counter() + self.seconds, list[float](), list[float]()
         while len(times) < self.least or (time.perf_counter() < until and len(times) < self.most):
             times.append(self._once(prepare, work))
+            host.append(self.host_ms)
+        self.host_ms = statistics.median(host)
         times.sort()
         return [round(times[min(len(times) - 1, int(len(times) * q))], 4) for q in (0.2, 0.5, 0.8)]
 
