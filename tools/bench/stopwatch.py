@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 
-
 _CYCLES_PER_MS = 2_000_000  # of a GPU's clock, at the most
 
 
