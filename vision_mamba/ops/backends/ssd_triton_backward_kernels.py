@@ -25,7 +25,6 @@ from vision_mamba.ops.backends.ssd_triton_kernels import (
     load_rows,
     load_state,
     multiply,
-    optional,
     route,
     store_rows,
     triangle,
@@ -63,7 +62,6 @@ def backward(
         i_h = i_g * per_group + i_share * per_share + i
         A = tl.load(p_A + i_h).to(tl.float32)
         i_step = (i_b * heads + i_h) * padded + i_t * T
-        p_c_t, p_low_t = p_c + i_step, optional(p_low, i_step)
         b_s = tl.load(p_s + i_step + o_t)
         b_x = load_rows(p_x + i_b * s_xb + i_h * s_xh, o_l, m_l, o_c, s_xl, s_xc, P, BLOCK_P)  # (T, P)
         b_dy = load_rows(p_dy + i_b * s_dyb + i_h * s_dyh, o_l, m_l, o_c, s_dyl, s_dyc, P, BLOCK_P)  # (T, P)
@@ -73,18 +71,18 @@ def backward(
         b_z = multiply(b_B, b_g, tl.zeros((T, BLOCK_P), tl.float32), FACTORS)
         b_x32, b_dy32 = b_x.to(tl.float32), b_dy.to(tl.float32)
         if CAUSAL:
-            b_left = left(p_c_t, p_low_t, T)
+            b_left = left(p_c, p_low, i_step, T)
             b_z *= b_left[:, None]
             b_ds = tl.sum(b_x32 * b_z, 1)
             b_q = b_s * b_ds
             b_da = tl.cumsum(b_q, 0) - b_q
-            b_da += tl.exp2(tl.load(p_c_t + T - 1)) * tl.sum(b_h.to(tl.float32) * b_g.to(tl.float32))
-            b_since = b_dy32 * tl.exp2(tl.load(p_c_t + o_t))[:, None]
+            b_da += tl.exp2(tl.load(p_c + i_step + T - 1)) * tl.sum(b_h.to(tl.float32) * b_g.to(tl.float32))
+            b_since = b_dy32 * tl.exp2(tl.load(p_c + i_step + o_t))[:, None]
             b_dCh = multiply(b_since, tl.trans(b_h), tl.zeros((T, BLOCK_N), tl.float32), FACTORS)
             b_dC += b_dCh
             b_r = tl.sum(b_C.to(tl.float32) * b_dCh, 1)
             b_dB = multiply(b_x32 * (b_s * b_left)[:, None], tl.trans(b_g), b_dB, FACTORS)
-            b_E = triangle(p_c_t, p_low_t, b_S, True, T)
+            b_E = triangle(p_c, p_low, i_step, b_S, True, T)
             b_z = multiply(b_E * b_S, b_dy, b_z, FACTORS)
             b_EG = multiply(b_x, tl.trans(b_dy), tl.zeros((T, T), tl.float32), FACTORS) * b_E
             b_EGs += b_EG * b_s[:, None]

@@ -92,17 +92,17 @@ def store_state(p_state, b_h, o_n, o_c, s_n, s_c, N: tl.constexpr, P: tl.constex
 
 
 @triton.jit
-def triangle(p_c, p_low, b_like, TRANSPOSED: tl.constexpr, T: tl.constexpr):
-    """exp(c_i - c_j) at [i, j], or at [j, i] if TRANSPOSED, 0 where j > i; (T, T).
+def triangle(p_c, p_low, i_step, b_like, TRANSPOSED: tl.constexpr, T: tl.constexpr):
+    """exp(c_i - c_j) at [i, j], or at [j, i] if TRANSPOSED, 0 where j > i; (T, T), of the chunk that starts at i_step.
 
     Nothing of `b_like`, the matrix it will be multiplied by, is added to the sums: the exponentials are then taken
     where that lies in registers, and need not be brought there through shared memory.
     """
     o_t = tl.arange(0, T)
-    b_c = tl.load(p_c + o_t)
+    b_c = tl.load(p_c + i_step + o_t)
     b_sum = b_c[:, None] - b_c[None, :]
     if p_low is not None:
-        b_low = tl.load(p_low + o_t)
+        b_low = tl.load(p_low + i_step + o_t)
         b_sum += b_low[:, None] - b_low[None, :]
     if TRANSPOSED:
         return tl.exp2(tl.where(o_t[:, None] <= o_t[None, :], b_like * 0.0 - b_sum, -float("inf")))
@@ -110,20 +110,13 @@ def triangle(p_c, p_low, b_like, TRANSPOSED: tl.constexpr, T: tl.constexpr):
 
 
 @triton.jit
-def left(p_c, p_low, T: tl.constexpr):
-    """exp(c_T - c_t), (T,)."""
-    o_t = tl.arange(0, T)
-    b_sum = tl.load(p_c + T - 1) - tl.load(p_c + o_t)
+def left(p_c, p_low, i_step, T: tl.constexpr):
+    """exp(c_T - c_t), (T,), of the chunk that starts at i_step."""
+    o_t = i_step + tl.arange(0, T)
+    b_sum = tl.load(p_c + i_step + T - 1) - tl.load(p_c + o_t)
     if p_low is not None:
-        b_sum += tl.load(p_low + T - 1) - tl.load(p_low + o_t)
+        b_sum += tl.load(p_low + i_step + T - 1) - tl.load(p_low + o_t)
     return tl.exp2(b_sum)
-
-
-@triton.jit
-def optional(p_value, i):
-    if p_value is not None:
-        p_value += i
-    return p_value
 
 
 @triton.jit
@@ -193,13 +186,13 @@ def forward(
         if CAUSAL:
             b_B = load_rows(p_B, o_l, m_l, o_n, s_Bl, s_Bn, N, BLOCK_N)  # (T, N)
             i_step = ((i_b * heads + i_h) * segments * chunks + i_t) * T
-            p_c_t, p_low_t = p_c + i_step, optional(p_low, i_step)
             b_s = tl.load(p_s + i_step + o_t)
-            b_y *= tl.exp2(tl.load(p_c_t + o_t))[:, None]
+            b_y *= tl.exp2(tl.load(p_c + i_step + o_t))[:, None]
             b_scores = multiply(b_C, tl.trans(b_B), tl.zeros((T, T), tl.float32), FACTORS)
-            b_y = multiply(b_scores * triangle(p_c_t, p_low_t, b_scores, False, T) * b_s[None, :], b_x, b_y, FACTORS)
-            b_w = left(p_c_t, p_low_t, T) * b_s
-            b_h *= tl.exp2(tl.load(p_c_t + T - 1))
+            b_scores *= triangle(p_c, p_low, i_step, b_scores, False, T)
+            b_y = multiply(b_scores * b_s[None, :], b_x, b_y, FACTORS)
+            b_w = left(p_c, p_low, i_step, T) * b_s
+            b_h *= tl.exp2(tl.load(p_c + i_step + T - 1))
             b_h = multiply(tl.trans(b_B), b_x.to(tl.float32) * b_w[:, None], b_h, FACTORS)
         if p_D is not None:
             b_y += b_D[None, :] * b_x.to(tl.float32)
@@ -246,12 +239,11 @@ def states(
         b_x = load_rows(p_x, o_l, m_l, o_c, s_xl, s_xc, P, BLOCK_P)  # (T, P)
         b_B = load_rows(p_B, o_l, m_l, o_n, s_Bl, s_Bn, N, BLOCK_N)  # (T, N)
         if CAUSAL:
-            p_c_t = p_c + i_step
             if ADJOINT:
-                b_w = tl.exp2(tl.load(p_c_t + o_t))
+                b_w = tl.exp2(tl.load(p_c + i_step + o_t))
             else:
-                b_w = left(p_c_t, optional(p_low, i_step), T) * tl.load(p_s + i_step + o_t)
-            total = tl.load(p_c_t + T - 1)
+                b_w = left(p_c, p_low, i_step, T) * tl.load(p_s + i_step + o_t)
+            total = tl.load(p_c + i_step + T - 1)
             b_h *= tl.exp2(total)
             decay += total
         else:
