@@ -4,8 +4,7 @@
 // Grid: a block = one b and 16 channels, walking all routes one after the other and adding them up in shared memory
 // (kMerge), or one route of them. Lane = four neighbouring channels, 4 (lane % 4), and one of the warp's eight segments,
 // lane / 4; a segment = kSteps steps, taken in the lane's registers. All segments of a block make a chunk; they are
-// joined by exchanges in the warp; then each warp takes the state over from the one before, so that warps run one behind
-// the other, and one's exchanges and exponentials fall into another's products.
+// joined by exchanges in the warp and through shared memory between warps, one barrier a chunk.
 // What belongs to a step alone (its token, its B and C) is fetched once by one lane of the warp and laid on the warp's
 // shelf in shared memory, so that a lane's own work is loads at constant places, x, dt and arithmetic. x and dt of the
 // next chunk travel to registers while this one is computed.
@@ -87,11 +86,6 @@ DEVICE void read_row(float2* to, const PairRow& row) {
     }
 }
 
-// Warps hand a state on from one to the next, each pair by a barrier of its own, of which there are 16; the first is
-// __syncthreads's. Their turns make a ring, so that no pair's barrier is used again before it was passed.
-DEVICE void hand_over(int barrier) { asm volatile("bar.arrive %0, 64;" :: "r"(barrier) : "memory"); }
-DEVICE void take_over(int barrier) { asm volatile("bar.sync %0, 64;" :: "r"(barrier) : "memory"); }
-
 // Keep a value in a register: the compiler may not compute it anew at each use, nor take a sum of it apart.
 DEVICE void keep(unsigned long long& value) { asm volatile("" : "+l"(value)); }
 
@@ -140,24 +134,6 @@ template <class T, int V> DEVICE Pack<T, V> read(const Place& place, int token) 
     if (!kWhole && token < 0) pack.clear();
     return pack;
 }
-// A lane's four channels of a (D) array, as far as they are there.
-DEVICE float4 read_four(const float* from, int valid) {
-    float v[4];
-#pragma unroll
-    for (int j = 0; j < 4; ++j) v[j] = from && j < valid ? from[j] : 0.f;
-    return make_float4(v[0], v[1], v[2], v[3]);
-}
-DEVICE void write_four(float* to, const float4& from, int valid) {
-    const float v[4] = {from.x, from.y, from.z, from.w};
-#pragma unroll
-    for (int j = 0; j < 4; ++j) {
-        if (j < valid) to[j] = v[j];
-    }
-}
-DEVICE float4 apply(const float* a, const float* b, const float4& h) {
-    return make_float4(fmaf(a[0], h.x, b[0]), fmaf(a[1], h.y, b[1]), fmaf(a[2], h.z, b[2]), fmaf(a[3], h.w, b[3]));
-}
-
 // The steps of a chunk that a lane fetches for its warp: their tokens, and B and C there.
 struct OwnSteps {
     int lane;

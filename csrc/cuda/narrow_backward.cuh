@@ -1,21 +1,20 @@
 // narrow_backward.cuh: gradients of the scan of narrow_forward.cuh; the equations are at the head of wide_backward.cuh.
 //
 // Chunks go by from the last. The state before a chunk was saved; states inside it come from joining the segments'
-// maps forwards, gradients of the state from joining g -> a g + c backwards. dB and dC are summed
+// maps forwards, gradients of the state from joining g -> a g + c backwards, at the same barrier. dB and dC are summed
 // over the block's channels by exchanges and leave as one partial result a block; what belongs to a channel is summed
 // over time in registers and over lanes and warps at the end of a route. Gradients of a low-rank step size and of its
 // weights are products of what the lanes hold already, in the high and low halves of the step size's gradient.
 #include "narrow.cuh"
 
-static_assert(kMaxWarps <= 8, "each warp has a barrier or two of its own");
-
 constexpr int kRankTiles = (kRank + 7) / 8;
 constexpr int kSums = 48 + (kTensor ? kRankTiles * 128 : 0);  // of a warp, at the end of a route
 
 struct alignas(16) BlockMemory {
-    float4 before[kMaxWarps][kChannels / 4];  // the state before each warp's part of a chunk
-    float4 behind[kMaxWarps][kChannels / 4];  // and the gradient behind it
-    float sums[kMaxWarps][kSums];             // of dA, dD and the bias by channel, then of the weights
+    float2 totals[2][kMaxWarps][kChannels];       // a warp's joined map (a, b), of two chunks in turn
+    float2 totals_back[2][kMaxWarps][kChannels];  // and that of gradients, (a, c)
+    float carry[2][kChannels];                    // the gradient behind the chunk
+    float sums[kMaxWarps][kSums];                 // of dA, dD and the bias by channel, then of the weights
     Shelf shelves[kMaxWarps];
     float4 sum[1];  // (tokens, 16), where routes are added up
 };
@@ -39,6 +38,9 @@ extern "C" __global__ void __launch_bounds__(32 * kMaxWarps, MIN_BLOCKS) narrow_
     const int channels = (int)p.channels, steps = (int)p.steps;
     const int blocks = (channels + kChannels - 1) / kChannels, tile = blockIdx.x % blocks;
     const int first = tile * kChannels + 4 * quad, valid = channels - first;
+    // Lanes below 16 join the warps' maps of states, the others those of gradients, each for one channel.
+    const int channel = tile * kChannels + lane % kChannels;
+    const bool backwards = lane >= kChannels, in_range = channel < channels;
     const int from = kMerge ? 0 : blockIdx.x / blocks % (int)p.routes, to = kMerge ? (int)p.routes : from + 1;
     const long long batch = kMerge ? blockIdx.x / blocks : blockIdx.x / blocks / (int)p.routes;
     const int chunk_steps = warps * kWarpSteps, chunks = (steps + chunk_steps - 1) / chunk_steps;
@@ -78,6 +80,11 @@ extern "C" __global__ void __launch_bounds__(32 * kMaxWarps, MIN_BLOCKS) narrow_
         }
         return dy;
     };
+    auto behind = [&](int route) {
+        const long long at = (batch * p.routes + route) * channels + channel;
+        return p.dlast_state && in_range ? p.dlast_state[at] : 0.f;
+    };
+
     // What the lane has read of the chunk to come; its tokens must be on the shelf already.
     Pack<X_TYPE, 4> x[kSteps];
     Pack<Y_TYPE, 4> dy[kSteps];
@@ -152,10 +159,8 @@ extern "C" __global__ void __launch_bounds__(32 * kMaxWarps, MIN_BLOCKS) narrow_
         }
         if constexpr (kTensor) ranks.read(at_dt, tokens, lane);
     }
-    if (kMerge) {
-        clear_sum(sum, (int)p.tokens);
-        __syncthreads();
-    }
+    if (kMerge) clear_sum(sum, (int)p.tokens);
+    if (warp == 0 && backwards) block.carry[0][lane % kChannels] = behind(from);
 
     const int rounds = (to - from) * chunks;
     for (int round = 0; round < rounds; ++round) {
@@ -172,6 +177,10 @@ extern "C" __global__ void __launch_bounds__(32 * kMaxWarps, MIN_BLOCKS) narrow_
         for (int i = 0; i < kOwn; ++i) tokens_ahead[i] = own.ahead[i];
         own.fetch_weights(at_B, at_C, tokens_ahead);
         fetch_tokens(second);
+        // The state before the chunk, or the gradient behind it, is joined with those of the warps.
+        float joined = 0.f;
+        if (!backwards && in_range) joined = __ldg(p.saved + (sequence * chunks + now.chunk) * channels + channel);
+
         float s[kSteps][4], a[kSteps][4], state[kSteps][4], h[4], g[4];
         float2 BC[kSteps];
         read_row(BC, shelf.weights[segment]);
@@ -207,40 +216,37 @@ extern "C" __global__ void __launch_bounds__(32 * kMaxWarps, MIN_BLOCKS) narrow_
             float before_a[4], before_b[4], behind_a[4], behind_c[4];
             join<false>(total_a, total_b, before_a, before_b, lane);
             join<true>(total_d, total_c, behind_a, behind_c, lane);
-            // Take the state over from the warp before and the gradient from the one behind, and hand them on; the
-            // first warp's gradient goes to the last one's next chunk. Their barriers: see `take_over`.
-            const bool last = warp == warps - 1;
-            const long long state_of = sequence * channels + first;
-            if (warp > 0) take_over(warp);
-            const float4 before = warp > 0 ? block.before[warp][quad] :
-                read_four(p.saved + (sequence * chunks + now.chunk) * channels + first, valid);
-            if (!last) {
-                if (segment == kSegments - 1) block.before[warp + 1][quad] = apply(total_a, total_b, before);
-                __syncwarp();
-                hand_over(warp + 1);
+            if (segment == kSegments - 1) {
+                float4* totals = reinterpret_cast<float4*>(block.totals[turn][warp] + 4 * quad);
+                totals[0] = make_float4(total_a[0], total_b[0], total_a[1], total_b[1]);
+                totals[1] = make_float4(total_a[2], total_b[2], total_a[3], total_b[3]);
             }
-            if (warps > 1 && !(last && round == 0)) take_over(8 + warp);
-            float4 behind = block.behind[warp][quad];
-            if (last && now.chunk == chunks - 1) {
-                behind = read_four(p.dlast_state ? p.dlast_state + state_of : nullptr, valid);
-            }
-            __syncwarp();
             if (segment == 0) {
-                const float4 through = apply(total_d, total_c, behind);
-                block.behind[warp ? warp - 1 : warps - 1][quad] = through;
-                if (warp == 0 && now.chunk == 0 && p.dinitial_state) write_four(p.dinitial_state + state_of, through, valid);
+                float4* totals = reinterpret_cast<float4*>(block.totals_back[turn][warp] + 4 * quad);
+                totals[0] = make_float4(total_d[0], total_c[0], total_d[1], total_c[1]);
+                totals[1] = make_float4(total_d[2], total_c[2], total_d[3], total_c[3]);
+            }
+            __syncthreads();
+            if (now.chunk == chunks - 1 && now.route > from) {
+                leave(now.route - 1);
+                if (chunks == 1) __syncthreads();  // this round ends a route too
+            }
+            if (backwards) joined = block.carry[turn][lane % kChannels];
+            const float2* total = backwards ? block.totals_back[turn][warps - 1] : block.totals[turn][0];
+            total += lane % kChannels;
+            const int count = backwards ? warps - 1 - warp : warp, stride = backwards ? -kChannels : kChannels;
+#pragma unroll 2
+            for (int w = 0; w < count; ++w, total += stride) joined = fmaf(total->x, joined, total->y);
+            if (warp == 0 && backwards) {
+                const float through = fmaf(total->x, joined, total->y);
+                if (now.chunk == 0 && p.dinitial_state && in_range) p.dinitial_state[sequence * channels + channel] = through;
+                block.carry[turn ^ 1][lane % kChannels] = now.chunk ? through : behind(next.route);
             }
             __syncwarp();
-            if (warps > 1 && !(warp == 0 && round + 1 == rounds)) hand_over(8 + (warp ? warp - 1 : warps - 1));
-            const float4 first_h = apply(before_a, before_b, before), last_g = apply(behind_a, behind_c, behind);
-            h[0] = first_h.x, h[1] = first_h.y, h[2] = first_h.z, h[3] = first_h.w;
-            g[0] = last_g.x, g[1] = last_g.y, g[2] = last_g.z, g[3] = last_g.w;
-
-            // Sums of a route must be there before those of another are begun.
-            if (now.chunk == chunks - 1 && now.route > from) {
-                __syncthreads();
-                leave(now.route - 1);
-                if (chunks <= 2) __syncthreads();  // or else this route might end before all have read them
+#pragma unroll
+            for (int j = 0; j < 4; ++j) {
+                h[j] = fmaf(before_a[j], __shfl_sync(kAll, joined, 4 * quad + j), before_b[j]);
+                g[j] = fmaf(behind_a[j], __shfl_sync(kAll, joined, kChannels + 4 * quad + j), behind_c[j]);
             }
         }
 

@@ -4,10 +4,9 @@
 // segment is known, y_t + C_t a_1 ... a_t h is the result. Nothing else of a step has to be kept.
 #include "narrow.cuh"
 
-static_assert(kMaxWarps <= 15, "each warp has a barrier or two of its own");
-
 struct alignas(16) BlockMemory {
-    float4 carry[kMaxWarps][kChannels / 4];  // the state before each warp's part of a chunk
+    float2 totals[2][kMaxWarps][kChannels];  // a warp's joined map (a, b), of two chunks in turn
+    float carry[2][kChannels];               // the state before the chunk
     Shelf shelves[kMaxWarps];
     float4 sum[1];  // (tokens, 16), where routes are added up
 };
@@ -22,11 +21,11 @@ extern "C" __global__ void __launch_bounds__(32 * kMaxWarps, MIN_BLOCKS) narrow_
     const int channels = (int)p.channels, steps = (int)p.steps;
     const int blocks = (channels + kChannels - 1) / kChannels, tile = blockIdx.x % blocks;
     const int first = tile * kChannels + 4 * quad, valid = channels - first;
+    const int channel = tile * kChannels + lane;  // of the lanes that join the warps
+    const bool joins = lane < kChannels;
     const int from = kMerge ? 0 : blockIdx.x / blocks % (int)p.routes, to = kMerge ? (int)p.routes : from + 1;
     const long long batch = kMerge ? blockIdx.x / blocks : blockIdx.x / blocks / (int)p.routes;
     const int chunk_steps = warps * kWarpSteps, chunks = (steps + chunk_steps - 1) / chunk_steps;
-    // Backward wants the state before every so many warps' parts; the last of these may lie past the end.
-    const int save_every = (int)p.save_warps, pieces = (steps + save_every * kWarpSteps - 1) / (save_every * kWarpSteps);
     Shelf& shelf = block.shelves[warp];
     OwnSteps own = {lane};
 
@@ -66,6 +65,11 @@ extern "C" __global__ void __launch_bounds__(32 * kMaxWarps, MIN_BLOCKS) narrow_
             bias[j] = there && p.dt_bias ? p.dt_bias[at] * kPerUnit : 0.f;
         }
     };
+    auto start_of = [&](int route) {
+        const long long at = (batch * p.routes + route) * channels + channel;
+        return p.initial_state && channel < channels ? p.initial_state[at] : 0.f;
+    };
+
     Round now = {from, 0}, next = after(now);
     turn_to(from);
     fetch_tokens(now);
@@ -87,10 +91,8 @@ extern "C" __global__ void __launch_bounds__(32 * kMaxWarps, MIN_BLOCKS) narrow_
     }
     enter(from);
     weights.read(p, from, tile, lane);
-    if (kMerge) {
-        clear_sum(sum, (int)p.tokens);
-        __syncthreads();
-    }
+    if (kMerge) clear_sum(sum, (int)p.tokens);
+    if (warp == 0 && joins) block.carry[0][lane] = start_of(from);
 
     const int rounds = (to - from) * chunks;
     for (int round = 0; round < rounds; ++round) {
@@ -139,32 +141,36 @@ extern "C" __global__ void __launch_bounds__(32 * kMaxWarps, MIN_BLOCKS) narrow_
             if (kWhole && !there) total_a[j] = 1.f, total_b[j] = 0.f;
         }
         join<false>(total_a, total_b, before_a, before_b, lane);
-        // Take the state over and hand it on; the last warp's goes to the first one's next chunk.
-        const bool last = warp == warps - 1;
-        const long long state_of = sequence * channels + first;
-        if (warps > 1 && (warp > 0 || round > 0)) take_over(1 + warp);
-        float4 h = block.carry[warp][quad];
-        if (warp == 0 && now.chunk == 0) h = read_four(p.initial_state ? p.initial_state + state_of : nullptr, valid);
         if (segment == kSegments - 1) {
-            const float4 behind = apply(total_a, total_b, h);
-            block.carry[last ? 0 : warp + 1][quad] = behind;
-            if (last && now.chunk == chunks - 1 && p.last_state) write_four(p.last_state + state_of, behind, valid);
+            float4* totals = reinterpret_cast<float4*>(block.totals[turn][warp] + 4 * quad);
+            totals[0] = make_float4(total_a[0], total_b[0], total_a[1], total_b[1]);
+            totals[1] = make_float4(total_a[2], total_b[2], total_a[3], total_b[3]);
+        }
+        __syncthreads();
+        float h = 0.f;
+        if (joins) {
+            h = block.carry[turn][lane];
+            if (p.saved && warp == 0 && channel < channels) p.saved[(sequence * chunks + now.chunk) * channels + channel] = h;
+#pragma unroll 4
+            for (int w = 0; w < warp; ++w) {
+                const float2 total = block.totals[turn][w][lane];
+                h = fmaf(total.x, h, total.y);
+            }
+            if (warp == warps - 1) {
+                const float2 total = block.totals[turn][warp][lane];
+                const float behind = fmaf(total.x, h, total.y);
+                const bool last = now.chunk == chunks - 1;
+                if (last && p.last_state && channel < channels) p.last_state[sequence * channels + channel] = behind;
+                block.carry[turn ^ 1][lane] = last ? start_of(next.route) : behind;
+            }
         }
         __syncwarp();
-        if (warps > 1 && !(last && round + 1 == rounds)) hand_over(last ? 1 : 2 + warp);
-        const int part = now.chunk * warps + warp;
-        if (p.saved && part % save_every == 0 && segment == 0 && part < pieces * save_every) {
-            write_four(p.saved + (sequence * pieces + part / save_every) * channels + first, h, valid);
-        }
-        const float4 start = apply(before_a, before_b, h);
-        const float starts[4] = {start.x, start.y, start.z, start.w};
 #pragma unroll
-        for (int t = 0; t < kSteps; ++t) {
+        for (int j = 0; j < 4; ++j) {
+            const float start = fmaf(before_a[j], __shfl_sync(kAll, h, 4 * quad + j), before_b[j]);
 #pragma unroll
-            for (int j = 0; j < 4; ++j) y[t][j] = fmaf(through[t][j], starts[j], y[t][j]);
+            for (int t = 0; t < kSteps; ++t) y[t][j] = fmaf(through[t][j], start, y[t][j]);
         }
-        // A route's sums must be there before another adds to them.
-        if (kMerge && now.chunk == 0 && now.route > 0) __syncthreads();
         if (!kWhole || there) {
             if constexpr (kMerge) {
                 add_to_sum(sum, shelf.places[turn][segment], shelf.tokens[turn][segment], lane, y);

@@ -50,8 +50,7 @@ struct Params {
     long long steps;
     long long channels;
     long long states;
-    long long tiles;       // of channels
-    long long save_warps;  // of a block of the narrow backward kernel: its chunks start where states are saved
+    long long tiles;  // of channels
     // Strides.
     long long x_b;
     long long x_l;

@@ -59,7 +59,7 @@ def _new_saved(call: ScanCall) -> Tensor:
 
 
 def _max_warps(call: ScanCall) -> int:
-    return kernels.narrow_warps(call.batch * call.routes, call.channels, call.tokens)
+    return kernels.narrow_warps(call.batch * call.routes, call.channels)
 
 
 def _narrow_chunk(call: ScanCall) -> tuple[int, int]:
@@ -274,11 +274,12 @@ def _merging(call: ScanCall, wanted: bool, result: Tensor, device: int) -> tuple
 
 
 def _sum_fits(call: ScanCall, result: Tensor, device: int) -> bool:
-    """Whether blocks keep their channels' sums over routes in shared memory: where there is room, and where taking the
-    routes one after the other leaves a block for everyone."""
+    """Whether blocks keep their channels' sums over routes in shared memory: where a multiprocessor has room for three
+    such blocks, since what one leaves of the L1 cache holds too few loads under way; and where taking the routes one
+    after the other leaves a block for everyone."""
     blocks = call.batch * _narrow_blocks(call)
     shared = kernels.narrow_shared(_narrow_chunk(call)[0], call.rank, call.tokens)
-    return shared <= nvrtc.shared_limit(device) and blocks >= _multiprocessors(device) and vector(8, result)
+    return 3 * shared <= nvrtc.shared_limit(device) and blocks >= _multiprocessors(device) and vector(8, result)
 
 
 def _narrow_blocks(call: ScanCall) -> int:
@@ -304,7 +305,6 @@ def _narrow_launch(
     wanted: nvrtc.Specialisation, call: ScanCall, fields: dict[str, int], merging: bool, device: int
 ) -> _Launch:
     warps, _ = _narrow_chunk(call)
-    fields = fields | dict(save_warps=warps)
     grid = call.batch * _narrow_blocks(call) * (1 if merging else call.routes)
     more = 4 * kernels.NARROW_CHANNELS * (call.tokens + call.tokens % 2) if merging else 0
     return _Launch(nvrtc.kernel(wanted, device), grid, _template(fields), 32 * warps, more)

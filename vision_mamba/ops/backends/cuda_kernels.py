@@ -92,9 +92,9 @@ def narrow_segment(steps: Any) -> int:
     return 7 if steps % 7 == 0 else 8
 
 
-def narrow_warps(sequences: Any, channels: Any, tokens: Any) -> int:
+def narrow_warps(sequences: Any, channels: Any) -> int:
     """Warps of a block of the narrow kernels at most: few where several blocks share a multiprocessor and overlap."""
-    return 4 if sequences * channels >= 16384 and tokens <= 1024 else 8
+    return 4 if sequences * channels >= 16384 else 8
 
 
 def narrow_chunk(steps: Any, max_warps: int) -> tuple[Any, Any]:
@@ -185,9 +185,9 @@ _FULL: Types = ("Float",) * 5
 
 #: What the published models run: compiled for every architecture by the tests, and warmed by the doctor.
 SHIPPED = (
-    narrow_forward(_HALF, Narrow(7, 8, 6, True, True, True, True, True)),
+    narrow_forward(_HALF, Narrow(7, 4, 6, True, True, True, True, True)),
     narrow_forward(_FULL, Narrow(8, 8, 0, True, False, False, True, True)),
-    narrow_backward(_HALF, Narrow(7, 8, 6, True, True, True, True, True), "Bfloat", "Bfloat"),
+    narrow_backward(_HALF, Narrow(7, 4, 6, True, True, True, True, True), "Bfloat", "Bfloat"),
     wide_forward(_HALF, Wide(wide_shape(16, 2), WARPS, 0, True, True, True, False, False, False)),
     wide_forward(_HALF, Wide(wide_shape(16, 2), WARPS, 24, True, True, True, True, True, False)),
     wide_forward(_FULL, Wide(wide_shape(64, 2), WARPS, 0, True, True, True, False, False, False)),
