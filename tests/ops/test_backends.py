@@ -65,6 +65,17 @@ def test_edge_of_the_type_gives_no_nan(backend: str, dtype: torch.dtype) -> None
         assert not torch.isnan(tensor).any(), name
 
 
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
+@pytest.mark.parametrize("raw", [-200.0, 1.0])
+def test_the_largest_rates_keep_or_forget_all(backend: str, raw: float) -> None:
+    """A near the largest float32, where a change of its base overflows: a step of no size keeps the state as it is."""
+    call = make_call(Case(state=True, bias=False))
+    call = call._replace(A=torch.full_like(call.A, -3e38), dt=torch.full_like(call.dt, raw))
+    found, reference = run(call, backend), run(cases.double(call), "reference")
+    for name in ("y", "last_state", "dx", "dinitial_state"):
+        assert_close(name, found[name], reference[name])
+
+
 @pytest.mark.parametrize("backend", [*CPU_BACKENDS, "reference"])
 def test_empty_batch(backend: str) -> None:
     call = make_call(Case(batch=0, order="cross", rank=3, state=True))
