@@ -113,6 +113,14 @@ def test_defaults_are_plain() -> None:
     torch.testing.assert_close(selective_scan(u, delta, A, B, C)[0, 0], torch.stack(expected))
 
 
+@pytest.mark.parametrize("backend", ["cpu", "eager"])
+def test_the_gate_is_taken_in_float32_and_rounded_once(backend: str) -> None:
+    u, z, zero = torch.randn(2, 6, 7).bfloat16(), torch.randn(2, 6, 7).bfloat16(), torch.zeros(2, 6, 7)
+    A, B, C = -torch.rand(6, 4), torch.randn(2, 4, 7), torch.randn(2, 4, 7)
+    y = selective_scan(u, zero, A, B, C, torch.ones(6), z, backend=backend)  # steps of no size leave the skip alone
+    assert torch.equal(y, (u.float() * F.silu(z.float())).bfloat16())
+
+
 @pytest.mark.parametrize("out_dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_out_dtype(out_dtype: torch.dtype) -> None:
     call = make_call(Case(order="cross", dtypes=(torch.bfloat16,) * 4))

@@ -192,3 +192,11 @@ def test_a_run_in_the_way_is_not_replaced_unasked(trained: Path) -> None:
         runs.fit(config)
     assert (config.run_dir / "last.pth").read_bytes() == before
     assert runs.fit(dataclasses.replace(config, overwrite=True)).epoch == 1
+
+
+def test_the_average_is_taken_where_there_is_one_and_it_is_wanted() -> None:
+    last, average = {"a": torch.zeros(1)}, {"a": torch.ones(1)}
+    for content in ({"state_dict": last, "state_dict_ema": average}, {"model": last, "model_ema": average}):
+        assert checkpoint.weights(content, "x.pth")["a"] == 1
+        assert checkpoint.weights(content, "x.pth", use_ema=False)["a"] == 0
+    assert checkpoint.weights({"state_dict": last, "state_dict_ema": None}, "x.pth")["a"] == 0
