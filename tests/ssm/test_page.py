@@ -44,7 +44,7 @@ def test_the_tool_makes_such_a_record(tmp_path: Path, one_thread: None, capsys: 
     records = [json.loads(line) for line in out.read_text().splitlines()]
     on_record = json.loads(ssm_digits.RECORD.read_text().splitlines()[0])
     assert [r["train_a"] for r in records] == [False, True]
-    assert all(r.keys() == on_record.keys() and 0.1 < r["accuracy"] <= 1 for r in records)
+    assert all(on_record.keys() <= r.keys() and 0.1 < r["accuracy"] <= 1 for r in records)
     assert "legs" in capsys.readouterr().out
 
 
