@@ -22,6 +22,7 @@ from vision_mamba.train.errors import Interrupted, NonFiniteError
 from vision_mamba.train.options import Config
 from vision_mamba.train.progress import Bar, Progress
 from vision_mamba.train.run import prepare, train
+from vision_mamba.train.signals import StopSignals
 
 
 class Stopping(Progress):
@@ -177,6 +178,13 @@ def test_a_killed_run_continues_from_its_last_save(drawn: Path) -> None:
     for each in (runs.config(drawn, epochs=last, sched="constant", resume="auto"), straight):
         runs.fit(each)
     assert runs.same(runs.weights(config.run_dir), runs.weights(straight.run_dir))
+
+
+def test_a_second_signal_stops_at_once() -> None:
+    with StopSignals() as stop, pytest.raises(KeyboardInterrupt):
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop.signum == signal.SIGINT, "the first is remembered"
+        os.kill(os.getpid(), signal.SIGINT)
 
 
 def test_sigterm_is_told_apart(drawn: Path) -> None:
