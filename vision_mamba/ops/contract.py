@@ -221,7 +221,7 @@ def read_table(indices: Tensor, tokens: int) -> bool:
     if bad.any():
         route, step = (int(i) for i in bad.nonzero()[0])
         raise ValueError(
-            f"cross_selective_scan: indices must be -1 (padding) or a token from 0 to {tokens - 1}, got "
+            f"indices must be -1 (padding) or a token from 0 to {tokens - 1}, got "
             f"{int(table[route, step])} at route {route}, step {step}; make the table with ScanOrder.indices(H, W)."
         )
     for route, row in enumerate(table):
@@ -229,7 +229,7 @@ def read_table(indices: Tensor, tokens: int) -> bool:
         if int(counts.max()) > 1:
             token = int(counts.argmax())
             raise ValueError(
-                f"cross_selective_scan: a route visits a token at most once, but route {route} visits token {token} "
+                f"indices: a route visits a token at most once, but route {route} visits token {token} "
                 f"{int(counts[token])} times; make that a second route."
             )
     return bool(((table >= 0).sum(1) == tokens).all())

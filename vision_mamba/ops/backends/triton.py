@@ -7,12 +7,12 @@ import functools
 import importlib.util
 import os
 import shutil
-import weakref
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from vision_mamba.ops import contract
 from vision_mamba.ops.call import GRADIENTS, ScanCall
 from vision_mamba.ops.registry import Backend
 
@@ -100,7 +100,7 @@ def _forward(call: ScanCall, save: bool) -> tuple[Tensor, Tensor, Tensor]:
     saved = _new_saved(call) if save else call.x.new_empty(0)
     shares = _shares(y, call.routes, _rounded(y)) if call.merge else y
     target = shares.movedim(0, 2) if call.merge else y
-    if not _complete(call):
+    if not contract.visits_all(call):
         shares.zero_()
     tile, keep = tile_for(FORWARD, call.states), tile_for(BACKWARD, call.states)
     if save:  # states are written between tiles
@@ -138,7 +138,7 @@ def _backward(call: ScanCall, saved: Tensor, dy: Tensor | None, dlast: Tensor | 
     rows = call.states + 2 + call.rank
     per_channel = call.x.new_empty((call.batch, call.routes, rows, call.channels), dtype=torch.float32)
     dinitial = None if call.initial_state is None else call.initial_state.new_empty(call.initial_state.shape)
-    if not _complete(call):
+    if not contract.visits_all(call):
         for shares in (dx_shares, ddt_shares, dB_shares, dC_shares):
             shares.zero_()
     if dy is not None and call.merge:
@@ -259,28 +259,6 @@ def _dense(tensor: Tensor | None) -> Tensor | None:
 def _on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
     """Launches go to the device of the tensors, whichever is current."""
     return contextlib.nullcontext() if device.type == "cpu" else torch.get_device_module(device).device(device)
-
-
-# Whether a table's routes each visit every token: id -> (weak reference, version counter, answer), read once a table.
-_tables: dict[int, tuple[weakref.ref[Tensor], int, bool]] = {}
-
-
-def _complete(call: ScanCall) -> bool:
-    """Whether every token is written by every route; if not, results start as zeros."""
-    indices = call.indices
-    if indices is None:
-        return True
-    if call.steps < call.tokens:
-        return False
-    version = 0 if indices.is_inference() else indices._version
-    known = _tables.get(id(indices))
-    if known is None or known[0]() is not indices or known[1] != version:
-        if indices.is_cuda and torch.cuda.is_current_stream_capturing():
-            return False  # the table can't be read now, and zeros are never wrong
-        answer = bool(((indices >= 0).sum(1) == call.tokens).all())
-        key = id(indices)
-        known = _tables[key] = (weakref.ref(indices, lambda _: _tables.pop(key, None)), version, answer)
-    return known[2]
 
 
 BACKEND = Backend("triton", _unavailable, _refuses, _forward, _backward, _new_saved, automatic=not _INTERPRETED)
