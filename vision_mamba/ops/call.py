@@ -30,6 +30,11 @@ class ScanCall(NamedTuple):
     out_dtype: torch.dtype | None = None
 
     @property
+    def operator(self) -> str:
+        """Its name in ``torch.ops.vision_mamba``."""
+        return "cross_selective_scan"
+
+    @property
     def batch(self) -> int:
         return self.x.shape[0]
 

@@ -137,25 +137,11 @@ def _check_table(where: str, indices: Tensor, routes: int, leader: Tensor) -> No
         )
 
 
-# Shapes and kinds that passed: a model asks for the same few scans over and over, and each full check costs more than
-# launching a kernel does.
-_passed: set[tuple[object, ...]] = set()
-
-
-def check_once(call: ScanCall) -> None:
-    """As `check`, for tensors of known sizes: what has passed before passes at the price of a look-up."""
-    key = tuple([(t.shape, t.dtype, t.device) if isinstance(t, Tensor) else t for t in call])
-    if key in _passed:
-        return
-    check(call)
-    if len(_passed) >= 4096:
-        _passed.clear()
-    _passed.add(key)
-
-
 class Routed(Protocol):
     """A call of any operator that follows an index table."""
 
+    @property
+    def operator(self) -> str: ...
     @property
     def indices(self) -> Tensor | None: ...
     @property
@@ -184,7 +170,7 @@ def check_values(call: Routed) -> None:
     What is written into a table behind torch's back, through NumPy's view of it or `.data`, goes unseen.
     """
     if call.indices is not None and not call.indices.is_meta:
-        _read_once(call.indices, call.tokens)
+        _read_once(call.operator, call.indices, call.tokens)
 
 
 def visits_all(call: Routed) -> bool:
@@ -192,17 +178,17 @@ def visits_all(call: Routed) -> bool:
 
     No, to be on the safe side, where the table cannot be read now.
     """
-    return call.indices is None or (call.steps >= call.tokens and _read_once(call.indices, call.tokens))
+    return call.indices is None or (call.steps >= call.tokens and _read_once(call.operator, call.indices, call.tokens))
 
 
-def _read_once(indices: Tensor, tokens: int) -> bool:
+def _read_once(where: str, indices: Tensor, tokens: int) -> bool:
     """Read a table unless it was read as it is now; returns whether every route is known to visit every token."""
     known = _tables.get(id(indices))
     if known and known.itself() is indices and known[1:3] == (indices._version, tokens):
         return known.complete
     if indices.is_cuda and torch.cuda.is_current_stream_capturing():
         return False  # reading would break the capture, and the warm-up before it has read what the table holds
-    complete = read_table(indices, tokens)
+    complete = _read_table(where, indices, tokens)
     if not indices.is_inference():  # which does not count what is written into it, and so is read each time
         key = id(indices)
         itself = weakref.ref(indices, lambda _: _tables.pop(key, None))
@@ -210,7 +196,7 @@ def _read_once(indices: Tensor, tokens: int) -> bool:
     return complete
 
 
-def read_table(indices: Tensor, tokens: int) -> bool:
+def _read_table(where: str, indices: Tensor, tokens: int) -> bool:
     """Read an index table's values: each from -1 to tokens - 1, and no token twice in a route.
 
     Returns: whether every route visits every token.
@@ -221,7 +207,7 @@ def read_table(indices: Tensor, tokens: int) -> bool:
     if bad.any():
         route, step = (int(i) for i in bad.nonzero()[0])
         raise ValueError(
-            f"indices must be -1 (padding) or a token from 0 to {tokens - 1}, got "
+            f"{where}: indices must be -1 (padding) or a token from 0 to {tokens - 1}, got "
             f"{int(table[route, step])} at route {route}, step {step}; make the table with ScanOrder.indices(H, W)."
         )
     for route, row in enumerate(table):
@@ -229,7 +215,7 @@ def read_table(indices: Tensor, tokens: int) -> bool:
         if int(counts.max()) > 1:
             token = int(counts.argmax())
             raise ValueError(
-                f"indices: a route visits a token at most once, but route {route} visits token {token} "
+                f"{where}: a route visits a token at most once, but route {route} visits token {token} "
                 f"{int(counts[token])} times; make that a second route."
             )
     return bool(((table >= 0).sum(1) == tokens).all())

@@ -41,6 +41,11 @@ class SsdCall(NamedTuple):
     out_dtype: torch.dtype | None = None
 
     @property
+    def operator(self) -> str:
+        """Its name in ``torch.ops.vision_mamba``."""
+        return "ssd"
+
+    @property
     def batch(self) -> int:
         return self.x.shape[0]
 
