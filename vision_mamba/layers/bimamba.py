@@ -27,13 +27,11 @@ def conv_both_ways(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     Returns: (B, L, 2, D), contiguous.
     """
     length, channels, taps = x.shape[1], weight.shape[1], weight.shape[2]
-    # As a map of height 1: torch's convolution in one dimension takes more than twice as long on a CPU. Padded on both
-    # sides, a convolution gives W - 1 elements too many: at the end of the one way, at the start of the other, whose
-    # taps come in reverse.
-    x = x.transpose(1, 2).unsqueeze(2)
-    shape, padding = (channels, 1, 1, taps), (0, taps - 1)
-    y0 = F.conv2d(x, weight[0].view(shape), bias[0], padding=padding, groups=channels)[:, :, 0, :length]
-    y1 = F.conv2d(x, weight[1].flip(-1).view(shape), bias[1], padding=padding, groups=channels)[:, :, 0, taps - 1 :]
+    x = x.transpose(1, 2).contiguous()
+    # Padded on both sides, a convolution gives W - 1 elements too many: at the end of the one way, at the start of the
+    # other, whose taps come in reverse.
+    y0 = F.conv1d(x, weight[0].unsqueeze(1), bias[0], padding=taps - 1, groups=channels)[..., :length]
+    y1 = F.conv1d(x, weight[1].flip(-1).unsqueeze(1), bias[1], padding=taps - 1, groups=channels)[..., taps - 1 :]
     return F.silu(torch.stack((y0.transpose(1, 2), y1.transpose(1, 2)), 2))
 
 
