@@ -52,7 +52,13 @@ def test_the_tables_are_what_the_papers_draw(grid: tuple[int, int]) -> None:
         for r in range(top, top + 3)
         for c in range(left, left + 3)
     ]
-    holes = [t for i in range(2) for j in range(2) for row in tokens[i::2] for t in row[j::2]]
+    holes = [
+        tokens[r][c] if r < height and c < width else -1
+        for i in range(2)
+        for j in range(2)
+        for r in range(i, height + i, 2)
+        for c in range(j, width + j, 2)
+    ]
     assert scans.CROSS.indices(*grid).tolist() == [rows, columns, rows[::-1], columns[::-1]]
     assert scans.BIDIRECTIONAL.indices(*grid).tolist() == [rows, rows[::-1]]
     assert snake(*grid).tolist() == zigzag
@@ -69,10 +75,14 @@ def test_a_snake_moves_to_neighbours_only() -> None:
 
 
 def test_atrous_routes_share_the_grid_out() -> None:
-    """EfficientVMamba's four partial routes: disjoint, complete; the second and fourth go column by column."""
+    """EfficientVMamba's four partial routes: disjoint, complete; the second and fourth go column by column.
+
+    All are as long as the first: what they miss at the lower and right edge are steps too.
+    """
     table = scans.ATROUS_2.indices(5, 6)
     assert torch.equal(table[table >= 0].sort().values, torch.arange(30, dtype=torch.int32))
     assert scans.ATROUS_2.indices(4, 4).tolist() == [[0, 2, 8, 10], [4, 12, 6, 14], [1, 3, 9, 11], [5, 13, 7, 15]]
+    assert scans.ATROUS_2.indices(3, 3).tolist() == [[0, 2, 6, 8], [3, -1, 5, -1], [1, -1, 7, -1], [4, -1, -1, -1]]
     assert scans.ATROUS_2.indices(1, 1).tolist() == [[0], [-1], [-1], [-1]]
 
 

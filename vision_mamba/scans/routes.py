@@ -102,11 +102,11 @@ def window(size: int) -> Route:
 def atrous(step: int, offset: tuple[int, int] | None = None) -> Route:
     """Every `step`-th token of every `step`-th row: one such sub-grid after the other, or the one at `offset` alone.
 
-    A single sub-grid is a partial route: the tokens off it take no part (EfficientVMamba, arXiv:2403.09977). An offset
-    that lies outside a small grid gives one padding step.
+    A single sub-grid is a partial route: the tokens off it take no part (EfficientVMamba, arXiv:2403.09977). All
+    sub-grids are of one size; where they hang over the right or lower edge, their missing tokens are padding steps.
 
-    >>> atrous(2)(2, 4).tolist(), atrous(2, (1, 0))(2, 4).tolist()
-    ([0, 2, 1, 3, 4, 6, 5, 7], [4, 6])
+    >>> atrous(2)(2, 4).tolist(), atrous(2, (1, 1))(2, 3).tolist()
+    ([0, 2, 1, 3, 4, 6, 5, 7], [4, -1])
     """
     _require_positive("atrous", "step", step)
     if offset is not None and not all(0 <= start < step for start in offset):
@@ -114,9 +114,8 @@ def atrous(step: int, offset: tuple[int, int] | None = None) -> Route:
     starts = [(row, column) for row in range(step) for column in range(step)] if offset is None else [offset]
 
     def atrous_route(height: int, width: int) -> Tensor:
-        grid = _grid(height, width)
-        visited = torch.cat([grid[row::step, column::step].flatten() for row, column in starts])
-        return visited if visited.numel() > 0 else visited.new_full((1,), -1)
+        grid = F.pad(_grid(height, width), (0, -width % step, 0, -height % step), value=-1)
+        return torch.cat([grid[row::step, column::step].flatten() for row, column in starts])
 
     return atrous_route
 
