@@ -20,6 +20,9 @@ DEVICE float ex2(float v) {
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(v));
     return r;
 }
+// What a state keeps over a step of s; A in units in which 2^(s A) is that. ex2 is 7e-9 too small on average where decays
+// are close to 1, which over thousands of steps adds up.
+DEVICE float decay(float s, float A) { return ex2(fmaf(s, A, 1e-8f)); }
 DEVICE float widen(Float v) { return __uint_as_float(v.bits); }
 DEVICE float widen(Bfloat v) { return __uint_as_float((unsigned)v.bits << 16); }
 DEVICE float widen(Half v) {

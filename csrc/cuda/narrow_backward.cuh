@@ -197,7 +197,7 @@ extern "C" __global__ void __launch_bounds__(32 * kMaxWarps, MIN_BLOCKS) narrow_
                     for (int j = 0; j < 4; ++j) {
                         const float v = step_size(kRank ? s[t][j] : fmaf(dt[kRank ? 0 : t].get(j), kPerUnit, bias[j]));
                         s[t][j] = (kWhole ? there : tokens[t] != -2) ? v : 0.f;
-                        a[t][j] = ex2(s[t][j] * A[j]);
+                        a[t][j] = decay(s[t][j], A[j]);
                         const float b = s[t][j] * (x[t].get(j) * BC[t].x);
                         total_b[j] = t ? fmaf(a[t][j], total_b[j], b) : b;
                         total_a[j] = t ? total_a[j] * a[t][j] : a[t][j];

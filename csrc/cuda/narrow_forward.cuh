@@ -124,7 +124,7 @@ extern "C" __global__ void __launch_bounds__(32 * kMaxWarps, MIN_BLOCKS) narrow_
             for (int j = 0; j < 4; ++j) {
                 float s = step_size(kRank ? y[t][j] : fmaf(dt[kRank ? 0 : t].get(j), kPerUnit, bias[j]));
                 if (!kWhole && tokens[t] == -2) s = 0.f;
-                const float a = ex2(s * A[j]), u = x[t].get(j), b = s * (u * BC[t].x);
+                const float a = decay(s, A[j]), u = x[t].get(j), b = s * (u * BC[t].x);
                 total_b[j] = t ? fmaf(a, total_b[j], b) : b;
                 total_a[j] = t ? total_a[j] * a : a;
                 y[t][j] = fmaf(BC[t].y, total_b[j], D[j] * u);

@@ -23,20 +23,20 @@ struct Params {
     const void* dy;
     const float* dlast_state;  // (B, K, D, N), or null
     void* dx;
-    void* ddt;             // like dt, or (B, L, K, D), or (channel tiles, B, L, K, R)
-    float* dB;             // (channel tiles, B, L, K, N)
-    float* dC;             // (channel tiles, B, L, K, N)
-    float* dA;             // (B, K, D, N)
-    float* dD;             // (B, K, D), or null
-    float* ddt_bias;       // (B, K, D), or null
-    float* ddt_weight;     // (B, K, D, R), or null
+    void* ddt;             // like dt, or (B, L, K, D); of a low rank (B, L, K, channel tiles, R), where N = 1 (tiles, B, L, K, R)
+    float* dB;             // (B, L, K, channel tiles, N)
+    float* dC;             // (B, L, K, channel tiles, N)
+    float* dA;             // (B, segments, K, D, N)
+    float* dD;             // (B, segments, K, D), or null
+    float* ddt_bias;       // (B, segments, K, D), or null
+    float* ddt_weight;     // (B, segments, K, D, R), or null
     float* dinitial_state; // (B, K, D, N), or null
-    // Of one state a channel: partial sums, and where narrow_finish.cuh puts the whole ones.
-    float* dBC;            // (channel tiles, B, K, S, 2): dB and dC in the order of steps
-    void* sum_dB;          // (B, L, K)
-    void* sum_dC;          // (B, L, K)
+    float* dBC;            // of one state a channel (channel tiles, B, K, S, 2): dB and dC in the order of steps
+    // Where finish.cuh puts the sums of these parts.
+    void* sum_dB;          // (B, L, K, N)
+    void* sum_dC;          // (B, L, K, N)
     void* sum_ddt;         // (B, L, K, R)
-    float* sum_channels;   // (3, K, D) of A, D and the bias, then (K, D, R) of the weights
+    float* sum_channels;   // (K, D, N) of A, (K, D) of D, (K, D) of the bias, (K, D, R) of the weights
     // Of several states a channel, where routes are taken in segments of tiles: local states at the segments' ends, and
     // sums of step sizes.
     float* edges;  // (B, K, segments, D, N), N as many as lanes hold

@@ -40,10 +40,6 @@ static_assert(kSlots <= kLanes || kLanes == 1);
 static_assert(kRun >= 1 && kRows >= 1 && kRuns % 2 == 0);
 static_assert(!kTensorRank || kWarpChannels % 8 == 0);
 
-DEVICE float decay(float s, float A) {
-    // ex2 is 7e-9 too small on average where decays are close to 1, which over thousands of steps adds up.
-    return ex2(fmaf(s, A, 1e-8f));
-}
 template <class T> DEVICE T* at_token(T* tensor, int token, long long stride) {
     return tensor + (long long)token * (int)stride;
 }

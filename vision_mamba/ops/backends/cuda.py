@@ -144,8 +144,8 @@ def _backward(asked: ScanCall, saved: Tensor, dy: Tensor | None, dlast: Tensor |
         products = call.rank > 0 and _rank_in_kernel(call)
         blocks = plan.scan.grid // (batch * (1 if plan.merging else routes) * plan.segments)
         shares = batch * plan.segments
-        wide = states > 1
-        if products and wide:
+        narrow = states == 1
+        if products and not narrow:
             ddt = call.dt.new_empty((batch, tokens, routes, blocks, call.rank), dtype=torch.float32)
         elif products:
             ddt = call.dt.new_empty((blocks, batch, tokens, routes, call.rank))
@@ -154,19 +154,20 @@ def _backward(asked: ScanCall, saved: Tensor, dy: Tensor | None, dlast: Tensor |
         else:
             ddt = torch.empty_like(call.dt)
         new = functools.partial(call.x.new_empty, dtype=torch.float32)
-        dBC = new((2, batch, tokens, routes, blocks, states) if wide else (blocks, batch, routes, call.steps, 2))
+        dBC = new((blocks, batch, routes, call.steps, 2) if narrow else (2, batch, tokens, routes, blocks, states))
         dA = new((shares, routes, channels, states))
         per_channel = new((2, shares, routes, channels))
         dweight = new((shares, routes, channels, call.rank)) if products else None
         dinitial = None if call.initial_state is None else torch.empty_like(call.initial_state)
+        parts = dict(dA=dA, dD=per_channel[0], ddt_bias=per_channel[1], ddt_weight=dweight)
+        parts |= dict(dBC=dBC) if narrow else dict(dB=dBC[0], dC=dBC[1])
         if not complete:
-            for tensor in (ddt, *((target,) if not plan.merging else ()), *((dBC,) if wide else ())):
+            for tensor in (ddt, *((target,) if not plan.merging else ()), *(() if narrow else (dBC,))):
                 tensor.zero_()
         addresses = dict(
             x=call.x, dt=call.dt, B=call.B, C=call.C, indices=call.indices, A=call.A, D=call.D,
             dt_weight=call.dt_weight, dt_bias=call.dt_bias, saved=saved, dy=dy, dlast_state=dlast, dx=target, ddt=ddt,
-            dB=dBC[0] if wide else None, dC=dBC[1] if wide else None, dBC=None if wide else dBC, dA=dA,
-            dD=per_channel[0], ddt_bias=per_channel[1], ddt_weight=dweight, dinitial_state=dinitial,
+            dinitial_state=dinitial, **parts,
         )  # fmt: skip
         if plan.edges is not None:
             addresses |= _new_edges(call, plan.segments)
@@ -176,17 +177,7 @@ def _backward(asked: ScanCall, saved: Tensor, dy: Tensor | None, dlast: Tensor |
             _merge(target, dx)
 
         found: dict[str, Tensor | None] = dict(x=dx, dt=ddt, initial_state=dinitial)
-        if wide:
-            found["A"] = dA.sum(0)
-            found["B"], found["C"] = (
-                _sum_blocks(dBC[i], argument.dtype) for i, argument in enumerate((call.B, call.C))
-            )
-            found["D"], found["dt_bias"] = per_channel.sum(1).unbind(0)
-            if products:
-                assert dweight is not None
-                found["dt"], found["dt_weight"] = _sum_blocks(ddt, call.dt.dtype), dweight.sum(0)
-        else:
-            found |= _finish(call, complete, ddt if products else None, dBC, dA, per_channel, dweight)
+        found |= _finish(call, complete, plan.segments, blocks, parts, ddt if products else None)
         if asked.dt_weight is not None and not products:
             low_rank, weight = asked.dt.to(torch.float32), asked.dt_weight.to(torch.float32)
             found["dt"] = torch.einsum("blkd,kdr->blkr", ddt, weight)
@@ -298,6 +289,7 @@ def _narrow(call: ScanCall, complete: bool, merging: bool, view: Tensor, *across
         whole=complete and call.steps == call.tokens and call.steps % segment == 0,
         vector=vector(4, *across),
         vector_rank=call.rank > 0 and call.rank % 2 == 0 and vector(2, call.dt),
+        tensor_rank=_rank_in_kernel(call),
     )
 
 
@@ -359,54 +351,41 @@ _merges: dict[Any, _Launch] = {}
 
 
 def _finish(
-    call: ScanCall,
-    complete: bool,
-    ddt: Tensor | None,
-    dBC: Tensor,
-    dA: Tensor,
-    per_channel: Tensor,
-    dweight: Tensor | None,
+    call: ScanCall, complete: bool, segments: int, tiles: int, parts: dict[str, Tensor | None], ddt: Tensor | None
 ) -> dict[str, Tensor | None]:
-    """The sums of what the narrow backward kernel left in parts, in one launch; see csrc/cuda/narrow_finish.cuh."""
-    device, tiles, rank = call.x.device.index, dBC.shape[0], 0 if ddt is None else call.rank
-    batch, tokens, routes, channels = call.batch, call.tokens, call.routes, call.channels
+    """The sums of what a backward kernel left in parts, in one launch; see csrc/cuda/finish.cuh."""
+    device, rank = call.x.device.index, 0 if ddt is None else call.rank
+    batch, tokens, routes, channels, states = call.batch, call.tokens, call.routes, call.channels, call.states
     dB, dC = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (call.B, call.C))
-    if not complete:
+    if not complete and states == 1:
         dB.zero_(), dC.zero_()
-    sum_ddt = None if ddt is None else ddt.new_empty(ddt.shape[1:])
-    of_channels = dA.new_empty((3 + rank) * routes * channels)
-    key = (device, dBC.shape, tokens, channels, rank, dB.dtype, dC.dtype)
+    sum_ddt = None if ddt is None else call.dt.new_empty(call.dt.shape)
+    sizes = [routes * channels * width for width in (states, 1, 1, rank)]
+    of_channels = call.A.new_empty(sum(sizes))
+    key = (device, call.B.shape, call.steps, channels, rank, call.dt.dtype, dB.dtype, dC.dtype, segments, tiles)
     launch = _finishes.get(key)
     if launch is None:
-        elements = batch * tokens * routes * rank
-        run = next(n for n in (8, 4, 2, 1) if elements % n == 0)
-        sums = (routes * channels * (3 + rank), elements // run, batch * routes * call.steps)
+        rows = batch * tokens * routes
+        run = next(n for n in (8, 4, 2, 1) if (rows * rank if states == 1 else rank) % n == 0)
+        state_run = 1 if states == 1 else next(n for n in (4, 2, 1) if states % n == 0)
+        of_states = [batch * routes * call.steps] if states == 1 else 2 * [rows * states // state_run]
         fields = dict(batch=batch, tokens=tokens, routes=routes, channels=channels, steps=call.steps, tiles=tiles)
-        kernel = nvrtc.kernel(kernels.narrow_finish(TYPES[dB.dtype], TYPES[dC.dtype], rank, run), device)
-        grid = sum((count + 255) // 256 for count in sums)
-        launch = _finishes[key] = _Launch(kernel, grid, _template(fields))
+        types = (TYPES[call.dt.dtype], TYPES[dB.dtype], TYPES[dC.dtype])
+        kernel = nvrtc.kernel(kernels.finish(types, states, rank, run), device)
+        grid = sum((count + 255) // 256 for count in (sum(sizes), rows * rank // run, *of_states))
+        launch = _finishes[key] = _Launch(kernel, grid, _template(fields | dict(segments=segments)))
     launch(
-        device, indices=call.indices, dBC=dBC, dA=dA, dD=per_channel[0], ddt_bias=per_channel[1], ddt_weight=dweight,
-        ddt=ddt, sum_dB=dB, sum_dC=dC, sum_ddt=sum_ddt, sum_channels=of_channels,
-    )  # fmt: skip
-    of_A, of_D, of_bias = of_channels[: 3 * routes * channels].view(3, routes, channels).unbind(0)
-    found: dict[str, Tensor | None] = dict(B=dB, C=dC, A=of_A.unsqueeze(-1), D=of_D, dt_bias=of_bias)
+        device, indices=call.indices, ddt=ddt, sum_dB=dB, sum_dC=dC, sum_ddt=sum_ddt, sum_channels=of_channels, **parts
+    )
+    of_A, of_D, of_bias, of_weight = of_channels.split(sizes)
+    found: dict[str, Tensor | None] = dict(B=dB, C=dC, A=of_A.view(routes, channels, states))
+    found |= dict(D=of_D.view(routes, channels), dt_bias=of_bias.view(routes, channels))
     if ddt is not None:
-        found |= dict(dt=sum_ddt, dt_weight=of_channels[3 * routes * channels :].view(routes, channels, rank))
+        found |= dict(dt=sum_ddt, dt_weight=of_weight.view(routes, channels, rank))
     return found
 
 
 _finishes: dict[Any, _Launch] = {}
-
-
-def _sum_blocks(parts: Tensor, dtype: torch.dtype) -> Tensor:
-    """Sum (B, L, K, blocks, N) over the blocks, in their order."""
-    batch, tokens, routes, blocks, states = parts.shape
-    if blocks == 1:
-        return parts.squeeze(3)
-    out = parts.new_empty((batch, tokens, routes, states), dtype=dtype)
-    _merge(parts.view(batch, tokens * routes, blocks, states), out.view(batch, tokens * routes, states))
-    return out
 
 
 def _new_parts(call: ScanCall, dtype: torch.dtype) -> Tensor:

@@ -85,6 +85,7 @@ class Narrow(NamedTuple):
     whole: bool
     vector: bool
     vector_rank: bool
+    tensor_rank: bool  # a low-rank step size is multiplied on the tensor cores
 
 
 def narrow_segment(steps: Any) -> int:
@@ -130,9 +131,12 @@ def narrow_backward(types: Types, how: Narrow, dx: str, ddt: str) -> Specialisat
     return Specialisation("narrow_backward", _macros(types, **_narrow(types, how, 2), DX_TYPE=dx, DDT_TYPE=ddt))
 
 
-def narrow_finish(dB: str, dC: str, rank: int, run: int) -> Specialisation:
-    types = ("Float", "Bfloat", dB, dC, "Float")
-    return Specialisation("narrow_finish", _macros(types, RANK=rank, RUN=run, DDT_TYPE="Bfloat"))
+def finish(types: tuple[str, str, str], states: int, rank: int, run: int) -> Specialisation:
+    """Types of dt, B and C."""
+    ddt = types[0] if states == 1 else "Float"
+    return Specialisation(
+        "finish", _macros(("Float", *types, "Float"), STATES=states, RANK=rank, RUN=run, DDT_TYPE=ddt)
+    )
 
 
 def merge(part: str, out: str, run: int) -> Specialisation:
@@ -140,7 +144,7 @@ def merge(part: str, out: str, run: int) -> Specialisation:
 
 
 def on_tensor_cores(rank: int, dt: str) -> bool:
-    """Whether the narrow kernels form a low-rank step size on the tensor cores."""
+    """Whether kernels can form a low-rank step size on the tensor cores, where the GPU has those for bfloat16."""
     return rank > 0 and dt == "Bfloat"
 
 
@@ -155,7 +159,7 @@ def _wide(how: Wide) -> dict[str, Any]:
 def _narrow(types: Types, how: Narrow, blocks: int) -> dict[str, Any]:
     sizes = dict(STEPS=how.steps, MAX_WARPS=how.warps, MIN_BLOCKS=1 if how.warps > 4 else blocks, RANK=how.rank)
     flags = dict(SOFTPLUS=how.softplus, MERGE=how.merge, WHOLE=how.whole)
-    flags |= dict(VECTOR=how.vector, VECTOR_RANK=how.vector_rank, TENSOR=on_tensor_cores(how.rank, types[1]))
+    flags |= dict(VECTOR=how.vector, VECTOR_RANK=how.vector_rank, TENSOR=how.tensor_rank)
     return sizes | flags
 
 
@@ -185,14 +189,15 @@ _FULL: Types = ("Float",) * 5
 
 #: What the published models run: compiled for every architecture by the tests, and warmed by the doctor.
 SHIPPED = (
-    narrow_forward(_HALF, Narrow(7, 4, 6, True, True, True, True, True)),
-    narrow_forward(_FULL, Narrow(8, 8, 0, True, False, False, True, True)),
-    narrow_backward(_HALF, Narrow(7, 4, 6, True, True, True, True, True), "Bfloat", "Bfloat"),
+    narrow_forward(_HALF, Narrow(7, 4, 6, True, True, True, True, True, True)),
+    narrow_forward(_FULL, Narrow(8, 8, 0, True, False, False, True, False, False)),
+    narrow_backward(_HALF, Narrow(7, 4, 6, True, True, True, True, True, True), "Bfloat", "Bfloat"),
     wide_forward(_HALF, Wide(wide_shape(16, 2), WARPS, 0, True, True, True, False, False, False)),
     wide_forward(_HALF, Wide(wide_shape(16, 2), WARPS, 24, True, True, True, True, True, False)),
     wide_forward(_FULL, Wide(wide_shape(64, 2), WARPS, 0, True, True, True, False, False, False)),
     wide_backward(_HALF, Wide(wide_shape(16, 2), WARPS, 0, True, True, True, False, False, False), "Bfloat", "Bfloat"),
     wide_backward(_HALF, Wide(wide_shape(16, 2), WARPS, 24, True, True, True, True, True, False), "Bfloat", "Bfloat"),
-    narrow_finish("Bfloat", "Bfloat", 6, 8),
+    finish(("Bfloat",) * 3, 1, 6, 8),
+    finish(("Bfloat",) * 3, 16, 24, 8),
     merge("Bfloat", "Bfloat", 8),
 )
