@@ -92,8 +92,12 @@ def window(size: int) -> Route:
 
     def window_route(height: int, width: int) -> Tensor:
         rows, columns = -(-height // size), -(-width // size)
-        padded = F.pad(_grid(height, width), (0, columns * size - width, 0, rows * size - height), value=-1)
-        return padded.view(rows, size, columns, size).transpose(1, 2).flatten()
+        # Arithmetic on the step's number and no view of the grid: a view's strides would tie a traced size down.
+        step = torch.arange(rows * columns * size**2)
+        number, inside = step // size**2, step % size**2
+        row = number // columns * size + inside // size
+        column = number % columns * size + inside % size
+        return torch.where((row < height) & (column < width), row * width + column, -1)
 
     return window_route
 
