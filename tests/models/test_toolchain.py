@@ -77,7 +77,7 @@ def test_exports_with_any_batch(name: str) -> None:
     with torch.no_grad():
         torch.testing.assert_close(program.module()(x), model(x))
     called = [str(node.target) for node in program.graph.nodes]
-    assert any("cross_selective_scan" in target for target in called)
+    assert any("vision_mamba.cross_selective_scan" in target or "vision_mamba.ssd" in target for target in called)
 
 
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")  # a trace holds for its own size, and says so

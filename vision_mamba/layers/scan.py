@@ -1,4 +1,4 @@
-"""The one place where layers call the scan: as an operator, or as plain torch for exporters that know no operators."""
+"""The one place where layers call the scans: as operators, or as plain torch for exporters that know no operators."""
 
 from typing import Any
 
@@ -7,27 +7,22 @@ from timm.layers.config import is_exportable
 from torch import Tensor, nn
 
 from vision_mamba import scans
-from vision_mamba.ops.backends import eager
+from vision_mamba.ops.backends import eager, ssd_eager
 from vision_mamba.ops.call import ScanCall
+from vision_mamba.ops.ssd_call import SsdCall
 from vision_mamba.scans.order import stack
 
 
-class SelectiveScan(nn.Module):
-    """Scan a grid of tokens along the routes of a named order and add the routes up; see `ops.cross_selective_scan`.
+class RouteScan(nn.Module):
+    """What scans along the routes of a named order have in common: the order, its table, the way out for exporters.
 
-    A model that timm builds with ``exportable=True`` holds plain torch instead of the two operators of this library;
-    its grid is then fixed by the example that it is exported with.
+    A model that timm builds with ``exportable=True`` holds plain torch instead of the operators of this library; its
+    grid is then fixed by the example that it is exported with.
 
     Args:
         order: name of a registered `ScanOrder`.
 
     Raises: ValueError naming the nearest known order.
-
-    >>> scan = SelectiveScan("cross")
-    >>> x, A, dt_weight = torch.randn(1, 6, 4), -torch.ones(4, 4, 2), torch.randn(4, 4, 3)
-    >>> dt, B, C = torch.randn(1, 6, 4, 3), torch.randn(1, 6, 4, 2), torch.randn(1, 6, 4, 2)
-    >>> scan(x, dt, A, B, C, torch.ones(4, 4), dt_weight, torch.zeros(4, 4), 2, 3).shape
-    torch.Size([1, 6, 4])
     """
 
     __constants__ = ("exportable", "order")  # TorchScript leaves the branch out that a constant closes
@@ -50,6 +45,17 @@ class SelectiveScan(nn.Module):
         if self.exportable:
             return _plain_table(like, self.order, height, width, class_token)
         return torch.ops.vision_mamba.scan_indices(like, self.order, height, width, class_token)
+
+
+class SelectiveScan(RouteScan):
+    """Scan a grid of tokens along the routes of a named order and add the routes up; see `ops.cross_selective_scan`.
+
+    >>> scan = SelectiveScan("cross")
+    >>> x, A, dt_weight = torch.randn(1, 6, 4), -torch.ones(4, 4, 2), torch.randn(4, 4, 3)
+    >>> dt, B, C = torch.randn(1, 6, 4, 3), torch.randn(1, 6, 4, 2), torch.randn(1, 6, 4, 2)
+    >>> scan(x, dt, A, B, C, torch.ones(4, 4), dt_weight, torch.zeros(4, 4), 2, 3).shape
+    torch.Size([1, 6, 4])
+    """
 
     def along(
         self,
@@ -97,6 +103,58 @@ class SelectiveScan(nn.Module):
         return self.along(x, dt, A, B, C, D, dt_weight, dt_bias, indices, merge, out_dtype)
 
 
+class DualScan(RouteScan):
+    """The same by state-space duality, heads of channels that decay as one; see `ops.ssd`.
+
+    >>> scan = DualScan("cross")
+    >>> x, A, D = torch.randn(1, 6, 2, 4), -torch.ones(4, 2), torch.ones(4, 2)
+    >>> dt, B, C = torch.randn(1, 6, 4, 2), torch.randn(1, 6, 4, 1, 8), torch.randn(1, 6, 4, 1, 8)
+    >>> scan(x, dt, A, B, C, D, torch.zeros(4, 2), 2, 3).shape
+    torch.Size([1, 6, 2, 4])
+    """
+
+    def along(
+        self,
+        x: Tensor,
+        dt: Tensor,
+        A: Tensor,
+        B: Tensor,
+        C: Tensor,
+        D: Tensor | None,
+        dt_bias: Tensor | None,
+        indices: Tensor | None,
+        merge: bool = True,
+        out_dtype: torch.dtype | None = None,
+        causal: bool = True,
+    ) -> Tensor:
+        """Scan along a table, or as the tokens lie if it is None; where nothing is causal every token reads all."""
+        if self.exportable:
+            return _plain_dual_scan(x, dt, A, B, C, D, dt_bias, indices, merge, out_dtype, causal)
+        return torch.ops.vision_mamba.ssd(
+            x, dt, A, B, C, D, indices, dt_bias, None, causal, 0, True, 0.0, None, merge, False, None, out_dtype
+        )[0]
+
+    def forward(
+        self,
+        x: Tensor,
+        dt: Tensor,
+        A: Tensor,
+        B: Tensor,
+        C: Tensor,
+        D: Tensor | None,
+        dt_bias: Tensor | None,
+        height: int,
+        width: int,
+        merge: bool = True,
+        out_dtype: torch.dtype | None = None,
+    ) -> Tensor:
+        """x (B, L, H, P), dt (B, L, K, H), A (K, H), B and C (B, L, K, G, N), D (K, H) or (K, H, P) -> (B, L, H, P).
+
+        With merge=False the routes' results come side by side, (B, L, K, H, P).
+        """
+        return self.along(x, dt, A, B, C, D, dt_bias, self.table(x, height, width), merge, out_dtype)
+
+
 def _plain_table(like: Tensor, order: str, height: int, width: int, class_token: int) -> Tensor:
     # Tracers hand sizes over that are none; here they become those of the example.
     routes = [route(int(height), int(width)) for route in scans.get(order).routes]
@@ -118,3 +176,22 @@ def _plain_scan(
 ) -> Tensor:
     call = ScanCall(x, dt, A, B, C, D, indices, dt_weight, dt_bias, merge=merge, out_dtype=out_dtype)
     return eager.forward(call)[0]
+
+
+def _plain_dual_scan(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    dt_bias: Tensor | None,
+    indices: Tensor | None,
+    merge: bool,
+    out_dtype: torch.dtype | None,
+    causal: bool,
+) -> Tensor:
+    call = SsdCall(
+        x, dt, A, B, C, D, indices, dt_bias, causal=causal, dt_softplus=True, merge=merge, out_dtype=out_dtype
+    )
+    return ssd_eager.forward(call)[0]

@@ -12,7 +12,7 @@ is strict.
 import logging
 import re
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, cast
 
@@ -39,9 +39,10 @@ from timm.models._features import feature_take_indices
 from timm.models._input import update_model_input_size
 from torch import Tensor, nn
 
-from vision_mamba.layers import SS2D
+from vision_mamba.layers import SS2D, SSD2D
+from vision_mamba.layers.efficient import InvertedBlock, ScanBesideConv
 from vision_mamba.layers.patch import DOWNSAMPLES, STEMS
-from vision_mamba.models.checkpoint import require_all_used, unwrap
+from vision_mamba.models.checkpoint import rename, require_all_used, unwrap
 
 __all__ = ["VMamba", "VMambaBlock", "VMambaStage"]
 
@@ -91,6 +92,20 @@ class VMambaBlock(nn.Module):
         return x
 
 
+def _efficient(dim: int, mixer: Callable[..., nn.Module], *args: Any, **kwargs: Any) -> VMambaBlock:
+    return VMambaBlock(dim, partial(ScanBesideConv, scan=mixer), *args, **kwargs)
+
+
+def _inverted(
+    dim: int, mixer: object, norm: object, act: object, mlp_ratio: float, proj_drop: float, drop_path: float, **dd: Any
+) -> InvertedBlock:
+    return InvertedBlock(dim, drop_path=drop_path, **dd)
+
+
+#: Blocks by name: the scan alone, EfficientVMamba's with a convolution beside it, or MobileNet's without a scan.
+BLOCKS: dict[str, Callable[..., nn.Module]] = {"scan": VMambaBlock, "efficient": _efficient, "inverted": _inverted}
+
+
 class VMambaStage(nn.Module):
     """Downsampling, then blocks; (B, H, W, dim) -> (B, H', W', dim_out)."""
 
@@ -120,21 +135,26 @@ class VMamba(nn.Module):
         global_pool: pooling before the classifier; '' for none.
         dims: C, channels of each stage.
         depths: blocks of each stage.
+        block: "scan", "efficient" or "inverted", see `BLOCKS`, or one of them for every stage.
+        ssd: scan by state-space duality, as Mamba-2 does: heads with one decay each, `SSD2D` rather than `SS2D`.
         d_state: N, states of a channel of the scan.
         ssm_ratio: inner width of the mixer over C.
-        dt_rank: R, rank of the step sizes; C / 16 rounded up by default.
+        dt_rank: R, rank of the step sizes, or the heads; C / 16 rounded up by default.
         d_conv: side of the mixer's depthwise convolution; 1 for none.
         ssm_conv_bias: give that convolution a bias.
         gate: gate the mixer's result, as in the first version.
+        ssm_act_layer: name of the mixer's activation, timm's.
         scan_order: name of a registered `ScanOrder`, or one for every block.
         route_attention: add the routes up by attention to their channels, as in LocalMamba.
+        average_routes: take the mean of the routes, not the sum.
+        norm_columns: bound what drives the scan by a norm, see `SS2D`.
         published_quirks: misplace results of columns unless the map is square, as LocalMamba's published code does.
         mlp_ratio: hidden width of the MLP over C; 0 for blocks without MLP, as in the first version.
         stem: "overlap" for two overlapping convolutions, "patch" for one that does not overlap.
         downsample: "overlap" for convolutions of 3 x 3, "patch" for 2 x 2, "merge" for Swin's patch merging.
         norm_layer: name of the norm, timm's.
         norm_eps: epsilon of all norms.
-        act_layer: name of the activation of stem and MLP, timm's; the mixer's is SiLU.
+        act_layer: name of the activation of stem and MLP, timm's.
         drop_rate: dropout before the classifier.
         proj_drop_rate: dropout within mixers and MLPs.
         drop_path_rate: stochastic depth of the last block, growing linearly from 0.
@@ -157,14 +177,19 @@ class VMamba(nn.Module):
         global_pool: str = "avg",
         dims: tuple[int, ...] = (96, 192, 384, 768),
         depths: tuple[int, ...] = (2, 2, 8, 2),
+        block: str | Sequence[str] = "scan",
+        ssd: bool = False,
         d_state: int = 1,
         ssm_ratio: float = 1.0,
         dt_rank: int | None = None,
         d_conv: int = 3,
         ssm_conv_bias: bool = False,
+        ssm_act_layer: str = "silu",
         gate: bool = False,
         scan_order: str | Sequence[str] = "cross",
         route_attention: bool = False,
+        average_routes: bool = False,
+        norm_columns: bool = False,
         published_quirks: bool = False,
         mlp_ratio: float = 4.0,
         stem: str = "overlap",
@@ -186,20 +211,27 @@ class VMamba(nn.Module):
         make_downsample = _choose("downsample", downsample, DOWNSAMPLES)
         if len(dims) != len(depths):
             raise ValueError(f"VMamba: dims and depths must name as many stages, got {len(dims)} and {len(depths)}.")
+        names = [block] * len(dims) if isinstance(block, str) else block
+        if len(names) != len(dims):
+            raise ValueError(f"VMamba: block must be one name or one for each of the {len(dims)} stages, got {block}.")
+        make_blocks = [_choose("block", name, BLOCKS) for name in names]
         orders = [scan_order] * sum(depths) if isinstance(scan_order, str) else list(scan_order)
         if len(orders) != sum(depths):
             raise ValueError(
                 f"VMamba: scan_order must be one name or one for each of the {sum(depths)} blocks, got {len(orders)}."
             )
         mixer = partial(
-            SS2D,
+            SSD2D if ssd else SS2D,
             d_state=d_state,
             ssm_ratio=ssm_ratio,
             dt_rank=dt_rank,
             d_conv=d_conv,
             conv_bias=ssm_conv_bias,
+            act_layer=get_act_layer(ssm_act_layer),
             gate=gate,
             route_attention=route_attention,
+            average=average_routes,
+            norm_columns=norm_columns,
             published_quirks=published_quirks,
             norm_eps=norm_eps,
             proj_drop=proj_drop_rate,
@@ -215,7 +247,7 @@ class VMamba(nn.Module):
         for i, (dim, stage_rates) in enumerate(zip(dims, rates, strict=True)):
             between = make_downsample(dims[i - 1], dim, norm_layer=norm, **dd) if i else nn.Identity()
             blocks = [
-                VMambaBlock(
+                make_blocks[i](
                     dim, partial(mixer, scan_order=orders.pop(0)), norm, act, mlp_ratio, proj_drop_rate, rate, **dd
                 )
                 for rate in stage_rates
@@ -400,32 +432,45 @@ _OLDER_NAMES: tuple[tuple[str, Any], ...] = (
 )
 
 
-def _rename(name: str, rules: tuple[tuple[str, Any], ...]) -> str:
-    for pattern, replacement in rules:
-        name = re.sub(pattern, replacement, name)
-    return name
+# Scans by duality keep their convolution in a sequence.
+_PUBLISHED_DUAL_NAMES = (*_PUBLISHED_NAMES, (r"\.conv2d\.", ".conv2d.1."))
+
+
+def _names_for(own: Iterable[str]) -> tuple[tuple[str, Any], ...]:
+    """The rules for a model with those parameters."""
+    return _PUBLISHED_NAMES if any(name.endswith("dt_projs_weight") for name in own) else _PUBLISHED_DUAL_NAMES
 
 
 def to_published(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
     """Rename our state dict into what the published code loads; the inverse of checkpoint_filter_fn."""
-    return {_rename(name, _PUBLISHED_NAMES): tensor for name, tensor in state_dict.items()}
+    rules = _names_for(state_dict)
+    return {rename(name, rules): tensor for name, tensor in state_dict.items()}
 
 
-def checkpoint_filter_fn(state_dict: dict[str, Any], model: VMamba) -> dict[str, Tensor]:
+def checkpoint_filter_fn(
+    state_dict: dict[str, Any],
+    model: VMamba,
+    to_published: Callable[[dict[str, Any]], dict[str, Any]] = to_published,
+) -> dict[str, Tensor]:
     """A checkpoint as this model names it: our own as they are, published ones renamed, in any of their spellings.
 
     Reads training files ("model", else "state_dict" or "model_ema"), backbones of detectors and segmenters of the
     MM libraries, 1x1 convolutions for projections.
+
+    Args:
+        state_dict: what `torch.load` gave.
+        model: the model to fit.
+        to_published: renames as the published code of the model's family does.
 
     Raises: ValueError naming the tensors that are missing or unused, the classifier's excepted.
     """
     state = _backbone(unwrap(state_dict), len(model.stages))
     own = model.state_dict()
     if not any(name.startswith("stages.") for name in state):
-        names = {_rename(name, _PUBLISHED_NAMES): name for name in own}
+        names = to_published({name: name for name in own})
         renamed = {}
         for name, tensor in state.items():
-            ours = names.get(name if name in names else _rename(name, _OLDER_NAMES), name)
+            ours = names.get(name if name in names else rename(name, _OLDER_NAMES), name)
             renamed[ours] = _reshaped(tensor, own[ours]) if ours in own else tensor
         state = renamed
     require_all_used(state, model, "head.fc")
@@ -493,7 +538,14 @@ default_cfgs = generate_default_cfgs(
         "vmamba_tiny_v0.in1k": _cfg(_RELEASES + "%23v0cls/vssmtiny_dp01_ckpt_epoch_292.pth"),
         "vmamba_small_v0.in1k": _cfg(_RELEASES + "%23v0cls/vssmsmall_dp03_ckpt_epoch_238.pth"),
         "vmamba_base_v0.in1k": _cfg(_RELEASES + "%23v0cls/vssmbase_dp06_ckpt_epoch_241.pth"),
+        # Never trained by the authors.
+        "vmamba_tiny_m2.untrained": _cfg(),
+        "vmamba_small_m2.untrained": _cfg(),
+        "vmamba_base_m2.untrained": _cfg(),
         "test_vmamba.untrained": _cfg(input_size=(3, 160, 160), pool_size=(5, 5), crop_pct=0.95, license="apache-2.0"),
+        "test_vmamba_m2.untrained": _cfg(
+            input_size=(3, 160, 160), pool_size=(5, 5), crop_pct=0.95, license="apache-2.0"
+        ),
     }
 )
 
@@ -513,6 +565,7 @@ def _create_vmamba(variant: str, pretrained: bool = False, **kwargs: Any) -> VMa
 
 _BASE = dict(dims=(128, 256, 512, 1024))
 _V0 = dict(d_state=16, ssm_ratio=2.0, ssm_conv_bias=True, gate=True, mlp_ratio=0.0, stem="patch", downsample="merge")
+_M2 = dict(ssd=True, d_state=64, ssm_ratio=1.0, ssm_act_layer="gelu")
 
 
 @register_model
@@ -574,10 +627,36 @@ def vmamba_base_v0(pretrained: bool = False, **kwargs: Any) -> VMamba:
 
 
 @register_model
+def vmamba_tiny_m2(pretrained: bool = False, **kwargs: Any) -> VMamba:
+    """VMamba-T on Mamba-2's scan: 64 states, heads of 16 channels; in the published code, without weights."""
+    model_args = dict(_M2, depths=(2, 2, 4, 2))
+    return _create_vmamba("vmamba_tiny_m2", pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def vmamba_small_m2(pretrained: bool = False, **kwargs: Any) -> VMamba:
+    model_args = dict(_M2, depths=(2, 2, 12, 2))
+    return _create_vmamba("vmamba_small_m2", pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def vmamba_base_m2(pretrained: bool = False, **kwargs: Any) -> VMamba:
+    model_args = dict(_M2, **_BASE, depths=(2, 2, 12, 2))
+    return _create_vmamba("vmamba_base_m2", pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
 def test_vmamba(pretrained: bool = False, **kwargs: Any) -> VMamba:
     """Small enough for tests and for training on a CPU in minutes."""
     model_args = dict(dims=(16, 32, 48, 64), depths=(1, 1, 2, 1), mlp_ratio=2.0)
     return _create_vmamba("test_vmamba", pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def test_vmamba_m2(pretrained: bool = False, **kwargs: Any) -> VMamba:
+    """The same on Mamba-2's scan."""
+    model_args = dict(_M2, dims=(16, 32, 48, 64), depths=(1, 1, 2, 1), d_state=8, mlp_ratio=2.0)
+    return _create_vmamba("test_vmamba_m2", pretrained, **dict(model_args, **kwargs))
 
 
 # Sizes stand for the configurations of the paper's main table; then the published factories' and run names.
