@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from vision_mamba.layers.init import init_in_float32_
 from vision_mamba.models import vim, vmamba
+from vision_mamba.models.pyramid import build_pyramid
 from vision_mamba.models.vim import VisionMamba
 from vision_mamba.models.vmamba import VMamba
 
@@ -175,16 +176,7 @@ def _create_localvim(variant: str, pretrained: bool = False, **kwargs: Any) -> L
 
 
 def _create_localvmamba(variant: str, pretrained: bool = False, **kwargs: Any) -> VMamba:
-    return build_model_with_cfg(
-        VMamba,
-        variant,
-        pretrained,
-        pretrained_filter_fn=vmamba.checkpoint_filter_fn,
-        feature_cfg=dict(
-            out_indices=kwargs.pop("out_indices", (0, 1, 2, 3)), feature_cls="getter", flatten_sequential=True
-        ),
-        **kwargs,
-    )
+    return build_pyramid(VMamba, variant, pretrained, vmamba.checkpoint_filter_fn, **kwargs)
 
 
 _PLAIN: dict[str, Any] = dict(depth=20, class_token="none", global_pool="avg", rope=True, average_routes=False)

@@ -10,41 +10,24 @@ is strict.
 """
 
 import logging
-import re
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import (
-    ClassifierHead,
-    DropPath,
-    Mlp,
-    calculate_drop_path_rates,
-    get_act_layer,
-    get_device_dtype,
-    get_norm_layer,
-    trunc_normal_,
-)
-from timm.models import (
-    build_model_with_cfg,
-    checkpoint_seq,
-    generate_default_cfgs,
-    register_model,
-    register_model_deprecations,
-)
-from timm.models._features import feature_take_indices
-from timm.models._input import update_model_input_size
+from timm.layers import DropPath, Mlp, get_act_layer, get_norm_layer
+from timm.models import generate_default_cfgs, register_model, register_model_deprecations
 from torch import Tensor, nn
 
 from vision_mamba.layers import SS2D, SSD2D
 from vision_mamba.layers.efficient import InvertedBlock, ScanBesideConv
 from vision_mamba.layers.patch import DOWNSAMPLES, STEMS
 from vision_mamba.models.checkpoint import rename, require_all_used, unwrap
+from vision_mamba.models.pyramid import Pyramid, Stage, build_pyramid, drop_path_rates
 
-__all__ = ["VMamba", "VMambaBlock", "VMambaStage"]
+__all__ = ["VMamba", "VMambaBlock"]
 
 _log = logging.getLogger(__name__)
 
@@ -106,25 +89,7 @@ def _inverted(
 BLOCKS: dict[str, Callable[..., nn.Module]] = {"scan": VMambaBlock, "efficient": _efficient, "inverted": _inverted}
 
 
-class VMambaStage(nn.Module):
-    """Downsampling, then blocks; (B, H, W, dim) -> (B, H', W', dim_out)."""
-
-    def __init__(self, downsample: nn.Module, blocks: Sequence[nn.Module]) -> None:
-        super().__init__()
-        self.downsample = downsample
-        self.blocks = nn.Sequential(*blocks)
-        self.grad_checkpointing = False
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.downsample(x)
-        if self.grad_checkpointing and not torch.jit.is_scripting():
-            x = checkpoint_seq(self.blocks, x)
-        else:
-            x = self.blocks(x)
-        return x
-
-
-class VMamba(nn.Module):
+class VMamba(Pyramid):
     """VMamba as an image classifier or feature pyramid, for images of any size.
 
     Args:
@@ -203,7 +168,6 @@ class VMamba(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__()
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         norm = partial(get_norm_layer(norm_layer), eps=norm_eps)
         act = get_act_layer(act_layer)
@@ -236,14 +200,9 @@ class VMamba(nn.Module):
             norm_eps=norm_eps,
             proj_drop=proj_drop_rate,
         )
-        self.in_chans = in_chans
-        self.num_classes = num_classes
-        self.global_pool = global_pool
-        self.output_fmt = "NHWC"
-
-        self.stem = make_stem(in_chans, dims[0], patch_size, norm, act, **dd)
+        first = make_stem(in_chans, dims[0], patch_size, norm, act, **dd)
         stages = []
-        rates = cast(list[list[float]], calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True))
+        rates = drop_path_rates(drop_path_rate, depths)
         for i, (dim, stage_rates) in enumerate(zip(dims, rates, strict=True)):
             between = make_downsample(dims[i - 1], dim, norm_layer=norm, **dd) if i else nn.Identity()
             blocks = [
@@ -252,152 +211,30 @@ class VMamba(nn.Module):
                 )
                 for rate in stage_rates
             ]
-            stages.append(VMambaStage(between, blocks))
-        self.stages = nn.Sequential(*stages)
-        self.feature_info = [
-            dict(num_chs=dim, reduction=patch_size * 2**i, module=f"stages.{i}") for i, dim in enumerate(dims)
-        ]
-        self.num_features = dims[-1]
-        self.norm = norm(self.num_features, **dd)
-        self.head = ClassifierHead(
-            self.num_features, num_classes, global_pool, drop_rate, input_fmt=self.output_fmt, **dd
+            stages.append(Stage(between, blocks))
+        super().__init__(
+            first,
+            stages,
+            norm(dims[-1], **dd),
+            dims,
+            patch_size,
+            in_chans,
+            num_classes,
+            global_pool,
+            drop_rate,
+            img_size,
+            **dd,
         )
-        self.head_hidden_size = self.head.num_features
-        if img_size is not None:
-            self.set_input_size(img_size)
-        self.init_weights(needs_reset=False)
-
-    @torch.jit.ignore
-    def init_weights(self, needs_reset: bool = True) -> None:
-        """Initialise as published: projections by a truncated normal, the rest by what each module says of itself.
-
-        Args:
-            needs_reset: False if all modules have just been constructed, and so initialised themselves.
-        """
-        self.apply(partial(_init_weights, needs_reset=needs_reset))
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
         return {"*.A_logs", "*.Ds", "*.dt_projs_bias"}
-
-    @torch.jit.ignore
-    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        return dict(
-            stem=r"^stem",
-            blocks=r"^stages\.(\d+)"
-            if coarse
-            else [
-                (r"^stages\.(\d+)\.downsample", (0,)),
-                (r"^stages\.(\d+)\.blocks\.(\d+)", None),
-                (r"^norm", (99999,)),
-            ],
-        )
-
-    @torch.jit.ignore
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        for module in self.modules():
-            if isinstance(module, VMambaStage):
-                module.grad_checkpointing = enable
-
-    @torch.jit.ignore
-    def set_input_size(self, img_size: int | tuple[int, int]) -> None:
-        """Record another nominal image size; nothing of the model depends on it."""
-        update_model_input_size(self, img_size)
-
-    @torch.jit.ignore
-    def get_classifier(self) -> nn.Module:
-        return self.head.fc
-
-    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Put a new classifier in place, keeping the pooling unless another is named."""
-        self.num_classes = num_classes
-        self.head.reset(num_classes, global_pool, in_features=self.num_features, **get_device_dtype(self))
-        self.head_hidden_size = self.head.num_features
-        if global_pool is not None:
-            self.global_pool = global_pool
-
-    def forward_intermediates(
-        self,
-        x: Tensor,
-        indices: int | list[int] | None = None,
-        norm: bool = False,
-        stop_early: bool = False,
-        output_fmt: str = "NCHW",
-        intermediates_only: bool = False,
-    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
-        """The maps that the stages end in.
-
-        Args:
-            x: (B, in_chans, H, W) images.
-            indices: stages to take; the last n if a number, all by default.
-            norm: apply the final norm to the last stage's map.
-            stop_early: leave out what comes behind the last map taken.
-            output_fmt: "NCHW" or "NHWC".
-            intermediates_only: return the maps alone.
-
-        Returns: (features, maps), or maps.
-        """
-        assert output_fmt in ("NCHW", "NHWC"), "Output format must be one of NCHW or NHWC."
-        take_indices, max_index = feature_take_indices(len(self.stages), indices)
-        if torch.jit.is_scripting() or not stop_early:  # TorchScript cannot slice a Sequential
-            stages = self.stages
-        else:
-            stages = self.stages[: max_index + 1]
-
-        x = self.stem(x)
-        intermediates = []
-        last = len(self.stages) - 1
-        i = 0
-        for i, stage in enumerate(stages):
-            x = stage(x)
-            if i in take_indices:
-                tap = self.norm(x) if norm and i == last else x
-                intermediates.append(tap.permute(0, 3, 1, 2).contiguous() if output_fmt == "NCHW" else tap)
-        if intermediates_only:
-            return intermediates
-        if i == last:
-            x = self.norm(x)
-        return x, intermediates
-
-    def prune_intermediate_layers(
-        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
-    ) -> list[int]:
-        """Drop what the named maps do not need; returns their indices."""
-        take_indices, max_index = feature_take_indices(len(self.stages), indices)
-        prune_end = max_index < len(self.stages) - 1
-        if prune_norm or prune_end:
-            self.norm = nn.Identity()  # it is sized for the last stage
-        self.stages = self.stages[: max_index + 1]
-        if prune_end:
-            self.num_features = self.head_hidden_size = self.feature_info[max_index]["num_chs"]
-        if prune_head or prune_end:
-            self.reset_classifier(0, "")
-        return take_indices
-
-    def forward_features(self, x: Tensor) -> Tensor:
-        """(B, in_chans, H, W) -> (B, H', W', C), normed."""
-        return self.norm(self.stages(self.stem(x)))
-
-    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        return self.head(x, pre_logits=True) if pre_logits else self.head(x)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.forward_head(self.forward_features(x))
 
 
 def _choose(argument: str, name: str, known: Mapping[str, Callable[..., nn.Module]]) -> Callable[..., nn.Module]:
     if name not in known:
         raise ValueError(f"VMamba: {argument} must be one of {', '.join(known)}; got {name!r}.")
     return known[name]
-
-
-def _init_weights(module: nn.Module, needs_reset: bool) -> None:
-    if isinstance(module, nn.Linear):
-        trunc_normal_(module.weight, std=0.02)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
-    elif needs_reset and callable(reset := getattr(module, "reset_parameters", None)):
-        reset()
 
 
 # Our names -> those of the published code, applied in this order; the only place where they meet.
@@ -551,16 +388,7 @@ default_cfgs = generate_default_cfgs(
 
 
 def _create_vmamba(variant: str, pretrained: bool = False, **kwargs: Any) -> VMamba:
-    return build_model_with_cfg(
-        VMamba,
-        variant,
-        pretrained,
-        pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg=dict(
-            out_indices=kwargs.pop("out_indices", (0, 1, 2, 3)), feature_cls="getter", flatten_sequential=True
-        ),
-        **kwargs,
-    )
+    return build_pyramid(VMamba, variant, pretrained, checkpoint_filter_fn, **kwargs)
 
 
 _BASE = dict(dims=(128, 256, 512, 1024))
