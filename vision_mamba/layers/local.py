@@ -16,14 +16,51 @@ from vision_mamba.layers.scan import SelectiveScan
 from vision_mamba.layers.tokens import CLASS_TOKENS, class_place
 
 
-class RouteAttention(nn.Module):
-    """Weigh the channels of each route's result by what they are on average, then add the routes up.
+class ChannelAttention(nn.Module):
+    """Weigh the channels of several results by what they are on average, then add the results up.
 
-    With m_k the mean over all tokens of norm(y_k), for each route k of the K:
+    With m_k the mean over all tokens of norm(y_k), for each result k of the K:
         y = sum_k y_k * sigmoid(W2 gelu(W1 m_k + b1) + b2)
 
-    All routes share norm and weights. The published name, BiAttn, tells of a second branch over space that the
+    All results share norm and weights. The published name, BiAttn, tells of a second branch over space that the
     published code does not have.
+
+    Args:
+        dim: D, channels.
+        ratio: hidden width over D.
+
+    Shape: (B, L, K, D) -> (B, L, D).
+    Reference: Huang et al. 2024, LocalMamba, arXiv:2403.09338, section 4.3.
+
+    >>> ChannelAttention(16)(torch.randn(2, 6, 4, 16)).shape
+    torch.Size([2, 6, 16])
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        ratio: float = 0.125,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.norm = LayerNorm(dim, eps=1e-5, **dd)
+        self.global_reduce = nn.Linear(dim, int(dim * ratio), **dd)
+        self.channel_select = nn.Linear(int(dim * ratio), dim, **dd)
+
+    def weigh(self, y: Tensor) -> Tensor:
+        """(B, L, K, D) -> (B, L, D)."""
+        mean = self.norm(y).mean(1)
+        gate = self.channel_select(F.gelu(self.global_reduce(mean))).sigmoid()
+        return (y * gate.unsqueeze(1)).sum(2)
+
+    def forward(self, y: Tensor) -> Tensor:
+        return self.weigh(y)
+
+
+class RouteAttention(ChannelAttention):
+    """`ChannelAttention` to the results of a scan's routes.
 
     Args:
         dim: D, channels.
@@ -33,7 +70,6 @@ class RouteAttention(nn.Module):
             square maps alone. Weights that were tuned on other maps have learned with it.
 
     Shape: (B, L, K, D) -> (B, L, D).
-    Reference: Huang et al. 2024, LocalMamba, arXiv:2403.09338, section 4.3.
 
     >>> RouteAttention(16, "local_2")(torch.randn(2, 6, 4, 16), 2, 3).shape
     torch.Size([2, 6, 16])
@@ -48,27 +84,21 @@ class RouteAttention(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__()
-        dd: dict[str, Any] = {"device": device, "dtype": dtype}
+        super().__init__(dim, ratio, device, dtype)
         self.routes = len(scans.get(scan_order))
         columns = scans.column_routes(scan_order) if published_quirks else []
         self.misplaces = bool(columns)
         self.misplaced = [k in columns for k in range(self.routes)]
         self.source = SelectiveScan(scans.COLUMNS_TWICE.name)
-        self.norm = LayerNorm(dim, eps=1e-5, **dd)
-        self.global_reduce = nn.Linear(dim, int(dim * ratio), **dd)
-        self.channel_select = nn.Linear(int(dim * ratio), dim, **dd)
 
-    def forward(self, y: Tensor, height: int, width: int, class_token: int = -1) -> Tensor:
+    def forward(self, y: Tensor, height: int, width: int, class_token: int = -1) -> Tensor:  # type: ignore[override]
         if self.misplaces:
             source = self.source.table(y, height, width, class_token)[0]
             parts = y.unbind(2)
             y = torch.stack(
                 [parts[k].index_select(1, source) if self.misplaced[k] else parts[k] for k in range(self.routes)], 2
             )
-        mean = self.norm(y).mean(1)
-        gate = self.channel_select(F.gelu(self.global_reduce(mean))).sigmoid()
-        return (y * gate.unsqueeze(1)).sum(2)
+        return self.weigh(y)
 
 
 class LocalMamba(RouteMamba):

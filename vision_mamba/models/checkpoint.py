@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -16,7 +17,14 @@ _KEYS = ("model", "state_dict", "model_ema", "state_dict_ema")
 def unwrap(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
     """The state dict in a training file or the state dict itself, free of what wrappers put before its names."""
     state = next((checkpoint[key] for key in _KEYS if isinstance(checkpoint.get(key), Mapping)), checkpoint)
-    return {name.removeprefix("module.").removeprefix("_orig_mod."): tensor for name, tensor in state.items()}
+    return {re.sub(r"^((module|_orig_mod)\.)+", "", name): tensor for name, tensor in state.items()}
+
+
+def rename(name: str, rules: Iterable[tuple[str, Any]]) -> str:
+    """Apply rules, each a pattern and its replacement as for `re.sub`, one after the other."""
+    for pattern, replacement in rules:
+        name = re.sub(pattern, replacement, name)
+    return name
 
 
 def require_all_used(state: Mapping[str, Tensor], model: nn.Module, *excepted: str) -> None:
