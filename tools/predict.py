@@ -12,8 +12,9 @@ from rich.console import Console
 from rich.table import Table
 
 from vision_mamba.train import model as models
+from vision_mamba.train.bad_images import unreadable, without_unreadable
 from vision_mamba.train.errors import ConfigError, DataError, TrainError
-from vision_mamba.train.images import ImageSet, digits, files, unreadable, without_unreadable
+from vision_mamba.train.images import ImageSet, digits, files
 from vision_mamba.train.predict import Classifier, Prediction, accuracy, load
 from vision_mamba.train.progress import Progress
 
@@ -51,7 +52,9 @@ come first in the table and stand out in the picture. exit status: 0 done, 1 fai
     )
     parser.add_argument("--batch-size", type=positive, default=64, metavar="N", help="images a step [64]")
     parser.add_argument("--device", help="cpu, cuda, mps (the accelerator if there is one)")
-    parser.add_argument("--skip-unreadable", action="store_true", help="leave out images that cannot be read")
+    parser.add_argument(
+        "--skip-bad-images", type=int, default=0, metavar="N", help="leave out up to so many unreadable images [0]"
+    )
     return parser
 
 
@@ -90,7 +93,7 @@ def classify(path: str, arguments: argparse.Namespace, progress: Progress) -> Re
         images = files(arguments.inputs, classifier.mode, classifier.classes)
         with progress.bar("checking images", len(images)) as bar:
             reasons = unreadable(images, os.cpu_count() or 1, lambda: bar.advance(1))
-        images = without_unreadable(images, reasons, arguments.skip_unreadable, warn)
+        images = without_unreadable(images, reasons, arguments.skip_bad_images, warn)
     with progress.bar(classifier.name, -(-len(images) // arguments.batch_size)) as bar:
         return classifier, images, classifier.predict(images, arguments.batch_size, arguments.top, bar.advance)
 

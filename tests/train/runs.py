@@ -15,7 +15,8 @@ import torch
 from PIL import Image
 from rich.console import Console
 
-from vision_mamba.train.engine import LAST, Position
+from vision_mamba.train.checkpoint import LAST
+from vision_mamba.train.engine import Position
 from vision_mamba.train.options import Config
 from vision_mamba.train.progress import Progress
 from vision_mamba.train.run import prepare, train
@@ -86,6 +87,8 @@ def flags(config: Config) -> list[str]:
             words.append(flag if value else flag.replace("--", "--no-", 1))
         elif isinstance(value, dict):
             words += [flag, *(f"{key}={item}" for key, item in value.items())]
+        elif isinstance(value, tuple):
+            words += [flag, *map(str, value)]
         else:
             words += [flag, str(value)]
     return words

@@ -54,7 +54,13 @@ def test_none_unsets_an_option(tmp_path: Path) -> None:
         ("mean: [a]", r"mean must be a list of numbers, got \['a'\]"),
         ("scale: [0.1, 0.5, 1]", r"scale must be 2 numbers"),
         ("model: 3", r"model must be text, got 3"),
-        ("lr: null", r"lr must be a number, got None"),
+        ("momentum: null", r"momentum must be a number, got None"),
+        (
+            "dataset: hfsd/cats",
+            r"dataset is 'hfsd/cats', which is unknown; .* Known: folder, digits, torch/NAME, hfds/",
+        ),
+        ("train_img_sizes: [32, 48.5]", r"train_img_sizes must be a list of whole numbers, got \[32, 48.5\]"),
+        ("device_modules: [3]", r"device_modules must be a list of names, got \[3\]"),
         ("epochs: 0", r"epochs must be at least 1, got 0"),
         ("hflip: 1.5", r"hflip must be between 0 and 1, got 1.5"),
         ("opt: adamv", r"opt is 'adamv', which is unknown; did you mean 'adam"),
@@ -94,7 +100,12 @@ def test_help_names_every_option_and_shows_commands(capsys: pytest.CaptureFixtur
     assert "--resume output/digits_vmamba/last.pth" in told
 
 
-@pytest.mark.parametrize("file", sorted((ROOT / "configs").rglob("*.yaml")), ids=lambda path: path.stem)
+CONFIGS = [
+    file for kind in ("digits", "imagefolder", "in1k") for file in sorted((ROOT / "configs" / kind).glob("*.yaml"))
+]
+
+
+@pytest.mark.parametrize("file", CONFIGS, ids=lambda path: path.stem)
 def test_each_config_names_a_model_that_exists(file: Path) -> None:
     values = read_yaml(file)
     models.check_name(values["model"])

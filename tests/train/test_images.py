@@ -12,17 +12,14 @@ import torch
 from PIL import Image
 
 from tests.train import runs
+from vision_mamba.train.bad_images import unreadable, without_unreadable
 from vision_mamba.train.errors import ConfigError, DataError
-from vision_mamba.train.images import (
-    class_folders,
-    digits,
-    files,
-    seeded,
-    split_folder,
-    unreadable,
-    without_unreadable,
-)
-from vision_mamba.train.loader import EpochBatches, create_loader
+from vision_mamba.train.images import class_folders, digits, files, split_folder
+from vision_mamba.train.loader import training_feed
+from vision_mamba.train.options import Config
+from vision_mamba.train.parallel import World
+from vision_mamba.train.sampler import epoch_batches
+from vision_mamba.train.seeds import seeded
 
 DATA_CONFIG = {
     "input_size": [3, 16, 16],
@@ -114,9 +111,9 @@ def test_unreadable_images_are_named_and_counted(tmp_path: Path) -> None:
     reasons = unreadable(images, threads=2)
     assert [images.names[index] for index in reasons] == [str(path) for path in bad]
     with pytest.raises(DataError, match=r"3 of 12 images cannot be read:\n  image .*0.png cannot be read") as caught:
-        without_unreadable(images, reasons, skip=False, warn=print)
+        without_unreadable(images, reasons, limit=2, warn=print)
     assert all(str(path) in str(caught.value) for path in bad)
-    assert "--skip-unreadable" in str(caught.value)
+    assert "--skip-bad-images 3" in str(caught.value)
 
 
 def test_unreadable_images_are_left_out_on_request_and_listed(tmp_path: Path) -> None:
@@ -124,7 +121,7 @@ def test_unreadable_images_are_left_out_on_request_and_listed(tmp_path: Path) ->
     bad = damage(folder)
     images = class_folders(folder / "train", "RGB")
     told: list[str] = []
-    rest = without_unreadable(images, unreadable(images, 1), skip=True, warn=told.append)
+    rest = without_unreadable(images, unreadable(images, 1), limit=3, warn=told.append)
     assert len(rest) == 9 and not {str(path) for path in bad} & set(rest.names)
     assert len(told) == 3 and "1.png cannot be read: not an image in a known format" in told[1]
     assert [rest.image(i).tobytes() for i in range(9)] == [images.image(i).tobytes() for i in range(3, 12)]
@@ -136,7 +133,7 @@ def test_nothing_is_left_when_all_are_unreadable(tmp_path: Path) -> None:
         path.write_bytes(b"")
     images = class_folders(folder / "train", "RGB")
     with pytest.raises(DataError, match=r"none of the 2 images can be read"):
-        without_unreadable(images, unreadable(images, 1), skip=True, warn=lambda message: None)
+        without_unreadable(images, unreadable(images, 1), limit=2, warn=lambda message: None)
 
 
 def test_a_run_stops_before_its_first_step_unless_told_to_leave_them_out(
@@ -147,14 +144,16 @@ def test_a_run_stops_before_its_first_step_unless_told_to_leave_them_out(
         runs.fit(runs.config(drawn))
     assert not (drawn / "output" / "run" / "last.pth").exists()
     with caplog.at_level("WARNING", "vision_mamba.train"):
-        runs.fit(runs.config(drawn, skip_unreadable=True, epochs=1))
+        runs.fit(runs.config(drawn, skip_bad_images=3, epochs=1))
     assert [record for record in caplog.messages if record.startswith("left out: image")] == caplog.messages[:3]
 
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_an_image_that_goes_bad_later_stops_the_run_without_losing_it(drawn: Path, workers: int) -> None:
     damage(drawn / "images")
-    with pytest.raises(DataError, match=r"3 of 12 images cannot be read:\n  image .*0.png cannot be read") as caught:
+    with pytest.raises(
+        DataError, match=r"images cannot be read, more than --skip-bad-images 0:\n  image .*png"
+    ) as caught:
         runs.fit(runs.config(drawn, check_images=False, batch_size=2, mixup=0.0, workers=workers))
     assert "Traceback" not in str(caught.value)
     saved = torch.load(drawn / "output" / "run" / "last.pth", weights_only=True)
@@ -179,23 +178,24 @@ def test_grey_images_become_three_channels_and_back(tmp_path: Path) -> None:
 
 
 def test_an_epoch_has_every_image_once_in_an_order_of_its_own() -> None:
-    batches = EpochBatches(length=10, batch_size=5, seed=1)
+    config = Config(batch_size=5, seed=1)
+    batches = epoch_batches(config, 10)
     orders = []
     for epoch in range(2):
         batches.at(epoch, 0)
-        orders.append([index for batch in batches for *_, index in batch])
+        orders.append([key.image for batch in batches for key in batch])
         assert sorted(orders[-1]) == list(range(10))
     assert orders[0] != orders[1]
-    assert EpochBatches(11, 5, 1).__len__() == 2
+    assert len(epoch_batches(config, 11)) == 2
 
 
 def test_batches_are_the_same_from_the_middle_of_an_epoch_and_with_any_number_of_processes(tmp_path: Path) -> None:
     images = class_folders(runs.draw(tmp_path) / "train", "RGB")
 
     def load(start: int, workers: int) -> list[torch.Tensor]:
-        augmentation = {"scale": (0.2, 1.0), "hflip": 0.5, "color_jitter": 0.4}
-        loader = create_loader(images, DATA_CONFIG, 4, workers, CPU, augmentation, seed=5)
-        loader.batch_sampler.at(2, start)
+        config = Config(scale=(0.2, 1.0), batch_size=4, workers=workers, seed=5)
+        loader = training_feed(images, DATA_CONFIG, config, World(CPU))
+        loader.at(2, start)
         state = torch.get_rng_state()
         batches = [batch for batch, _ in loader]
         assert torch.equal(state, torch.get_rng_state()), "loading draws nothing from the run's own generator"
@@ -212,7 +212,7 @@ def test_batches_are_the_same_from_the_middle_of_an_epoch_and_with_any_number_of
 def test_too_few_images_for_a_batch(tmp_path: Path) -> None:
     images = class_folders(runs.draw(tmp_path) / "train", "RGB")
     with pytest.raises(DataError, match=r"12 images make no batch of 13; lower --batch-size"):
-        create_loader(images, DATA_CONFIG, 13, 0, CPU, augmentation={})
+        training_feed(images, DATA_CONFIG, Config(batch_size=13, workers=0), World(CPU))
 
 
 def test_mixing_wants_pairs(drawn: Path) -> None:

@@ -80,8 +80,8 @@ def test_predicting_stops_at_unreadable_images_unless_asked(
     words = ("--checkpoint", trained / "output" / "run" / "last.pth", tmp_path)
     status, out, err = run(capsys, predict, *words)
     assert status == 1 and not out
-    assert "error: 1 of 2 images cannot be read:" in err and "bad.png" in err and "--skip-unreadable" in err
-    status, out, err = run(capsys, predict, *words, "--skip-unreadable")
+    assert "error: 1 of 2 images cannot be read:" in err and "bad.png" in err and "--skip-bad-images 1" in err
+    status, out, err = run(capsys, predict, *words, "--skip-bad-images", 1)
     assert status == 0 and "test_vmamba: 1 images" in out and "bad.png" in err
 
 

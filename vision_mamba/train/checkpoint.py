@@ -2,23 +2,24 @@
 
 The layout is timm's (state_dict, state_dict_ema, optimizer, arch, epoch, args, metric), so timm loads them by
 `create_model(..., checkpoint_path=...)`. `epoch` and `batch` say where the run stands: so many epochs are done, and so
-many batches of the next one. timm's learning-rate schedules are functions of that position and have no other state.
+many batches of the next one. timm's learning-rate schedules and all random numbers are functions of that position.
 """
 
 from __future__ import annotations
 
 import contextlib
 import io
+import itertools
+import logging
 import os
 import pickle
-import random
+import re
 import shutil
 import zipfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from timm.models import clean_state_dict
 from torch import Tensor, nn
@@ -26,25 +27,34 @@ from torch import Tensor, nn
 from vision_mamba.text import shortened
 from vision_mamba.train.errors import CheckpointError
 
+LAST, PREVIOUS, BEST, DAMAGED = "last.pth", "previous.pth", "best.pth", "damaged.pth"
+_log = logging.getLogger("vision_mamba.train")
 
-def save(state: dict[str, Any], paths: Iterable[str | Path]) -> None:
+
+def save(state: dict[str, Any], paths: Iterable[str | Path], previous: Path | None = None) -> None:
     """Write a checkpoint to each path; a reader finds the old file or the new one, never a part of it.
+
+    Args:
+        previous: where the file at the first path is kept.
 
     Raises: CheckpointError if the disk is full or not writable; what lay at the paths is untouched then.
     """
     serialised = io.BytesIO()  # torch's own writer of files ends the process when the disk is full
     torch.save(state, serialised)
     for path in map(Path, paths):
-        _replace(path, serialised.getbuffer())
+        _replace(path, serialised.getbuffer(), previous)
+        previous = None
 
 
-def _replace(path: Path, content: memoryview) -> None:
+def _replace(path: Path, content: memoryview, previous: Path | None) -> None:
     temporary = path.with_name(f".{path.name}.tmp")  # in the same folder, so that the rename is one step
     try:
         with open(temporary, "wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
+        if previous is not None and path.exists():
+            _keep(path, previous)
         os.replace(temporary, path)
     except OSError as error:
         with contextlib.suppress(OSError):
@@ -58,6 +68,36 @@ def _replace(path: Path, content: memoryview) -> None:
     _sync_folder(path.parent)
 
 
+def _keep(path: Path, previous: Path) -> None:
+    """Give a file a second name, at no moment being without either."""
+    temporary = previous.with_name(f".{previous.name}.tmp")
+    temporary.unlink(missing_ok=True)
+    try:
+        os.link(path, temporary)
+    except OSError:  # a file system without links
+        shutil.copyfile(path, temporary)
+    os.replace(temporary, previous)
+
+
+def newest(run_dir: Path) -> Path | None:
+    """The last checkpoint of a run that can be read whole; one that cannot is put aside, aloud.
+
+    Raises: CheckpointError if there are some and none can be read.
+    """
+    there = [path for path in (run_dir / LAST, run_dir / PREVIOUS) if path.exists()]
+    for path, before in itertools.zip_longest(there, there[1:]):
+        try:
+            read(path)
+        except CheckpointError as error:
+            if before is None:
+                raise
+            os.replace(path, run_dir / DAMAGED)
+            _log.error("%s\nIt is now %s; going on from the one before it, %s.", error, run_dir / DAMAGED, before)
+        else:
+            return path
+    return None
+
+
 def _sync_folder(folder: Path) -> None:
     """Make a rename survive a power cut, on systems that can open a folder."""
     with contextlib.suppress(PermissionError):  # Windows cannot
@@ -68,8 +108,11 @@ def _sync_folder(folder: Path) -> None:
             os.close(handle)
 
 
-def read(path: str | Path) -> dict[str, Any]:
+def read(path: str | Path, trust: bool = False) -> dict[str, Any]:
     """The contents of a .pth or .safetensors file, on the CPU; nothing in it is executed.
+
+    Args:
+        trust: let the file bring Python objects of any kind, which may run any code.
 
     Raises: CheckpointError if there is no such file, it is truncated, or it holds anything but tensors and plain data.
     """
@@ -85,12 +128,12 @@ def read(path: str | Path) -> dict[str, Any]:
 
             content = safetensors.torch.load_file(path)
         else:
-            content = torch.load(path, map_location="cpu", weights_only=True)
+            content = torch.load(path, map_location="cpu", weights_only=not trust)
     except pickle.UnpicklingError as error:
         if _begins_like(path, b"PK\x03\x04") or "Unsupported" in str(error):
             raise CheckpointError(
                 f"checkpoint {path} holds Python objects besides tensors, which could run code when read: "
-                f"{_first_line(error)} Save its state_dict alone where you trust it."
+                f"{_objects(error)}. If you trust where it comes from, tools/convert.py --trust takes its tensors out."
             ) from error
         raise CheckpointError(f"checkpoint {size} is not a PyTorch file, or damaged.") from error
     except Exception as error:  # torch, zipfile and safetensors each have their own for a damaged file
@@ -111,6 +154,12 @@ def _begins_like(path: Path, magic: bytes) -> bool:
         return file.read(len(magic)) == magic
 
 
+def _objects(error: Exception) -> str:
+    """Which objects torch.load refused, of its long advice."""
+    found = re.search(r"GLOBAL (\S+)", str(error))
+    return found[1] if found else _first_line(error)
+
+
 def _first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
@@ -127,13 +176,13 @@ def weights(content: dict[str, Any], path: str | Path, use_ema: bool = True) -> 
     return clean_state_dict(found)
 
 
-def load(model: nn.Module, state_dict: dict[str, Any], path: str | Path, arch: str, saved_arch: str | None) -> None:
-    """Load weights into a model, all of them and no others.
+def check(model: nn.Module, state_dict: dict[str, Any], path: str | Path, arch: str, saved_arch: str | None) -> None:
+    """Whether weights are those of a model, all of them and no others.
 
     Args:
         arch: name of the model. saved_arch: name that the checkpoint gives, if it gives one.
 
-    Raises: CheckpointError that lists keys missing, left over and of another shape; the model is unchanged then.
+    Raises: CheckpointError that lists keys missing, left over and of another shape.
     """
     own = model.state_dict()
     missing = [key for key in own if key not in state_dict]
@@ -154,6 +203,11 @@ def load(model: nn.Module, state_dict: dict[str, Any], path: str | Path, arch: s
         faults.append(f"{len(shapes)} of another shape ({shortened(shapes, 3)})")
     if faults:
         raise CheckpointError(f"checkpoint {path} does not fit model {arch!r}: {'; '.join(faults)}.")
+
+
+def load(model: nn.Module, state_dict: dict[str, Any], path: str | Path, arch: str, saved_arch: str | None) -> None:
+    """Load weights into a model, all of them and no others; arguments and errors are those of `check`."""
+    check(model, state_dict, path, arch, saved_arch)
     model.load_state_dict(state_dict)
 
 
@@ -177,27 +231,3 @@ def entry(content: dict[str, Any], key: str, path: str | Path) -> Any:
 def options(path: str) -> dict[str, Any]:
     """The options that a checkpoint was trained with."""
     return dict(entry(read(path), "args", path))
-
-
-def random_state() -> dict[str, Any]:
-    """Where every random number generator stands, as plain data and tensors."""
-    name, keys, *rest = np.random.get_state()
-    state = {
-        "python": random.getstate(),
-        "numpy": [name, torch.from_numpy(np.asarray(keys, dtype=np.int64)), *rest],
-        "torch": torch.get_rng_state(),
-    }
-    if torch.cuda.is_available():
-        state["cuda"] = torch.cuda.get_rng_state_all()
-    return state
-
-
-def set_random_state(state: dict[str, Any]) -> None:
-    """Put every random number generator where it stood."""
-    version, keys, gauss = state["python"]
-    random.setstate((version, tuple(keys), gauss))
-    name, keys, *rest = state["numpy"]
-    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
-    torch.set_rng_state(state["torch"])
-    if "cuda" in state and torch.cuda.is_available() and len(state["cuda"]) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all(state["cuda"])

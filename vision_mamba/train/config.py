@@ -19,10 +19,15 @@ from vision_mamba.train.options import FIELDS, Config
 _HINTS = typing.get_type_hints(Config)
 
 
-def _kind(name: str) -> tuple[type, bool]:
+def _kind(name: str) -> tuple[Any, bool]:
     """The type of an option and whether it may be none: (float, True) of `float | None`."""
     members = typing.get_args(_HINTS[name]) if isinstance(_HINTS[name], types.UnionType) else (_HINTS[name],)
-    return typing.get_origin(members[0]) or members[0], type(None) in members
+    return members[0], type(None) in members
+
+
+def _several(name: str) -> bool:
+    """Whether an option takes several words."""
+    return typing.get_origin(_kind(name)[0]) in (tuple, dict)
 
 
 def _number(value: Any) -> float:
@@ -46,17 +51,19 @@ def _exactly(kind: type) -> Callable[[Any], Any]:
     return check
 
 
-def _numbers(value: Any) -> tuple[float, ...]:
-    return tuple(_number(item) for item in (value if isinstance(value, (list, tuple)) else [value]))
+def _each(check: Callable[[Any], Any]) -> Callable[[Any], tuple[Any, ...]]:
+    return lambda value: tuple(check(item) for item in (value if isinstance(value, (list, tuple)) else [value]))
 
 
-_CHECKS: dict[type, tuple[str, Callable[[Any], Any]]] = {
+_CHECKS: dict[Any, tuple[str, Callable[[Any], Any]]] = {
     bool: ("true or false", _exactly(bool)),
     int: ("a whole number", _whole),
     float: ("a number", _number),
     str: ("text", _exactly(str)),
-    tuple: ("a list of numbers", _numbers),
-    dict: ("a mapping such as {img_size: 32}", _exactly(dict)),
+    tuple[float, ...]: ("a list of numbers", _each(_number)),
+    tuple[int, ...]: ("a list of whole numbers", _each(_whole)),
+    tuple[str, ...]: ("a list of names", _each(_exactly(str))),
+    dict[str, Any]: ("a mapping such as {img_size: 32}", _exactly(dict)),
 }
 
 
@@ -80,9 +87,11 @@ def _checked(name: str, value: Any, where: str) -> Any:
         raise ConfigError(f"{where} must be {limits}, got {value!r}.")
     if rule["length"] is not None and len(checked) != rule["length"]:
         raise ConfigError(f"{where} must be {rule['length']} numbers, got {value!r}.")
-    if rule["choices"] is not None and checked not in rule["choices"]():
+    named = rule["choices"] is not None and not (rule["prefixes"] and checked.startswith(rule["prefixes"]))
+    if named and checked not in rule["choices"]():
         known = rule["choices"]()
-        listed = f" Known: {', '.join(known)}." if len(known) < 12 else ""
+        listed = f" Known: {', '.join((*known, *(f'{start}NAME' for start in rule['prefixes'])))}."
+        listed = listed if len(known) < 12 else ""
         raise ConfigError(
             f"{where} is {checked!r}, which is unknown; did you mean {nearest(checked, known)!r}?{listed}"
         )
@@ -124,9 +133,9 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
 def _from_text(name: str, text: Any) -> Any:
     """A flag's words as the value that YAML would hold."""
     kind, optional = _kind(name)
-    if optional and text == "none":
+    if optional and text in ("none", ["none"]):
         return None
-    if kind is dict:
+    if typing.get_origin(kind) is dict:
         pairs = [word.partition("=") for word in text]
         if not all(separator for _, separator, _ in pairs):
             raise ConfigError(f"--{name.replace('_', '-')} must be words like img_size=32, got {' '.join(text)!r}.")
@@ -162,17 +171,28 @@ exit status: 0 done, 1 failed, 2 wrong options, 130 Ctrl-C, 143 SIGTERM.""",
         rule = field.metadata
         kind, _ = _kind(name)
         default = getattr(Config, name, None)
-        shown = "" if default is None or kind in (bool, dict) else f" [{_shown(default)}]"
+        shown = "" if default in (None, (), "") or kind is bool else f" [{_shown(default)}]"
         arguments: dict[str, Any] = {"help": rule["help"].replace("%", "%%") + shown, "default": argparse.SUPPRESS}
         if kind is bool:
             arguments |= {"action": argparse.BooleanOptionalAction}
         else:
-            arguments |= {"metavar": "K=V" if kind is dict else {int: "N", str: "TEXT"}.get(kind, "X")}
-        if kind in (dict, tuple):
+            arguments |= {"metavar": _METAVARS.get(kind, "X")}
+        if _several(name):
             arguments |= {"nargs": "+"}
+        if rule["bare"] is not None:
+            arguments |= {"nargs": "?", "const": rule["bare"]}
         group = groups.setdefault(rule["section"], parser.add_argument_group(rule["section"]))
         group.add_argument(f"--{name.replace('_', '-')}", **arguments)
     return parser
+
+
+_METAVARS: dict[Any, str] = {
+    dict[str, Any]: "K=V",
+    int: "N",
+    tuple[int, ...]: "N",
+    str: "TEXT",
+    tuple[str, ...]: "TEXT",
+}
 
 
 def _shown(default: Any) -> str:

@@ -2,29 +2,33 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
-import math
+import signal
 import time
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-from timm.data import Mixup
-from timm.optim import create_optimizer_v2, optimizer_kwargs
-from timm.scheduler import create_scheduler_v2
-from timm.task import ClassificationTask
-from timm.utils import dispatch_clip_grad, trim_summary, update_summary
-from torch import Tensor, nn
+from timm.utils import distribute_bn
+from torch import nn
 
 from vision_mamba.train import checkpoint
-from vision_mamba.train.errors import CheckpointError, ConfigError, Interrupted, NonFiniteError
+from vision_mamba.train.checkpoint import BEST, LAST, PREVIOUS
+from vision_mamba.train.errors import CheckpointError, Interrupted, TrainError
+from vision_mamba.train.guards import FiniteGuard, ImageGuard, collapsed
+from vision_mamba.train.journal import Journal
+from vision_mamba.train.learner import Learner
+from vision_mamba.train.loader import Feed
 from vision_mamba.train.options import Config
+from vision_mamba.train.parallel import World
 from vision_mamba.train.progress import Progress
 from vision_mamba.train.signals import StopSignals
 
 _log = logging.getLogger("vision_mamba.train")
-LAST, BEST, BEFORE_NON_FINITE = "last.pth", "best.pth", "before_non_finite.pth"
+T = TypeVar("T")
 
 
 @dataclass
@@ -33,222 +37,208 @@ class Position:
 
     epoch: int = 0
     batch: int = 0
-    loss_sum: float = 0.0  # over the batches of the epoch in progress
+    trained: int = 0  # batches of the epoch in progress that changed the weights
+    loss_sum: float = 0.0  # over these
+    left_out: int = 0  # steps of the epoch in progress that did not, for they were not finite
+    left_out_before: int = 0  # the same in the epochs that are done
     metric: float | None = None  # held-out accuracy in percent after the last epoch that is done
     best_metric: float | None = None
     best_epoch: int | None = None
-    seconds: float = 0.0  # of training, over all the processes that took part
+    seconds: float = 0.0  # of training, over all the runs that took part
 
 
 class Trainer:
     """One run: a model, its data, and all that must be saved to continue it.
 
     Args:
-        config: the options. model: on its device.
-        train_loader: from `create_loader` with augmentation. eval_loader: of the held-out images.
+        learner: with the options. training, held_out: the images.
         extras: further entries of every checkpoint, such as the classes' names.
     """
 
     def __init__(
         self,
-        config: Config,
-        model: nn.Module,
-        train_loader: Any,
-        eval_loader: Any,
-        device: torch.device,
+        learner: Learner,
+        training: Feed,
+        held_out: Feed,
+        images: ImageGuard,
+        journal: Journal,
         extras: dict[str, Any],
     ) -> None:
-        self.config, self.model, self.device, self.extras = config, model, device, extras
-        self.train_loader, self.eval_loader = train_loader, eval_loader
+        self.learner, self.training, self.held_out = learner, training, held_out
+        self.images, self.journal, self.extras = images, journal, extras
+        self.finite = FiniteGuard(self.config.max_bad_steps)
         self.position = Position()
         self._saved_at = time.perf_counter()
-        mixes = config.mixup > 0 or config.cutmix > 0
-        self.mixup = (
-            Mixup(
-                mixup_alpha=config.mixup,
-                cutmix_alpha=config.cutmix,
-                prob=config.mixup_prob,
-                switch_prob=config.mixup_switch_prob,
-                label_smoothing=config.smoothing,
-                num_classes=model.num_classes,
-            )
-            if mixes
-            else None
-        )
-        loss = {"soft_targets": True} if mixes else {"smoothing": config.smoothing}
-        self.task = ClassificationTask(model, criterion_kwargs=loss, device=device, verbose=False)
-        if config.model_ema:
-            self.task.setup_ema(decay=config.model_ema_decay, use_warmup=config.model_ema_warmup)
-        try:
-            self.optimizer = create_optimizer_v2(model, **optimizer_kwargs(config), **(config.opt_kwargs or {}))
-        except TypeError as error:
-            raise ConfigError(f"--opt-kwargs: {config.opt} does not take them: {error}.") from error
-        self.scheduler, self.epochs = create_scheduler_v2(
-            self.optimizer,
-            sched=config.sched,
-            num_epochs=config.epochs,
-            warmup_epochs=config.warmup_epochs,  # type: ignore[arg-type]
-            warmup_lr=config.warmup_lr,
-            min_lr=config.min_lr,
-            decay_epochs=config.decay_epochs,
-            decay_milestones=list(config.decay_milestones),  # type: ignore[arg-type]
-            decay_rate=config.decay_rate,
-            step_on_epochs=not config.sched_on_updates,
-            updates_per_epoch=len(train_loader),
-        )
-        half = {"bfloat16": torch.bfloat16, "float16": torch.float16}[config.amp_dtype]
-        self.autocast = torch.autocast(device.type, half, enabled=config.amp)
-        self.scaler = torch.amp.GradScaler(device.type, enabled=config.amp and half is torch.float16)
+
+    @property
+    def config(self) -> Config:
+        return self.learner.config
+
+    @property
+    def world(self) -> World:
+        return self.learner.world
 
     @property
     def run_dir(self) -> Path:
         return self.config.run_dir
 
     @property
-    def _groups(self) -> list[dict[str, Any]]:
-        return self.optimizer.param_groups
-
-    @property
-    def lr(self) -> float:
-        return max(group["lr"] for group in self._groups)
-
-    @property
     def done(self) -> bool:
-        return self.position.epoch >= self.epochs
+        return self.position.epoch >= self.learner.epochs
 
     def fit(self, progress: Progress) -> Position:
         """Train to the last epoch from wherever the run stands.
 
-        Raises: Interrupted after a signal, when everything is saved; NonFiniteError; CheckpointError.
+        Raises: Interrupted after a signal, when everything is saved; NonFiniteError; DataError; CheckpointError.
         """
         position = self.position
-        summary = self.run_dir / "summary.csv"
-        trim_summary(str(summary), position.epoch)
-        self._schedule()
+        self.journal.begin(position.epoch)
+        self.learner.schedule(position.epoch, position.batch)
         self._saved_at = time.perf_counter()
         with StopSignals() as stop:
             while not self.done:
-                label = f"epoch {position.epoch + 1}/{self.epochs}"
-                with progress.bar(label, len(self.train_loader), position.batch) as bar:
+                label = f"epoch {position.epoch + 1}/{self.learner.epochs}"
+                with progress.bar(label, len(self.training), position.batch) as bar:
                     self._train_epoch(stop, bar)
                     measured = self._evaluate(stop)
-                train_loss = position.loss_sum / max(1, len(self.train_loader))
-                self._finish_epoch(measured, train_loss, summary)
-                _log.info(
-                    "%s: loss %.4f, held-out loss %.4f, held-out accuracy %.2f %% (best %.2f %%), %.0f s",
-                    label, train_loss, measured["loss"], measured["top1"], position.best_metric, position.seconds,
-                )  # fmt: skip
+                self._finish_epoch(measured, label)
         return position
-
-    def _schedule(self) -> None:
-        """Set the learning rate that belongs to the position."""
-        if self.scheduler is not None:
-            self.scheduler.step(self.position.epoch)
-            self.scheduler.step_update(self.position.epoch * len(self.train_loader) + self.position.batch)
 
     def _train_epoch(self, stop: StopSignals, bar: Any) -> None:
         """The batches of the epoch in progress that are still to be done."""
-        position, config = self.position, self.config
-        self.train_loader.batch_sampler.at(position.epoch, position.batch)
-        self.model.train()
-        for images, targets in stop.until_asked(self.train_loader):
-            images, targets = images.to(self.device), targets.to(self.device)
-            loss = self._step(images, targets)
-            position.batch += 1
-            position.loss_sum += loss
-            self._schedule()
-            bar.advance(len(images), loss=position.loss_sum / position.batch, lr=self.lr)
-            if config.recovery_interval and position.batch % config.recovery_interval == 0:
+        position, interval = self.position, self.config.recovery_interval
+        self.training.at(position.epoch, position.batch)
+        self.learner.task.train()
+        asked = False
+        for group in _groups(stop.until_asked(self.training), self.config.grad_accum_steps):
+            loss, norm = self.learner.gradients(group, position.epoch, position.batch)
+            asked = self._step(len(group), loss, norm, stop)
+            images = self.world.size * sum(len(targets) for _, targets in group)
+            bar.advance(images, len(group), loss=position.loss_sum / max(1, position.trained), lr=self.learner.lr)
+            if asked or (self.world.size == 1 and stop.signum is not None):
+                break
+            if interval and self.learner.done(0, position.batch) % interval == 0:
                 self.save()
-        self._stop_if_asked(stop)
+        self._stop_if(asked or self._asked(stop), stop)
 
-    def _step(self, images: Tensor, targets: Tensor) -> float:
-        """One update of the weights; none if loss or gradient is not finite."""
-        before = checkpoint.random_state()
-        if self.mixup is not None:
-            images, targets = self.mixup(images, targets)
-        self.optimizer.zero_grad()
-        with self.autocast:
-            loss = self.task(images, targets)["loss"]
-        self.scaler.scale(loss).backward()
-        self.scaler.unscale_(self.optimizer)
-        parameters = [p for p in self.model.parameters() if p.grad is not None]
-        limit = self.config.clip_grad if self.config.clip_grad and self.config.clip_mode == "norm" else math.inf
-        norm = nn.utils.clip_grad_norm_(parameters, limit)
-        if self.config.clip_grad and self.config.clip_mode != "norm":
-            dispatch_clip_grad(parameters, self.config.clip_grad, mode=self.config.clip_mode)
-        value, size = torch.stack([loss.detach().float(), norm.float()]).tolist()
-        # A loss scaler skips steps whose scaled gradient overflows and lowers its scale; that is its ordinary work.
-        overflows = self.scaler.is_enabled() and self.scaler.get_scale() >= 1
-        if not math.isfinite(value) or not (math.isfinite(size) or overflows):
-            self._refuse(value, size, before)
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        self.task.update_ema(self.position.epoch * len(self.train_loader) + self.position.batch + 1)
-        return value
+    def _step(self, batches: int, loss: float, norm: float, stop: StopSignals) -> bool:
+        """Change the weights if the processes agree that they may; returns whether one was asked to stop."""
+        position, learner = self.position, self.learner
+        told = self.world.total(loss, float(stop.signum is not None), self.images.look())
+        loss, asked, bad = told[0] / self.world.size, told[1] > 0, round(told[2])
+        try:
+            self.images.judge(bad)
+        except TrainError:
+            learner.discard()
+            self.save()
+            raise
+        passes = self.finite.passes(loss, norm, learner.overflows)
+        step = f"step {position.batch // self.config.grad_accum_steps + 1} of epoch {position.epoch + 1}"
+        lr = learner.lr
+        position.batch += batches
+        if passes:
+            learner.apply(position.epoch, position.batch)
+            position.trained += batches
+            position.loss_sum += loss * batches
+        else:
+            learner.discard()
+            position.left_out += 1
+        learner.schedule(position.epoch, position.batch)
+        if not passes:
+            self.finite.tell(step, loss, norm, lr, position.left_out, self._good_checkpoint())
+        return asked
 
-    def _refuse(self, loss: float, norm: float, before: dict[str, Any]) -> None:
-        """Stop at a loss or gradient that is not finite, with the state from before the step saved apart."""
-        self.optimizer.zero_grad()
-        path = self.run_dir / BEFORE_NON_FINITE
-        kept = "the weights were already damaged, so they are not saved"
-        if all(bool(torch.isfinite(p).all()) for p in self.model.parameters()):
-            checkpoint.save({**self.state(), "random_state": before}, [path])
-            kept = f"the state before that step is in {path}"
-        raise NonFiniteError(
-            f"step {self.position.batch + 1} of epoch {self.position.epoch + 1}: the loss is {loss}, the norm of its "
-            f"gradient {norm}, at learning rate {self.lr:.3e}; {kept}. Lower --lr, limit the gradient with "
-            f"--clip-grad 1, or try --no-amp; then --resume {path} or begin again."
-        )
+    def _good_checkpoint(self) -> str:
+        """Save the weights if they are sound and this is the last step that may be left out; say what there is."""
+        if self.position.left_out <= self.finite.limit:
+            return ""
+        path = self.run_dir / LAST
+        if self.world.total(float(not self.learner.sound()))[0] == 0:
+            self.save()
+            return f"the state before them is in {path}"
+        there = f"the last good checkpoint is {path}" if path.exists() else "there is no checkpoint yet"
+        return f"the weights are damaged, so they are not saved; {there}"
 
     @torch.no_grad()
     def _evaluate(self, stop: StopSignals) -> dict[str, float]:
         """Loss and accuracies on the held-out images."""
-        model = self.task.get_eval_model(ema=self.config.model_ema)
-        assert model is not None
-        evaluator = self.task.create_evaluator()
+        learner, world = self.learner, self.world
+        if world.size > 1 and self.config.dist_bn and not self.config.fsdp:
+            for module in (learner.model, learner.task.get_trainable_module(ema=True)):
+                if module is not None:
+                    distribute_bn(module, world.size, self.config.dist_bn == "reduce")
+        model = learner.eval_model
+        assert isinstance(model, nn.Module)
+        evaluator = learner.task.create_evaluator(max_samples=self.held_out.valid)
         model.eval()
-        for images, targets in stop.until_asked(self.eval_loader):
-            with self.autocast:
-                output = model(images.to(self.device))
-            evaluator.update(output, targets.to(self.device))
-        self._stop_if_asked(stop)
-        return dict(evaluator.compute())
+        even = world.size == 1 or self.held_out.valid is not None  # else processes have different numbers of batches
+        for images, targets in stop.until_asked(self.held_out):
+            with learner.autocast:
+                output = model(images)
+            evaluator.update(output, targets)
+            if even and self._asked(stop):
+                break
+        self._stop_if(self._asked(stop), stop)
+        self.images.judge(round(world.total(self.images.look())[0]))
+        return dict(evaluator.compute(distributed=world.size > 1))
 
-    def _finish_epoch(self, measured: dict[str, float], train_loss: float, summary: Path) -> None:
+    def _finish_epoch(self, measured: dict[str, float], label: str) -> None:
         """Write down an epoch that is trained and evaluated, and begin the next."""
-        position = self.position
-        best = position.best_metric is None or measured["top1"] > position.best_metric
-        update_summary(position.epoch, {"loss": train_loss}, measured, str(summary), lr=self.lr)
-        position.metric = measured["top1"]
-        position.epoch, position.batch, position.loss_sum = position.epoch + 1, 0, 0.0
+        position, accuracy = self.position, measured["top1"]
+        best = position.best_metric is None or accuracy > position.best_metric
+        if collapsed(accuracy, position.best_metric, self.learner.model.num_classes):  # type: ignore[arg-type]
+            _log.error(
+                "%s: held-out accuracy fell to %.2f %%, which is near chance, after %.2f %% in epoch %d. The run goes "
+                "on; consider going back to %s with a lower --lr or with --clip-grad 1.",
+                label, accuracy, position.best_metric, position.best_epoch, self.run_dir / BEST,
+            )  # fmt: skip
+        train_loss = position.loss_sum / max(1, position.trained)
+        self.journal.epoch(position.epoch, {"loss": train_loss}, measured, self.learner.lr)
+        position.metric, position.left_out_before = accuracy, position.left_out_before + position.left_out
+        position.epoch, position.batch, position.left_out = position.epoch + 1, 0, 0
+        position.trained, position.loss_sum = 0, 0.0
         if best:
-            position.best_metric, position.best_epoch = measured["top1"], position.epoch
-        self._schedule()
+            position.best_metric, position.best_epoch = accuracy, position.epoch
+        self.learner.schedule(position.epoch, 0)
         self.save(*([BEST] if best else []))
+        _log.info(
+            "%s: loss %.4f, held-out loss %.4f, held-out accuracy %.2f %% (best %.2f %%), %.0f s",
+            label, train_loss, measured["loss"], accuracy, position.best_metric, position.seconds,
+        )  # fmt: skip
 
-    def _stop_if_asked(self, stop: StopSignals) -> None:
-        if stop.signum is not None:
+    def _asked(self, stop: StopSignals) -> bool:
+        """Whether any process was asked to stop."""
+        return self.world.total(float(stop.signum is not None))[0] > 0
+
+    def _stop_if(self, asked: bool, stop: StopSignals) -> None:
+        if asked:
             self.save()
-            raise Interrupted(stop.signum, str(self.run_dir / LAST))
+            raise Interrupted(stop.signum or signal.SIGTERM, str(self.run_dir / LAST))
 
     def save(self, *also: str) -> None:
-        """Write the last checkpoint, and the same under other names."""
+        """Write the last checkpoint, and the same under other names; every process must take part.
+
+        Raises: CheckpointError in all processes if the first one cannot write.
+        """
         now = time.perf_counter()
         self.position.seconds, self._saved_at = self.position.seconds + now - self._saved_at, now
-        checkpoint.save(self.state(), [self.run_dir / name for name in (LAST, *also)])
+        state, failed = self.state(), None
+        if self.world.primary:
+            try:
+                checkpoint.save(state, [self.run_dir / name for name in (LAST, *also)], self.run_dir / PREVIOUS)
+            except CheckpointError as error:
+                failed = error
+        if (failed := self.world.told(failed)) is not None:
+            raise failed
 
     def state(self) -> dict[str, Any]:
         """All that a checkpoint holds."""
         return {
             "arch": self.config.model,
             **asdict(self.position),
-            **self.task.get_checkpoint_state(),
-            **(self.task.get_checkpoint_state(ema=True) if self.config.model_ema else {}),
-            "optimizer": self.optimizer.state_dict(),
-            "amp_scaler": self.scaler.state_dict(),
-            "random_state": checkpoint.random_state(),
+            **self.learner.state(),
             "args": self.config.plain(),
+            "processes": self.world.size,
             **self.extras,
         }
 
@@ -257,25 +247,12 @@ class Trainer:
 
         Raises: CheckpointError if it is not one of this run's model.
         """
+        self.learner.restore(content, path)
+        self.position = Position(**{key: checkpoint.entry(content, key, path) for key in asdict(self.position)})
 
-        def entry(key: str) -> Any:
-            return checkpoint.entry(content, key, path)
 
-        arch = self.config.model
-        checkpoint.load(self.model, checkpoint.weights(content, path, use_ema=False), path, arch, entry("arch"))
-        if self.config.model_ema:  # an average that begins only now begins at the weights
-            self.task.load_checkpoint_state(content.get("state_dict_ema") or entry("state_dict"), ema=True)
-        self.position = Position(**{key: entry(key) for key in asdict(self.position)})
-        chosen = [{key: value for key, value in group.items() if key != "params"} for group in self._groups]
-        try:
-            self.optimizer.load_state_dict(entry("optimizer"))
-        except ValueError as error:
-            raise CheckpointError(
-                f"checkpoint {path} holds the state of another optimizer: {error}; keep --opt and --layer-decay "
-                "as they were, and --weight-decay 0 or not, or begin from its weights with --initial-checkpoint."
-            ) from error
-        for group, options in zip(self._groups, chosen, strict=True):
-            group.update(options)  # what the options say now, not what they said when it was saved
-        if entry("amp_scaler"):
-            self.scaler.load_state_dict(content["amp_scaler"])
-        checkpoint.set_random_state(entry("random_state"))
+def _groups(batches: Iterable[T], size: int) -> Iterator[list[T]]:
+    """Lists of so many batches, the last one of those that are left."""
+    iterator = iter(batches)
+    while group := list(itertools.islice(iterator, size)):
+        yield group

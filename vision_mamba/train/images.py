@@ -1,17 +1,13 @@
-"""Images with labels: where they come from, and what is said of those that cannot be read."""
+"""Images with labels, opened on demand, and where they come from."""
 
 from __future__ import annotations
 
-import contextlib
-import random
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from PIL import Image
 from timm.data.readers.img_extensions import get_img_extensions
 from timm.data.readers.reader_image_folder import find_images_and_targets
@@ -19,7 +15,10 @@ from timm.utils.misc import natural_key
 from torch.utils.data import Dataset
 
 from vision_mamba.text import shortened
+from vision_mamba.train.bad_images import BadImages
 from vision_mamba.train.errors import DataError
+from vision_mamba.train.sampler import Key
+from vision_mamba.train.seeds import seeded
 
 HELD_OUT_SYNONYMS = ("validation", "val", "valid", "eval")
 DIGITS_HELD_OUT = 0.2
@@ -36,8 +35,9 @@ class ImageSet(Dataset):
         classes: names of the classes, in the order of the indices.
         open_image: index -> PIL image, not yet decoded.
         mode: PIL mode that images are converted to, "RGB" or "L".
-        transform: PIL image -> tensor.
-        seed: of the augmentation.
+        transforms: PIL image -> tensor, one for each size of images.
+        seed: of the augmentation, beside epoch and batch.
+        bad: where unreadable images are told, which the next readable one stands in for; None raises at the first.
     """
 
     names: Sequence[str]
@@ -45,8 +45,9 @@ class ImageSet(Dataset):
     classes: Sequence[str]
     open_image: Callable[[int], Image.Image]
     mode: str = "RGB"
-    transform: Callable[[Image.Image], Any] | None = None
-    seed: int = 0
+    transforms: Sequence[Callable[[Image.Image], Any]] = ()
+    seed: tuple[int, ...] = (0,)
+    bad: BadImages | None = None
 
     def __len__(self) -> int:
         return len(self.names)
@@ -64,16 +65,25 @@ class ImageSet(Dataset):
 
     def __getitem__(self, index: int) -> tuple[Any, int]:
         """An image and its class, transformed."""
-        assert self.transform is not None
-        return self.transform(self.image(index)), self.targets[index]
+        return self._sample(index, 0)
 
-    def __getitems__(self, keys: Sequence[int] | Sequence[tuple[int, int, int]]) -> list[tuple[Any, int]]:
-        """A batch: by indices as they are, or by (epoch, batch, index) with the augmentation of that batch."""
+    def __getitems__(self, keys: Sequence[int] | Sequence[Key]) -> list[tuple[Any, int]]:
+        """A batch: by indices as they are, or by keys with the augmentation of that batch."""
         if not isinstance(keys[0], tuple):
             return [self[index] for index in keys]  # type: ignore[index]
-        epoch, batch, _ = keys[0]
-        with seeded(self.seed, epoch, batch):
-            return [self[index] for _, _, index in keys]  # type: ignore[misc]
+        with seeded(*self.seed, keys[0].epoch, keys[0].batch):
+            return [self._sample(key.image, key.size) for key in keys]  # type: ignore[union-attr]
+
+    def _sample(self, index: int, size: int) -> tuple[Any, int]:
+        """An image and its class, or the next that can be read."""
+        for other in ((index + step) % len(self) for step in range(len(self))):
+            try:
+                return self.transforms[size](self.image(other)), self.targets[other]
+            except DataError as error:
+                if self.bad is None:
+                    raise
+                self.bad.tell(str(error))
+        raise DataError(f"none of the {len(self):,} images can be read; see the log for each.")
 
     def only(self, keep: Sequence[int]) -> ImageSet:
         """The images of these indices."""
@@ -115,22 +125,6 @@ def _reason(error: Exception) -> str:
     return "not an image in a known format" if isinstance(error, Image.UnidentifiedImageError) else str(error)
 
 
-@contextlib.contextmanager
-def seeded(*key: int) -> Iterator[None]:
-    """Draw random numbers as a function of the key alone; outside, nothing is drawn."""
-    before = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    python, numpy, torch_ = np.random.SeedSequence(key).generate_state(3).tolist()
-    random.seed(python)
-    np.random.seed(numpy)
-    torch.random.default_generator.manual_seed(torch_)
-    try:
-        yield
-    finally:
-        random.setstate(before[0])
-        np.random.set_state(before[1])
-        torch.set_rng_state(before[2])
-
-
 def digits(held_out: bool, mode: str = "L") -> ImageSet:
     """The 1,797 handwritten digits that scikit-learn ships, 8x8 pixels in 17 greys; a stratified fifth is held out.
 
@@ -151,7 +145,7 @@ def digits(held_out: bool, mode: str = "L") -> ImageSet:
 
 
 def split_folder(root: str | Path | None, split: str) -> Path:
-    """The folder of a split under a data directory, where a held-out one may go by any of its usual names.
+    """The folder or tar file of a split under a data directory; a held-out one may go by any of its usual names.
 
     Raises: DataError if there is no directory, or none of that name in it.
     """
@@ -164,8 +158,9 @@ def split_folder(root: str | Path | None, split: str) -> Path:
         raise DataError(f"--data-dir {root} {found}; {layout}.")
     names = dict.fromkeys((split, *HELD_OUT_SYNONYMS)) if split in HELD_OUT_SYNONYMS else (split,)
     for name in names:
-        if (root / name).is_dir():
-            return root / name
+        for place, there in ((root / name, Path.is_dir), (root / f"{name}.tar", Path.is_file)):
+            if there(place):
+                return place
     found = shortened(sorted(entry.name for entry in root.iterdir())) or "nothing, it is empty"
     raise DataError(f"--data-dir {root} must hold a folder {' or '.join(names)}, found {found}; {layout}.")
 
@@ -222,49 +217,3 @@ def files(inputs: Iterable[str | Path], mode: str, classes: Sequence[str]) -> Im
     index = {name: i for i, name in enumerate(classes)}
     targets = [index.get(Path(path).parent.name, -1) for path in paths]
     return ImageSet(paths, targets, classes, _Files(paths), mode)
-
-
-def unreadable(images: ImageSet, threads: int, seen: Callable[[], object] = lambda: None) -> dict[int, str]:
-    """Decode every image; index -> why, of those that fail.
-
-    Args:
-        seen: called after each image, to move a progress bar.
-    """
-
-    def reason(index: int) -> str | None:
-        try:
-            images.image(index)
-        except DataError as error:
-            return str(error)
-        return None
-
-    with ThreadPoolExecutor(max(1, threads)) as pool:
-        reasons = {}
-        for index, why in enumerate(pool.map(reason, range(len(images)))):
-            seen()
-            if why is not None:
-                reasons[index] = why
-        return reasons
-
-
-def without_unreadable(
-    images: ImageSet, reasons: dict[int, str], skip: bool, warn: Callable[[str], object]
-) -> ImageSet:
-    """The images less the unreadable ones, each of which is told to `warn`.
-
-    Raises: DataError that counts and names them unless `skip` is set, or if none is left.
-    """
-    if not reasons:
-        return images
-    if not skip:
-        listed = "\n  ".join(list(reasons.values())[:10])
-        more = f"\n  ... and {len(reasons) - 10:,} more" if len(reasons) > 10 else ""
-        raise DataError(
-            f"{len(reasons):,} of {len(images):,} images cannot be read:\n  {listed}{more}\n"
-            "Replace or remove them, or leave them out with --skip-unreadable."
-        )
-    for why in reasons.values():
-        warn(f"left out: {why}")
-    if len(reasons) == len(images):
-        raise DataError(f"none of the {len(images):,} images can be read; see the log for each.")
-    return images.only([index for index in range(len(images)) if index not in reasons])

@@ -1,102 +1,169 @@
 """Loaders that a run can leave and re-enter at any batch.
 
-The order of an epoch is a function of (seed, epoch) and the augmentation of a batch one of (seed, epoch, batch), so a
-run that continues in the middle of an epoch sees exactly the batches that it would have seen, whatever the number of
-loading processes.
+The order of an epoch is a function of (seed, epoch), the augmentation of a batch one of (seed, process, epoch, batch).
+So a run that continues in the middle of an epoch sees exactly the batches that it would have seen, whatever the number
+of loading processes. Streams can only be read from the start: there the batches that were seen are read again and
+dropped, and the number of loading processes counts.
 """
 
 from __future__ import annotations
 
+import itertools
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from timm.data import create_transform
+from timm.data.dataset import IterableImageDataset
+from timm.data.distributed_sampler import OrderedDistributedSampler
 from timm.data.loader import PrefetchLoader, fast_collate
-from torch.utils.data import DataLoader, Sampler, default_collate
+from torch import Tensor
+from torch.utils.data import DataLoader, default_collate
 
 from vision_mamba.train.errors import DataError
 from vision_mamba.train.images import ImageSet
+from vision_mamba.train.options import Config
+from vision_mamba.train.parallel import World
+from vision_mamba.train.sampler import EpochBatches, epoch_batches
 
 
-class EpochBatches(Sampler[list[tuple[int, int, int]]]):
-    """Batches of keys (epoch, batch, index), in an order that is a function of (seed, epoch); none is incomplete.
-
-    `at` sets where the next pass begins.
-    """
-
-    def __init__(self, length: int, batch_size: int, seed: int) -> None:
-        self.length, self.batch_size, self.seed = length, batch_size, seed
-        self.epoch = self.batch = 0
-
-    def at(self, epoch: int, batch: int) -> None:
-        self.epoch, self.batch = epoch, batch
-
-    def __len__(self) -> int:
-        return self.length // self.batch_size
-
-    def __iter__(self) -> Iterator[list[tuple[int, int, int]]]:
-        order = np.random.default_rng((self.seed, self.epoch)).permutation(self.length).tolist()
-        for batch in range(self.batch, len(self)):
-            chosen = order[batch * self.batch_size : (batch + 1) * self.batch_size]
-            yield [(self.epoch, batch, index) for index in chosen]
-
-
-def _worker_init(_: int) -> None:
-    """Ctrl-C reaches the whole process group; only the training process may answer it."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    torch.set_num_threads(1)
-
-
-def create_loader(
-    images: ImageSet,
-    data_config: dict[str, Any],
-    batch_size: int,
-    workers: int,
-    device: torch.device,
-    augmentation: dict[str, Any] | None = None,
-    seed: int = 0,
-) -> DataLoader | PrefetchLoader:
+class Feed:
     """Batches of normalised images and targets, on the device.
 
     Args:
-        data_config: input_size, mean, std, interpolation, crop_pct, crop_mode, as timm resolves them for a model.
-        augmentation: further arguments of timm's create_transform, which make it a loader to train with: shuffled,
-            without an incomplete last batch. None loads everything once, in order.
-
-    Raises: DataError if there are fewer images than a batch to train with.
+        loader: of the batches, not yet normalised if `data_config` is given; then that is done on the device while the
+            step before is computed.
+        valid: of this process' images, those that no other process has too; None if that is not known.
     """
-    training = augmentation is not None
-    if training and len(images) < batch_size:
-        raise DataError(f"{len(images):,} images make no batch of {batch_size}; lower --batch-size.")
-    prefetch = device.type == "cuda"  # normalises on the device, while the step before is computed
-    transform_config = {key: data_config[key] for key in ("input_size", "mean", "std", "interpolation")}
-    if training:
-        transform_config |= augmentation or {}
+
+    def __init__(
+        self, loader: DataLoader, device: torch.device, data_config: dict[str, Any] | None, valid: int | None = None
+    ) -> None:
+        self.loader, self.device, self.valid = loader, device, valid
+        self._skip = 0
+        self.batches: Any = loader
+        if data_config is not None:
+            self.batches = PrefetchLoader(
+                loader,
+                mean=data_config["mean"],
+                std=data_config["std"],
+                channels=data_config["input_size"][0],
+                device=device,
+            )
+
+    def at(self, epoch: int, batch: int) -> None:
+        """Where the next pass begins."""
+        if isinstance(self.loader.batch_sampler, EpochBatches):
+            self.loader.batch_sampler.at(epoch, batch)
+            return
+        self._skip = batch
+        self.loader.dataset.set_epoch(epoch)  # type: ignore[attr-defined]
+        assert self.loader.generator is not None
+        self.loader.generator.manual_seed(epoch)  # of which the processes' own seeds are drawn
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        for images, targets in itertools.islice(self.batches, self._skip, None):
+            yield images.to(self.device), targets.to(self.device)
+
+
+def _worker_init(_: int) -> None:
+    """Signals reach the whole process group; only the training process may answer the first."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda signum, frame: signal.signal(signum, signal.SIG_DFL))
+    torch.set_num_threads(1)
+
+
+def training_feed(
+    images: ImageSet | IterableImageDataset, data_config: dict[str, Any], config: Config, world: World
+) -> Feed:
+    """Shuffled and augmented batches, none of them incomplete, of this process' share of the images.
+
+    Raises: DataError if there are fewer images than a batch.
+    """
+    sides = config.train_img_sizes or (None,)
+    sizes = [
+        data_config["input_size"] if side is None else [data_config["input_size"][0], side, side] for side in sides
+    ]
+    if isinstance(images, IterableImageDataset):
+        order: dict[str, Any] = {"batch_size": config.batch_size, "drop_last": True}
     else:
-        transform_config |= {"crop_pct": data_config["crop_pct"], "crop_mode": data_config["crop_mode"]}
-    images.transform = create_transform(**transform_config, is_training=training, use_prefetcher=prefetch)
-    images.seed = seed
+        images.seed = (config.seed, world.rank)
+        order = {"batch_sampler": epoch_batches(config, len(images), world.rank, world.size)}
+        if not len(order["batch_sampler"]):
+            each = f", shared out over {world.size} processes," if world.size > 1 else ""
+            raise DataError(f"{len(images):,} images{each} make no batch of {config.batch_size}; lower --batch-size.")
+    return _feed(images, data_config, sizes, config.workers, world.device, order, True, **_augmentation(config))
+
+
+def evaluation_feed(
+    images: ImageSet | IterableImageDataset, data_config: dict[str, Any], batch_size: int, workers: int, world: World
+) -> Feed:
+    """Every image once, in order; of several processes, each has its share."""
     order: dict[str, Any] = {"batch_size": batch_size}
-    if training:
-        order = {"batch_sampler": EpochBatches(len(images), batch_size, seed)}
-    loader = DataLoader(
+    valid = None
+    if world.size > 1 and not isinstance(images, IterableImageDataset):
+        sampler = OrderedDistributedSampler(images, num_replicas=world.size, rank=world.rank)
+        order, valid = order | {"sampler": sampler}, sampler.num_valid_samples
+    sizes = [data_config["input_size"]]
+    crop = {"crop_pct": data_config["crop_pct"], "crop_mode": data_config["crop_mode"]}
+    feed = _feed(images, data_config, sizes, workers, world.device, order, False, **crop)
+    feed.valid = valid
+    return feed
+
+
+def _feed(
+    images: ImageSet | IterableImageDataset,
+    data_config: dict[str, Any],
+    sizes: Sequence[Sequence[int]],
+    workers: int,
+    device: torch.device,
+    order: dict[str, Any],
+    training: bool,
+    **options: Any,
+) -> Feed:
+    on_device = device.type == "cuda"
+    options = {key: data_config[key] for key in ("mean", "std", "interpolation")} | options
+    transforms: list[Callable] = [
+        create_transform(tuple(size), **options, is_training=training, use_prefetcher=on_device)  # type: ignore[arg-type]
+        for size in sizes
+    ]
+    stream = isinstance(images, IterableImageDataset)
+    if isinstance(images, IterableImageDataset):
+        images.transform = transforms[0]
+        images.set_loader_cfg(num_workers=workers)
+    else:
+        images.transforms = transforms
+    loader: DataLoader = DataLoader(
         images,
         **order,
         num_workers=workers,
-        collate_fn=fast_collate if prefetch else default_collate,
-        pin_memory=prefetch,
+        collate_fn=fast_collate if on_device else default_collate,
+        pin_memory=on_device,
         worker_init_fn=_worker_init,
-        persistent_workers=workers > 0,
-        generator=torch.Generator().manual_seed(seed),  # else every pass would draw from the run's own generator
+        persistent_workers=workers > 0 and not stream,  # a stream's processes learn of the epoch when they start
+        generator=torch.Generator().manual_seed(0),  # else every pass would draw from the run's own generator
     )
-    if not prefetch:
-        return loader
-    erasing = {key: transform_config.get(key, default) for key, default in (("re_prob", 0.0), ("re_mode", "const"))}
-    channels = data_config["input_size"][0]
-    return PrefetchLoader(
-        loader, mean=data_config["mean"], std=data_config["std"], channels=channels, device=device, **erasing
-    )
+    return Feed(loader, device, data_config if on_device else None)
+
+
+def _augmentation(config: Config) -> dict[str, Any]:
+    """The options as arguments of timm's create_transform; rectangles are erased on the device, by the step."""
+    if config.no_aug:
+        return {"no_aug": True}
+    return {
+        "train_crop_mode": config.train_crop_mode,
+        "scale": config.scale,
+        "ratio": config.ratio,
+        "hflip": config.hflip,
+        "vflip": config.vflip,
+        "color_jitter": config.color_jitter or None,
+        "color_jitter_prob": config.color_jitter_prob,
+        "grayscale_prob": config.grayscale_prob or 0.0,
+        "gaussian_blur_prob": config.gaussian_blur_prob or 0.0,
+        "auto_augment": config.aa,
+        "interpolation": config.train_interpolation,
+    }

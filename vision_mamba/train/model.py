@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import textwrap
+from collections.abc import Iterable
 from typing import Any
 
 import timm
@@ -30,6 +32,18 @@ def check_name(name: str, where: str = "--model") -> None:
     )
 
 
+def register(modules: Iterable[str]) -> None:
+    """Import modules that register further models with timm.
+
+    Raises: ConfigError if one cannot be imported.
+    """
+    for module in modules:
+        try:
+            importlib.import_module(module)
+        except ImportError as error:
+            raise ConfigError(f"--device-modules {module} cannot be imported: {error}.") from error
+
+
 def create(config: Config, num_classes: int) -> nn.Module:
     """The model of a run, with random, published or given weights.
 
@@ -38,10 +52,26 @@ def create(config: Config, num_classes: int) -> nn.Module:
     check_name(config.model)
     arguments: dict[str, Any] = {"num_classes": config.num_classes or num_classes}
     arguments |= {"drop_rate": config.drop, "drop_path_rate": config.drop_path, "pretrained": config.pretrained}
-    arguments |= config.model_kwargs or {}
+    arguments |= {"global_pool": config.gp} | (config.model_kwargs or {})
     if config.initial_checkpoint is not None:
         arguments |= {"pretrained": True, "pretrained_cfg_overlay": _source(config.model, config.initial_checkpoint)}
     return build(config.model, config.plain(), arguments, config.initial_checkpoint)
+
+
+def teacher(config: Config, student: nn.Module) -> nn.Module | str | None:
+    """Who teaches: a model with the weights of a file, the name of one with published weights, or nobody.
+
+    Raises: ConfigError, CheckpointError as for the student.
+    """
+    name, path = config.kd_model_name, config.kd_checkpoint
+    if name is None:
+        return None
+    check_name(name, "--kd-model-name")
+    if path is None:
+        return name
+    arguments: dict[str, Any] = {"num_classes": student.num_classes, "in_chans": student.in_chans}
+    arguments |= {"pretrained": True, "pretrained_cfg_overlay": _source(name, path)}
+    return build(name, {"img_size": config.img_size}, arguments, path)
 
 
 def _source(name: str, path: str) -> dict[str, Any]:
@@ -86,14 +116,19 @@ def data_config(model: nn.Module, options: dict[str, Any]) -> dict[str, Any]:
     return {key: list(value) if isinstance(value, tuple) else value for key, value in resolved.items()}
 
 
-def device(name: str | None) -> torch.device:
+def device(name: str | None, index: int | None = None) -> torch.device:
     """The device of this name, or the accelerator if there is one.
+
+    Args:
+        index: of the device among those of its type, where several processes have one each.
 
     Raises: ConfigError if this machine has no such device.
     """
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     try:
         chosen = torch.device(name or accelerator or "cpu")
+        if index is not None and chosen.type != "cpu":
+            chosen = torch.device(chosen.type, index)
         torch.empty(1, device=chosen)
     except (RuntimeError, AssertionError) as error:
         has = "cpu" if accelerator is None else f"cpu, {accelerator.type}"

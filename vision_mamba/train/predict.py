@@ -13,7 +13,8 @@ from vision_mamba.train import checkpoint
 from vision_mamba.train import model as models
 from vision_mamba.train.errors import CheckpointError
 from vision_mamba.train.images import ImageSet
-from vision_mamba.train.loader import create_loader
+from vision_mamba.train.loader import evaluation_feed
+from vision_mamba.train.parallel import World
 
 
 @dataclass(frozen=True)
@@ -57,11 +58,11 @@ class Classifier:
 
         Raises: DataError naming an image that cannot be read.
         """
-        loader = create_loader(images, self.data_config, batch_size, 0, self.device)
+        loader = evaluation_feed(images, self.data_config, batch_size, 0, World(self.device))
         predictions: list[Prediction] = []
         for batch, _ in loader:
             with torch.inference_mode():
-                probabilities = self.model(batch.to(self.device)).float().softmax(-1).cpu()
+                probabilities = self.model(batch).float().softmax(-1).cpu()
             values, indices = probabilities.topk(min(top, probabilities.shape[-1]))
             for value, chosen in zip(values.tolist(), indices.tolist(), strict=True):
                 index = len(predictions)

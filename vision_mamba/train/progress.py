@@ -6,9 +6,11 @@ import contextlib
 import logging
 import time
 from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
 from typing import Protocol
 
+import torch
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -24,8 +26,8 @@ _log = logging.getLogger("vision_mamba.train")
 
 
 class Bar(Protocol):
-    def advance(self, items: int, **figures: float) -> None:
-        """Another step is done, on so many items; the figures are shown as they come."""
+    def advance(self, items: int, steps: int = 1, **figures: float) -> None:
+        """Further steps are done, on so many items; the figures are shown as they come."""
 
 
 class _Drawn:
@@ -33,26 +35,32 @@ class _Drawn:
         self.bar, self.started, self.items = bar, time.perf_counter(), 0
         self.task = bar.add_task(label, total=total, completed=done, figures="")
 
-    def advance(self, items: int, **figures: float) -> None:
+    def advance(self, items: int, steps: int = 1, **figures: float) -> None:
         self.items += items
-        self.bar.update(self.task, advance=1, figures=_figures(self.items, self.started, figures))
+        self.bar.update(self.task, advance=steps, figures=_figures(self.items, self.started, figures))
 
 
 class _Written:
     def __init__(self, total: int, done: int, label: str, every: int) -> None:
-        self.total, self.done, self.label, self.every = total, done, label, every
+        self.total, self.begun, self.done, self.label, self.every = total, done, done, label, every
         self.started, self.items = time.perf_counter(), 0
 
-    def advance(self, items: int, **figures: float) -> None:
+    def advance(self, items: int, steps: int = 1, **figures: float) -> None:
         self.items += items
-        self.done += 1
-        if self.done % self.every == 0 and self.done < self.total:
-            _log.info("%s %d/%d %s", self.label, self.done, self.total, _figures(self.items, self.started, figures))
+        before, self.done = self.done, self.done + steps
+        if before // self.every < self.done // self.every and self.done < self.total:
+            elapsed = time.perf_counter() - self.started
+            left = timedelta(seconds=round(elapsed * (self.total - self.done) / (self.done - self.begun)))
+            told = _figures(self.items, self.started, figures)
+            _log.info("%s %d/%d %s, %s left", self.label, self.done, self.total, told, left)
 
 
 def _figures(items: int, started: float, figures: dict[str, float]) -> str:
-    shown = " ".join(f"{name} {value:.4g}" for name, value in figures.items())
-    return f"{shown} {items / max(time.perf_counter() - started, 1e-9):,.0f} images/s".strip()
+    shown = [f"{name} {value:.4g}" for name, value in figures.items()]
+    shown.append(f"{items / max(time.perf_counter() - started, 1e-9):,.0f} images/s")
+    if torch.cuda.is_initialized():
+        shown.append(f"{torch.cuda.max_memory_allocated() / 2**30:.1f} GiB")
+    return " ".join(shown)
 
 
 class Progress:
@@ -89,10 +97,15 @@ class _ToConsole(logging.Handler):
 
 
 @contextlib.contextmanager
-def logging_to(console: Console, file: Path | None = None, level: int = logging.INFO) -> Iterator[None]:
-    """Send the package's log to the console and, as plain lines with dates, to a file, until the block ends."""
+def logging_to(console: Console, file: Path | None = None, level: int = logging.INFO, mark: str = "") -> Iterator[None]:
+    """Send the package's log to the console and, as plain lines with dates, to a file, until the block ends.
+
+    Args:
+        mark: what lines on the console begin with, to tell several processes apart.
+    """
     root = logging.getLogger("vision_mamba")
     handlers: list[logging.Handler] = [_ToConsole(console)]
+    handlers[0].setFormatter(logging.Formatter(f"{mark}%(message)s"))
     if file is not None:
         handlers.append(logging.FileHandler(file, encoding="utf-8"))
         handlers[-1].setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))

@@ -2,26 +2,32 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import os
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
 import yaml
+from timm.layers import convert_sync_batchnorm
 from timm.utils import random_seed
 
 import vision_mamba
 from vision_mamba.train import checkpoint
 from vision_mamba.train import model as models
-from vision_mamba.train.engine import LAST, Position, Trainer
-from vision_mamba.train.errors import ConfigError, DataError
-from vision_mamba.train.images import ImageSet, class_folders, digits, split_folder, unreadable, without_unreadable
-from vision_mamba.train.loader import create_loader
+from vision_mamba.train.bad_images import BadImages, unreadable, without_unreadable
+from vision_mamba.train.checkpoint import LAST, PREVIOUS
+from vision_mamba.train.datasets import Images, image_sets
+from vision_mamba.train.engine import Position, Trainer
+from vision_mamba.train.errors import ConfigError
+from vision_mamba.train.guards import ImageGuard
+from vision_mamba.train.images import ImageSet
+from vision_mamba.train.journal import Journal
+from vision_mamba.train.learner import Learner
+from vision_mamba.train.loader import evaluation_feed, training_feed
 from vision_mamba.train.options import Config
+from vision_mamba.train.parallel import World, local_rank, rank_by_environment, world_on
 from vision_mamba.train.progress import Progress
 
 _log = logging.getLogger("vision_mamba.train")
@@ -33,121 +39,140 @@ def prepare(config: Config) -> Path | None:
     Returns: the checkpoint, or None to begin afresh.
     Raises: ConfigError if a run lies there that nobody said to continue or to replace.
     """
-    last = config.run_dir / LAST
+    run_dir = config.run_dir
+    exists = (run_dir / LAST).exists() or (run_dir / PREVIOUS).exists()
     if config.resume == "auto":
-        begin_from = last if last.exists() else None
+        begin_from = run_dir / LAST if exists else None
     else:
         begin_from = Path(config.resume) if config.resume is not None else None
-    if (
-        last.exists()
-        and not config.overwrite
-        and (begin_from is None or begin_from.resolve().parent != last.resolve().parent)
-    ):
+    elsewhere = begin_from is None or begin_from.resolve().parent != run_dir.resolve()
+    if exists and elsewhere and not config.overwrite and not config.dry_run:
         raise ConfigError(
-            f"{config.run_dir} holds a run already; continue it with --resume auto, keep both with another "
+            f"{run_dir} holds a run already; continue it with --resume auto, keep both with another "
             "--experiment NAME, or replace it with --overwrite."
         )
-    try:
-        config.run_dir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"--output: {config.run_dir} cannot be made: {error.strerror}.") from error
+    if rank_by_environment() == 0 and not config.dry_run:
+        try:
+            run_dir.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(f"--output: {run_dir} cannot be made: {error.strerror}.") from error
     return begin_from
 
 
 def train(config: Config, begin_from: Path | None, progress: Progress) -> Position:
-    """Train a model, from the start or from a checkpoint.
+    """Train a model, from the start or from a checkpoint, together with the processes that were started beside this.
 
     Args:
         config: the options; their `run_dir` exists.
         begin_from: a checkpoint of such a run, or None.
 
-    Returns: where it ended, with the held-out accuracy.
+    Returns: where it ended, with the held-out accuracy; after a dry run, where it would begin.
     Raises: TrainError for anything that the user can mend; Interrupted after SIGINT or SIGTERM.
     """
-    device = models.device(config.device)
+    models.register(config.device_modules)
     models.check_name(config.model)
-    if config.batch_size % 2 and (config.mixup or config.cutmix):
+    with world_on(models.device(config.device, local_rank())) as world:
+        trainer = _trainer(config, world, progress)
+        if begin_from is not None:
+            if config.resume == "auto":
+                begin_from = world.told(checkpoint.newest(config.run_dir) if world.primary else None)
+            assert begin_from is not None
+            _resume(trainer, begin_from)
+        if config.dry_run:
+            _step_on_noise(trainer)
+            return trainer.position
+        if world.primary:
+            options = yaml.safe_dump(config.plain(), sort_keys=False)
+            (config.run_dir / "args.yaml").write_text(options, encoding="utf-8")
+        return trainer.fit(progress)
+
+
+def _trainer(config: Config, world: World, progress: Progress) -> Trainer:
+    """All that trains, at the start of a run."""
+    sizes = config.train_batch_sizes or (config.batch_size,)
+    if config.mixes and any(size % 2 for size in sizes):
         raise ConfigError(f"--batch-size must be even for --mixup and --cutmix, got {config.batch_size}.")
     mode = "L" if (config.in_chans or (config.model_kwargs or {}).get("in_chans")) == 1 else "RGB"
-    train_set, eval_set = image_sets(config, mode)
-    if config.num_classes is not None and config.num_classes < len(train_set.classes):
-        raise ConfigError(
-            f"--num-classes {config.num_classes} is less than the {len(train_set.classes)} classes of the data."
-        )
+    train_set, held_out, classes = image_sets(config, mode)
+    if config.num_classes is not None and config.num_classes < len(classes):
+        raise ConfigError(f"--num-classes {config.num_classes} is less than the {len(classes)} classes of the data.")
     random_seed(config.seed)
-    model = models.create(config, len(train_set.classes)).to(device)
+    model = models.create(config, len(classes)).to(world.device)
+    if config.sync_bn and world.size > 1:
+        model = convert_sync_batchnorm(model)
     data_config = models.data_config(model, config.plain())
-    if config.dataset == "folder" and config.check_images:
-        train_set, eval_set = (_checked(images, config, progress) for images in (train_set, eval_set))
-    loader = partial(create_loader, data_config=data_config, workers=config.workers, device=device, seed=config.seed)
-    train_loader = loader(train_set, batch_size=config.batch_size, augmentation=augmentation(config))
-    eval_loader = loader(eval_set, batch_size=config.validation_batch_size or config.batch_size)
-    extras: dict[str, Any] = {"classes": list(train_set.classes), "data_config": data_config, "images": len(train_set)}
-    trainer = Trainer(config, model, train_loader, eval_loader, device, extras)
-    if begin_from is not None:
-        _resume(trainer, begin_from, extras)
-    (config.run_dir / "args.yaml").write_text(yaml.safe_dump(config.plain(), sort_keys=False), encoding="utf-8")
+    if config.dataset in ("folder", "") and config.check_images:
+        train_set, held_out = (_checked(images, config, progress) for images in (train_set, held_out))
+    bad = [BadImages(), BadImages()]
+    for images, told in zip((train_set, held_out), bad, strict=True):
+        if isinstance(images, ImageSet):
+            images.bad = told
+    training = training_feed(train_set, data_config, config, world)
+    evaluating = evaluation_feed(
+        held_out, data_config, config.validation_batch_size or config.batch_size, config.workers, world
+    )
+    teacher = models.teacher(config, model)
+    learner = Learner(config, model, world, len(training), data_config, teacher)
+    extras: dict[str, Any] = {"classes": classes, "data_config": data_config, "images": len(train_set)}
+    journal = Journal(config, world.primary and not config.dry_run)
+    processes = f" in {world.size} processes" if world.size > 1 else ""
     _log.info(
-        "%s: %.2f M parameters on %s; %d images to train on, %d held out, %d classes, %s px; seed %d; into %s",
-        config.model, sum(p.numel() for p in model.parameters()) / 1e6, device, len(train_set), len(eval_set),
-        len(train_set.classes), "x".join(map(str, data_config["input_size"][1:])), config.seed, config.run_dir,
+        "%s: %.2f M parameters on %s%s; %d images to train on, %d held out, %d classes, %s px; %d steps an epoch of %d "
+        "images; learning rate %.3g; seed %d; into %s",
+        config.model, sum(p.numel() for p in model.parameters()) / 1e6, world.device, processes, len(train_set),
+        len(held_out), len(classes), "x".join(map(str, data_config["input_size"][1:])), learner.updates,
+        config.batch_size * config.grad_accum_steps * world.size, learner.optimizer.defaults["lr"], config.seed,
+        config.run_dir,
     )  # fmt: skip
     _log.info("vision_mamba %s, timm %s, torch %s", vision_mamba.__version__, timm.__version__, torch.__version__)
-    try:
-        return trainer.fit(progress)
-    except DataError as error:  # an image went bad after the check, or there was none: name all of them
-        trainer.save()
-        _log.error("stopped at an unreadable image; the run up to there is in %s", config.run_dir / LAST)
-        for images in (train_set, eval_set):
-            _checked(images, dataclasses.replace(config, skip_unreadable=False), progress)
-        raise error
+    return Trainer(learner, training, evaluating, ImageGuard(config.skip_bad_images, *bad), journal, extras)
 
 
-def image_sets(config: Config, mode: str) -> tuple[ImageSet, ImageSet]:
-    """The images to train on and those held out."""
-    if config.dataset == "digits":
-        return digits(False, mode), digits(True, mode)
-    train_set = class_folders(split_folder(config.data_dir, config.train_split), mode)
-    held_out = split_folder(config.data_dir, config.val_split)
-    return train_set, class_folders(held_out, mode, train_set.classes)
-
-
-def augmentation(config: Config) -> dict[str, Any]:
-    """The options as arguments of timm's create_transform."""
-    if config.no_aug:
-        return {"no_aug": True}
-    return {
-        "scale": config.scale,
-        "ratio": config.ratio,
-        "hflip": config.hflip,
-        "vflip": config.vflip,
-        "color_jitter": config.color_jitter or None,
-        "auto_augment": config.aa,
-        "re_prob": config.reprob,
-        "re_mode": config.remode,
-        "interpolation": config.train_interpolation,
-    }
-
-
-def _checked(images: ImageSet, config: Config, progress: Progress) -> ImageSet:
+def _checked(images: Images, config: Config, progress: Progress) -> Images:
     """The images that can be decoded, in the way that the options say."""
+    assert isinstance(images, ImageSet)
     with progress.bar("checking images", len(images)) as bar:
         reasons = unreadable(images, os.cpu_count() or 1, lambda: bar.advance(1))
-    return without_unreadable(images, reasons, config.skip_unreadable, _log.warning)
+    return without_unreadable(images, reasons, config.skip_bad_images, _log.warning)
 
 
-def _resume(trainer: Trainer, path: Path, extras: dict[str, Any]) -> None:
+def _resume(trainer: Trainer, path: Path) -> None:
     """Put a trainer where a checkpoint stands, and say what differs."""
     content = checkpoint.read(path)
+    extras, position = trainer.extras, trainer.position
     classes = checkpoint.entry(content, "classes", path)
     if classes != extras["classes"]:
         raise ConfigError(f"{path} was trained on the classes {classes}, the data has {extras['classes']}.")
     trainer.restore(content, path)
-    for name, was in checkpoint.entry(content, "args", path).items():
-        if (now := trainer.config.plain().get(name)) != was and name not in ("output", "experiment", "overwrite"):
-            _log.warning("--%s was %s so far, is %s from here on", name.replace("_", "-"), was, now)
+    position = trainer.position
+    saved = checkpoint.entry(content, "args", path)
+    now = trainer.config.plain()
+    for name, was in saved.items():
+        if now.get(name) != was and name not in ("output", "experiment", "overwrite"):
+            _log.warning("--%s was %s so far, is %s from here on", name.replace("_", "-"), was, now.get(name))
     if (images := checkpoint.entry(content, "images", path)) != extras["images"]:
         _log.warning("the data had %d images so far, has %d from here on", images, extras["images"])
-    position = trainer.position
-    where = f"after epoch {position.epoch}" + (f" and {position.batch} steps" if position.batch else "")
+    processes = content.get("processes", 1)
+    if position.batch and (processes, saved["batch_size"]) != (trainer.world.size, now["batch_size"]):
+        seen = position.batch * processes * saved["batch_size"]
+        position.batch = seen // (trainer.world.size * now["batch_size"])
+        position.trained, position.loss_sum = 0, 0.0
+        _log.warning(
+            "%d images of the epoch were seen in %d processes, batches of %d; going on at batch %d of now",
+            seen, processes, saved["batch_size"], position.batch,
+        )  # fmt: skip
+    where = f"after epoch {position.epoch}" + (f" and {position.batch} batches" if position.batch else "")
     _log.info("%s %s: %s", "finished" if trainer.done else "continuing", where, path)
+
+
+def _step_on_noise(trainer: Trainer) -> None:
+    """One step on random images, to see that everything fits together."""
+    learner, batch = trainer.learner, trainer.config.batch_size
+    learner.task.train()
+    images = torch.rand(batch, *trainer.extras["data_config"]["input_size"], device=trainer.world.device)
+    targets = torch.randint(len(trainer.extras["classes"]), (batch,), device=trainer.world.device)
+    loss, norm = learner.gradients([(images, targets)] * trainer.config.grad_accum_steps, 0, 0)
+    learner.apply(0, 1)
+    _log.info(
+        "dry run: one step on random images has loss %.4f and gradient norm %.4g; nothing was written", loss, norm
+    )

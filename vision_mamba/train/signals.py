@@ -39,12 +39,9 @@ class StopSignals(contextlib.AbstractContextManager):
         self._restore()
 
     def until_asked(self, batches: Iterable[Any]) -> Iterator[Any]:
-        """The batches, as long as no signal asks to stop."""
+        """The batches; they end early where a signal ended the loading processes."""
         try:
-            for batch in batches:
-                if self.signum is not None:
-                    return
-                yield batch
-        except RuntimeError:  # the signal may have reached the loading processes as well
+            yield from batches
+        except RuntimeError:  # the signal may have reached them as well
             if self.signum is None:
                 raise

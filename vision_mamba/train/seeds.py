@@ -1,0 +1,38 @@
+"""Random numbers as a function of where a run stands, so that no generator's state has to be carried along."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+
+
+def seed_step(*key: int) -> None:
+    """Set every random number generator by a key, such as (seed, process, epoch, batch)."""
+    torch_ = _seed_cpu(*key)
+    if torch.cuda.is_initialized():
+        torch.cuda.manual_seed(torch_)
+
+
+def _seed_cpu(*key: int) -> int:
+    python, numpy, torch_ = np.random.SeedSequence(key).generate_state(3).tolist()
+    random.seed(python)
+    np.random.seed(numpy)
+    torch.random.default_generator.manual_seed(torch_)
+    return torch_
+
+
+@contextlib.contextmanager
+def seeded(*key: int) -> Iterator[None]:
+    """Draw random numbers on the CPU as a function of the key alone; outside, nothing is drawn."""
+    before = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    _seed_cpu(*key)
+    try:
+        yield
+    finally:
+        random.setstate(before[0])
+        np.random.set_state(before[1])
+        torch.set_rng_state(before[2])
