@@ -143,7 +143,7 @@ def efficientvmamba_base(pretrained: bool = False, **kwargs: Any) -> VMamba:
 @register_model
 def test_efficientvmamba(pretrained: bool = False, **kwargs: Any) -> VMamba:
     """An EfficientVMamba small enough for tests."""
-    model_args = dict(_ARCHITECTURE, dims=(16, 24, 32, 48), depths=(1, 1, 2, 1), d_state=4)
+    model_args = dict(_ARCHITECTURE, dims=(16, 24, 32, 48), depths=(1, 1, 1, 1), d_state=4)
     return _create("test_efficientvmamba", pretrained, **dict(model_args, **kwargs))
 
 
