@@ -1,0 +1,106 @@
+"""Train an object detector on data in the format of COCO, on one device or by torchrun on several; --help shows how."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import shlex
+import sys
+from pathlib import Path
+
+from rich.console import Console
+
+from vision_mamba.detection.engine import Position
+from vision_mamba.detection.options import Config, parse
+from vision_mamba.detection.run import prepare, train
+from vision_mamba.provenance import provenance
+from vision_mamba.train import checkpoint
+from vision_mamba.train import model as models
+from vision_mamba.train.errors import ConfigError, Interrupted, TrainError
+from vision_mamba.train.parallel import World, world_on
+from vision_mamba.train.progress import Progress, logging_to
+
+_log = logging.getLogger("vision_mamba.detection")
+
+
+def main(argv: list[str]) -> int:
+    console = Console(stderr=True)
+    with contextlib.ExitStack() as stack:
+        try:
+            config = parse(argv, checkpoint.options)
+            world = stack.enter_context(world_on(models.device(config.device)))
+            begin_from = _together(config, world)
+        except TrainError as error:
+            sys.stderr.write(f"error: {error}\n")
+            return status_of(error)
+        quiet = not world.primary
+        file = None if quiet else config.run_dir / "train.log"
+        stack.enter_context(logging_to(Console(quiet=True) if quiet else console, file))
+        progress = Progress(Console(quiet=True) if quiet else console, config.log_interval)
+        try:
+            result = train(config, begin_from, progress, world)
+        except Interrupted as stopped:
+            command = ["python", sys.argv[0], "--resume", stopped.checkpoint]
+            _log.warning("%s\ncontinue with: %s", stopped, shlex.join(command))
+            return status_of(stopped)
+        except TrainError as error:
+            _log.error("error: %s", error)
+            return status_of(error)
+        except KeyboardInterrupt:
+            _log.error("stopped before the first step, or a second time; what was saved before is untouched")
+            return 130
+        if world.primary:
+            report(config, result, world)
+    return 0
+
+
+def _together(config: Config, world: World) -> Path | None:
+    """Where all processes begin, as the first one finds it.
+
+    Raises: ConfigError, in all of them.
+    """
+    found: Path | ConfigError | None = None
+    if world.primary:
+        try:
+            found = prepare(config)
+        except ConfigError as error:
+            found = error
+    found = world.told(found)
+    if isinstance(found, ConfigError):
+        raise found
+    return found
+
+
+def report(config: Config, result: Position, world: World) -> None:
+    """Say the figures, and put them on record if that is asked for."""
+    for name, value in result.measured.items():
+        if value is not None:
+            sys.stdout.write(f"{name} {value:.4f}\n")
+    if config.record is None:
+        return
+    line = provenance(world.device) | {
+        "case": config.run_dir.name,
+        "model": config.model,
+        "detector": config.detector,
+        "processes": world.size,
+        "epochs": config.epochs,
+        "steps": result.steps,
+        "batch_size": config.batch_size,
+        "seed": config.seed,
+        **result.measured,
+        "seconds": round(result.seconds, 1),
+    }
+    with open(config.record, "a", encoding="utf-8") as file:
+        file.write(json.dumps(line) + "\n")
+
+
+def status_of(error: TrainError) -> int:
+    """The exit status that --help promises."""
+    if isinstance(error, Interrupted):
+        return 128 + error.signum
+    return 2 if isinstance(error, ConfigError) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
