@@ -20,11 +20,10 @@ from torch import Tensor, nn
 from tests import golden
 from tests.tolerances import LOGITS
 from vision_mamba.layers import BiMamba
-from vision_mamba.layers.bimamba import conv_both_ways
 from vision_mamba.layers.tokens import rotation
 from vision_mamba.models import vim
 from vision_mamba.models.vim import VisionMamba, checkpoint_filter_fn, published_names, to_published
-from vision_mamba.ops import selective_scan
+from vision_mamba.ops import conv_both_ways, selective_scan
 
 FIXTURES = Path(__file__).parent / "fixtures"
 FULL = ["vim_tiny"]  # all 24 blocks at 224 pixels

@@ -3,36 +3,29 @@
 import math
 
 import torch
-import torch.nn.functional as F
+from timm.layers import register_notrace_function
 from torch import Tensor, nn
 
 from vision_mamba import scans
 from vision_mamba.layers.init import init_a_log_, init_dt_bias_, init_dt_weight_
 from vision_mamba.layers.scan import SelectiveScan
+from vision_mamba.ops.conv import conv_both_ways, gated, plain_conv_both_ways, plain_gated
 
 
-def conv_both_ways(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """Depthwise convolution and SiLU along a sequence, causal from its start and causal from its end.
+@torch.fx.wrap
+@register_notrace_function
+def _convolved(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    if torch.jit.is_scripting():
+        return plain_conv_both_ways(x, weight, bias)
+    return conv_both_ways(x, weight, bias)
 
-    With W taps and zeros outside of the sequence:
-        y_t0 = silu(bias_0 + sum_j weight_0j x_{t-(W-1)+j})          y_t1 = silu(bias_1 + sum_j weight_1j x_{t+(W-1)-j})
 
-    The second is what a causal convolution gives on the reversed sequence, reversed back; nothing is reversed here.
-
-    Args:
-        x: (B, L, D) tokens.
-        weight: (2, D, W) taps of each way, the last one on the token itself.
-        bias: (2, D).
-
-    Returns: (B, L, 2, D), contiguous.
-    """
-    length, channels, taps = x.shape[1], weight.shape[1], weight.shape[2]
-    x = x.transpose(1, 2).contiguous()
-    # Padded on both sides, a convolution gives W - 1 elements too many: at the end of the one way, at the start of the
-    # other, whose taps come in reverse.
-    y0 = F.conv1d(x, weight[0].unsqueeze(1), bias[0], padding=taps - 1, groups=channels)[..., :length]
-    y1 = F.conv1d(x, weight[1].flip(-1).unsqueeze(1), bias[1], padding=taps - 1, groups=channels)[..., taps - 1 :]
-    return F.silu(torch.stack((y0.transpose(1, 2), y1.transpose(1, 2)), 2))
+@torch.fx.wrap
+@register_notrace_function
+def _gated(y: Tensor, z: Tensor) -> Tensor:
+    if torch.jit.is_scripting():
+        return plain_gated(y, z)
+    return gated(y, z)
 
 
 class RouteMamba(nn.Module):
@@ -100,7 +93,7 @@ class RouteMamba(nn.Module):
 class BiMamba(RouteMamba):
     """Mix tokens by two selective state-space models, one read forwards and one backwards, that share both projections.
 
-    With (x, z) the halves of in_proj(u), u_k = conv_k(x) as in `conv_both_ways`, (r_k, B_k, C_k) = X_k u_k per token:
+    With (x, z) the halves of in_proj(u), u = `ops.conv_both_ways`(x), (r_k, B_k, C_k) = X_k u_k per token:
         y = out_proj(silu(z) * sum_k scan_k(u_k, W_k r_k + b_k, A_k, B_k, C_k, D_k) [/ 2])
 
     The published code gates either way with its own order of z. That is the same gate in token order, so it gates the
@@ -141,9 +134,9 @@ class BiMamba(RouteMamba):
     def forward(self, x: Tensor, height: int = 1, width: int = 0) -> Tensor:
         """The grid that the tokens form is of no matter here: both ways are along the sequence."""
         x, z = self.in_proj(x).chunk(2, -1)
-        x = conv_both_ways(x, self.conv_weight, self.conv_bias)
+        x = _convolved(x, self.conv_weight, self.conv_bias)
         dt, B, C = self.columns(x)
         A = -torch.exp(self.A_log)
         C, D = C * self.scale, self.D * self.scale
         y = self.scan(x, dt, A, B, C, D, self.dt_weight, self.dt_bias, 1, x.shape[1])
-        return self.out_proj(y * F.silu(z))
+        return self.out_proj(_gated(y, z))

@@ -6,12 +6,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.layers import LayerNorm
 from torch import Tensor, nn
 
 from vision_mamba import scans
 from vision_mamba.layers.init import init_a_log_, init_dt_bias_, init_dt_weight_
 from vision_mamba.layers.local import RouteAttention
+from vision_mamba.layers.norm import LayerNorm, before_product
 from vision_mamba.layers.scan import DualScan, SelectiveScan
 
 
@@ -94,7 +94,7 @@ class SS2D(nn.Module):
         self.attn: nn.Module | None = None
         if route_attention:
             self.attn = RouteAttention(d_inner, scan_order, published_quirks=published_quirks, **dd)
-        self.out_norm = LayerNorm(d_inner, eps=norm_eps, **dd)
+        self.out_norm = before_product(LayerNorm(d_inner, eps=norm_eps, **dd))
         self.out_proj = nn.Linear(d_inner, dim, bias=False, **dd)
         self.proj_drop = nn.Dropout(proj_drop)
         self.reset_parameters()
@@ -147,12 +147,11 @@ class SS2D(nn.Module):
         if self.norm_columns:
             columns = F.rms_norm(columns, [columns.shape[-1]], None, 1e-5)  # in float32 inside
         dt, B, C = columns.split([self.dt_rank, self.d_state, self.d_state], dim=-1)  # (B, L, K, .)
-        # Under autocast the norm computes in float32: taking the sum of the routes so saves a cast, and a float16
-        # overflow.
+        # In float16 the sum of the routes could overflow before the norm.
+        out_dtype = self.out_norm.weight.dtype if x.dtype == torch.float16 else x.dtype
         y = self._scan_routes(
-            x, dt, B, C if self.scale == 1.0 else C * self.scale, height, width, self.attn is None,
-            self.out_norm.weight.dtype,
-        )  # fmt: skip
+            x, dt, B, C if self.scale == 1.0 else C * self.scale, height, width, self.attn is None, out_dtype
+        )
         if self.attn is not None:
             y = self.attn(y, height, width)
         y = self.out_norm(y).unflatten(1, (height, width))

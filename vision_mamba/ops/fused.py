@@ -1,0 +1,103 @@
+"""Small neighbours of the scans: functions in plain torch, with kernels that do the same in one pass where they can."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from vision_mamba.ops.operator import _as_in_memory
+from vision_mamba.ops.registry import forced
+
+Tensors = tuple[Tensor | None, ...]
+
+
+class Kernels(NamedTuple):
+    """What replaces a plain function of tensors and options.
+
+    Args:
+        refuses: (tensors, options) -> whether the kernels cannot do this call.
+        forward: (tensors, options) -> the results, and what backward needs of tensors.
+        backward: (kept tensors, options, gradients of the results) -> gradients of the tensors.
+    """
+
+    refuses: Callable[[Tensors, dict[str, Any]], bool]
+    forward: Callable[[Tensors, dict[str, Any]], tuple[tuple[Tensor, ...], Tensors]]
+    backward: Callable[[Tensors, dict[str, Any], Tensors], Tensors]
+
+
+class Fused:
+    """A function in plain torch, run by kernels in eager mode on GPUs.
+
+    Whoever looks inside, be it torch.compile, an exporter, a tracer or a transform, sees plain torch, from which a
+    compiler makes as good a kernel together with the neighbours'. Plain torch also takes the calls that the kernels
+    refuse, and all of them while `use_backend` names a backend of plain torch: the two are the same function.
+
+    Args:
+        name: what errors call it.
+        plain: the function.
+        kernels: makes its kernels, when first needed.
+        compiled: the same function in another form, of which compilers make more on GPUs.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        plain: Callable[..., Any],
+        kernels: Callable[[], Kernels],
+        compiled: Callable[..., Any] | None = None,
+    ) -> None:
+        self.name, self.plain, self.compiled, self._make_kernels = name, plain, compiled or plain, kernels
+        self._kernels: Kernels | None = None
+
+    def __call__(self, *tensors: Tensor | None, **options: Any) -> Any:
+        if torch.compiler.is_compiling() and tensors[0] is not None and tensors[0].is_cuda:
+            return self.compiled(*tensors, **options)
+        if not _by_kernels(tensors):
+            return self.plain(*tensors, **options)
+        if self._kernels is None:
+            self._kernels = self._make_kernels()
+        if self._kernels.refuses(tensors, options):
+            return self.plain(*tensors, **options)
+        if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+            results = _Run.apply(self._kernels, self.name, options, *tensors)
+        else:
+            results = self._kernels.forward(tensors, options)[0]
+        return results[0] if len(results) == 1 else results
+
+
+def _by_kernels(tensors: Tensors) -> bool:
+    """Whether these are plain tensors on one GPU that nobody but autograd is watching."""
+    first = tensors[0]
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or first is None or not first.is_cuda:
+        return False
+    return (
+        forced() in (None, "cuda", "triton")
+        and torch._C._len_torch_dispatch_stack() == 0
+        and torch._C._functorch.peek_interpreter_stack() is None
+        and all(t is None or (t.device == first.device and _as_in_memory(t)) for t in tensors)
+    )
+
+
+class _Run(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, kernels: Kernels, name: str, options: dict[str, Any], *tensors: Tensor | None) -> Any:
+        results, kept = kernels.forward(tensors, options)
+        ctx.kernels, ctx.name, ctx.options = kernels, name, options
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*kept)
+        return results
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> Any:
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                f"{ctx.name}: second derivatives are taken by plain torch alone; run the forward pass under "
+                f"vision_mamba.ops.use_backend('eager')."
+            )
+        if all(grad is None for grad in grads):
+            return (None,) * len(ctx.needs_input_grad)
+        found = ctx.kernels.backward(ctx.saved_tensors, ctx.options, grads)
+        return None, None, None, *found
