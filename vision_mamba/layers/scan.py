@@ -156,9 +156,18 @@ class DualScan(RouteScan):
 
 
 def _plain_table(like: Tensor, order: str, height: int, width: int, class_token: int) -> Tensor:
+    if torch.compiler.is_exporting() and any(isinstance(side, torch.SymInt) for side in (height, width)):
+        raise ValueError(
+            f"exportable=True: the scan in plain torch is laid out for one grid of tokens, got ({height}, {width}) with "
+            f"a side that may vary; export with fixed height and width, or build the model without exportable=True."
+        )
     # Tracers hand sizes over that are none; here they become those of the example.
     routes = [route(int(height), int(width)) for route in scans.get(order).routes]
     return stack(routes, None if int(class_token) < 0 else int(class_token)).to(like.device)
+
+
+def _plain_visits(like: Tensor, order: str, height: int, width: int) -> Tensor:
+    return all_visits(scans.get(order).routes, int(height), int(width)).to(like.device)
 
 
 def _plain_scan(
