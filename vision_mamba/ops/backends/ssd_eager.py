@@ -39,7 +39,8 @@ def forward(call: SsdCall, save: bool = False) -> tuple[Tensor, Tensor, Tensor]:
     Returns: y, the last state or an empty tensor, and an empty tensor (nothing is kept for backward).
     """
     u, s, B, C = ssd_reference.prepare(call)
-    h = ssd_reference.start(call, u)
+    # None and not zeros: those would have the batch that a tracer has seen.
+    h = None if call.initial_state is None else ssd_reference.start(call, u)
     with without_autocast(u.device):
         y, h = (_chunked if call.causal else _summed)(call, u, s, B, C, h)
     y = ssd_reference.finish(call, y, u)
@@ -51,7 +52,7 @@ def _by_group(t: Tensor, groups: int) -> Tensor:
     return t.unflatten(3, (groups, -1))
 
 
-def _chunked(call: SsdCall, u: Tensor, s: Tensor, B: Tensor, C: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+def _chunked(call: SsdCall, u: Tensor, s: Tensor, B: Tensor, C: Tensor, h: Tensor | None) -> tuple[Tensor, Tensor]:
     """Letters of the subscripts: c chunk, i j steps in it, k route, g group, r head in it, p channel, n state."""
     chunk = min(call.chunk or CHUNK, call.steps)
     a = s * call.A.to(s.dtype)
@@ -62,28 +63,31 @@ def _chunked(call: SsdCall, u: Tensor, s: Tensor, B: Tensor, C: Tensor, h: Tenso
     )
     u, a, B, C = (t.unflatten(1, (-1, chunk)) for t in (u, a, B, C))
     u = u.unflatten(4, (call.groups, -1))  # (B, c, T, K, G, R, P)
-    a = a.unflatten(4, (call.groups, -1)).movedim(2, -1)  # (B, c, K, G, R, T)
+    a = a.unflatten(4, (call.groups, -1)).movedim(2, 5)  # (B, c, K, G, R, T)
     inside = segment_decays(a)  # (B, c, K, G, R, T, T)
     scores = torch.einsum("bcikgn,bcjkgn->bckgij", C, B).unsqueeze(4) * inside
     y = torch.einsum("bckgrij,bcjkgrp->bcikgrp", scores, u)
     # The last row: from each step to the end of the chunk.
     written = torch.einsum("bcjkgn,bckgrj,bcjkgrp->bckgrpn", B, inside[..., -1, :], u)
     since = a.cumsum(-1).exp()  # (B, c, K, G, R, T), from the start of the chunk through each step
-    h = h.unflatten(2, (call.groups, -1)).unsqueeze(1)
     decay = since[..., -1, None, None]
-    first = torch.addcmul(written[:, :1], decay[:, :1], h)
-    after = linear_scan(decay, torch.cat((first, written[:, 1:]), 1))  # states after each chunk
-    before = torch.cat((h, after[:, :-1]), 1)
+    if h is not None:
+        h = h.unflatten(2, (call.groups, -1)).unsqueeze(1)
+        written = torch.cat((torch.addcmul(written[:, :1], decay[:, :1], h), written[:, 1:]), 1)
+    after = linear_scan(decay, written)  # states after each chunk
+    before = F.pad(after, (0, 0) * (after.dim() - 2) + (1, 0))[:, :-1]
+    if h is not None:
+        before = torch.cat((h, before[:, 1:]), 1)
     carried = torch.einsum("bcikgn,bckgrpn->bcikgrp", C, before)
-    y = y + carried * since.movedim(-1, 2).unsqueeze(-1)
+    y = y + carried * since.movedim(5, 2).unsqueeze(-1)
     y = y.flatten(4, 5).flatten(1, 2)[:, : call.steps]
     return y, after[:, -1].flatten(2, 3)
 
 
-def _summed(call: SsdCall, u: Tensor, s: Tensor, B: Tensor, C: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+def _summed(call: SsdCall, u: Tensor, s: Tensor, B: Tensor, C: Tensor, h: Tensor | None) -> tuple[Tensor, Tensor]:
     """Not causal: one state of all tokens, read by all of them."""
     weighted = _by_group(u * (-s * call.A.to(s.dtype)).unsqueeze(-1), call.groups)
     written = torch.einsum("bskgn,bskgrp->bkgrpn", B, weighted).flatten(2, 3)
-    h = h + written
+    h = written if h is None else h + written
     y = torch.einsum("bskgn,bkgrpn->bskgrp", C, h.unflatten(2, (call.groups, -1)))
     return y.flatten(3, 4), h
