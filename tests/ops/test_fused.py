@@ -2,44 +2,37 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tests.ops import fused_cases
 from vision_mamba import ops
 from vision_mamba.ops import conv
 from vision_mamba.ops.fused import Fused
 
-HERE = Path(__file__).parent
 
-
-def test_in_interpreter() -> None:
-    pytest.importorskip("triton")
-    env = os.environ | {"TRITON_INTERPRET": "1"}
-    command = [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", str(HERE / "fused_interpreted.py")]
-    done = subprocess.run(command, env=env, cwd=HERE.parents[1], capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", [*fused_cases.CASES, *fused_cases.LARGE])
+def test_on_gpu(name: str) -> None:
+    fused_cases.check((fused_cases.CASES | fused_cases.LARGE)[name](), "cuda")
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("name", ["small", "large"])
-def test_on_gpu(name: str) -> None:
-    from tests.ops.fused_cases import CASES, LARGE, check
-
-    torch.manual_seed(0)
-    for make in (CASES if name == "small" else LARGE).values():
-        check(make(), "cuda")
+def test_what_kernels_refuse_is_plain_torch() -> None:
+    wide = torch.randn(2, 1030, device="cuda")
+    weight, bias = torch.rand(1030, device="cuda"), torch.randn(1030, device="cuda")
+    assert torch.equal(ops.normed(wide, weight, bias), F.layer_norm(wide, (1030,), weight, bias))
+    z = torch.randn(4, 3, 2, device="cuda").transpose(0, 2)
+    assert torch.equal(ops.gated(z, z), z * F.silu(z))
+    none = torch.empty(0, 5, 8, device="cuda")
+    assert ops.conv_both_ways(none, torch.ones(2, 8, 4, device="cuda"), torch.ones(2, 8, device="cuda")).numel() == 0
 
 
 @pytest.mark.gpu
 def test_runs_kernels_in_eager_mode_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    from vision_mamba.ops.backends import conv_triton
+    from vision_mamba.ops.backends import rows_cuda
 
     x = torch.randn(2, 9, 32, device="cuda", requires_grad=True)
     weight, bias = torch.randn(2, 32, 4, device="cuda"), torch.randn(2, 32, device="cuda")
@@ -53,7 +46,7 @@ def test_runs_kernels_in_eager_mode_alone(monkeypatch: pytest.MonkeyPatch) -> No
     with pytest.raises(RuntimeError, match=r"conv_both_ways: second derivatives.*use_backend"):
         torch.autograd.grad(y.sum(), x, create_graph=True)
     with ops.use_backend("eager"):
-        monkeypatch.setattr(conv_triton, "conv_forward", None)
+        monkeypatch.setattr(rows_cuda, "_conv_forward", None)
         torch.testing.assert_close(ops.conv_both_ways(x, weight, bias), exact)
 
 

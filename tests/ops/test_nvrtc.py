@@ -12,14 +12,15 @@ from pathlib import Path
 import pytest
 
 from vision_mamba.ops.backends import cuda_kernels as kernels
-from vision_mamba.ops.backends import nvrtc
+from vision_mamba.ops.backends import nvrtc, rows_cuda
 
 pytestmark = pytest.mark.skipif(nvrtc.missing() is not None, reason=str(nvrtc.missing()))
 
 ARCHITECTURES = (80, 90, 100, 120)
 
-#: Bytes of registers that may spill to memory, by kernel; measured, and to be lowered where a change allows it.
-SPILLS = dict(wide_forward=40, wide_backward=32, narrow_forward=0, narrow_backward=128, finish=0, merge=0)
+#: Bytes of registers that may spill to memory, by kernel, 0 for others; measured, and to be
+#: lowered where a change allows it.
+SPILLS = dict(wide_forward=40, wide_backward=32, narrow_backward=128)
 
 
 @pytest.fixture
@@ -30,7 +31,9 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     nvrtc.cache_dir.cache_clear()
 
 
-@pytest.mark.parametrize("wanted", kernels.SHIPPED, ids=lambda s: "-".join((s.name, *dict(s.macros).values())))
+@pytest.mark.parametrize(
+    "wanted", kernels.SHIPPED + rows_cuda.SHIPPED, ids=lambda s: "-".join((s.name, *dict(s.macros).values()))
+)
 def test_nvrtc_compiles_every_shipped_kernel(wanted: nvrtc.Specialisation) -> None:
     known = [a for a in ARCHITECTURES if a in nvrtc.known_architectures()]
     with ThreadPoolExecutor(2) as pool:
@@ -40,7 +43,7 @@ def test_nvrtc_compiles_every_shipped_kernel(wanted: nvrtc.Specialisation) -> No
         assert code[:4] == b"\x7fELF"
         assert re.search(rf"{wanted.name}' for 'sm_{architecture}", report)
         spilled = sum(int(n) for n in re.findall(r"(\d+) bytes spill stores", report))
-        assert "spill stores" in report and spilled <= SPILLS[wanted.name], f"sm_{architecture}: {spilled} bytes"
+        assert "spill stores" in report and spilled <= SPILLS.get(wanted.name, 0), f"sm_{architecture}: {spilled} bytes"
 
 
 MERGE = kernels.merge("Float", "Half", 4)
@@ -107,7 +110,7 @@ def test_nvrtc_error_names_the_kernel() -> None:
 
 
 def test_nvrtc_parameters_are_read_from_the_source() -> None:
-    names = nvrtc.field_names()
+    names = nvrtc.field_names("params.cuh")
     assert names[0] == "x" and names[-1] == "ddt_d" and len(set(names)) == len(names)
 
 

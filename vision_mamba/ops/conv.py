@@ -36,15 +36,15 @@ def plain_gated(y: Tensor, z: Tensor) -> Tensor:
 
 
 def _conv_kernels() -> Kernels:
-    from vision_mamba.ops.backends import conv_triton
+    from vision_mamba.ops.backends import rows_cuda
 
-    return conv_triton.CONV_BOTH_WAYS
+    return rows_cuda.CONV_BOTH_WAYS
 
 
 def _gate_kernels() -> Kernels:
-    from vision_mamba.ops.backends import conv_triton
+    from vision_mamba.ops.backends import rows_cuda
 
-    return conv_triton.GATED
+    return rows_cuda.GATED
 
 
 _fused_conv = Fused("conv_both_ways", plain_conv_both_ways, _conv_kernels, _shifted_conv_both_ways)

@@ -74,7 +74,7 @@ def _by_kernels(tensors: Tensors) -> bool:
     if torch.compiler.is_compiling() or torch.jit.is_tracing() or first is None or not first.is_cuda:
         return False
     return (
-        forced() in (None, "cuda", "triton")
+        forced() in (None, "cuda")
         and torch._C._len_torch_dispatch_stack() == 0
         and torch._C._functorch.peek_interpreter_stack() is None
         and all(t is None or (t.device == first.device and _as_in_memory(t)) for t in tensors)

@@ -29,9 +29,9 @@ def plain_normed(
 
 
 def _kernels() -> Kernels:
-    from vision_mamba.ops.backends import norm_triton
+    from vision_mamba.ops.backends import rows_cuda
 
-    return norm_triton.KERNELS
+    return rows_cuda.NORM
 
 
 _fused = Fused("normed", plain_normed, _kernels)

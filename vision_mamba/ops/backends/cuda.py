@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
-from array import array
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -14,10 +12,12 @@ from torch import Tensor
 from vision_mamba.ops.backends import cuda_kernels as kernels
 from vision_mamba.ops.backends import nvrtc
 from vision_mamba.ops.backends.cuda_kernels import TYPES, vector
+from vision_mamba.ops.backends.launch import Launch, on
 from vision_mamba.ops.call import GRADIENTS, ScanCall
 from vision_mamba.ops.contract import visits_all
 from vision_mamba.ops.registry import Backend
 
+_HEADER = "params.cuh"
 _SMALL = ("A", "D", "dt_weight", "dt_bias", "initial_state")  # the kernels take these in float32 and contiguous
 
 
@@ -66,40 +66,17 @@ def _narrow_chunk(call: ScanCall) -> tuple[int, int]:
     return kernels.narrow_chunk(call.steps, _max_warps(call))
 
 
-class _Launch(NamedTuple):
-    """A kernel with all that a shape decides; the addresses are filled in for each call."""
-
-    kernel: nvrtc.Kernel
-    grid: int
-    template: array[int]
-    threads: int = 0
-    more_shared: int = 0
-
-    def __call__(self, device: int, **addresses: Tensor | None) -> None:
-        params, slots = self.template[:], _slots()
-        for name, tensor in addresses.items():
-            if tensor is not None:
-                params[slots[name]] = tensor.data_ptr()
-        stream = torch._C._cuda_getCurrentRawStream(device)  # the public function makes an object each time
-        self.kernel.launch(self.grid, params, stream, self.threads, self.more_shared)
-
-
 class _Plan(NamedTuple):
-    scan: _Launch
+    scan: Launch
     merging: bool  # the kernel adds the routes up itself
     parts: torch.dtype | None  # type of the routes' shares that are added up afterwards, or None
-    edges: _Launch | None = None  # what goes before the scan where routes are taken in segments
+    edges: Launch | None = None  # what goes before the scan where routes are taken in segments
     segments: int = 1
-
-
-@functools.cache
-def _slots() -> dict[str, int]:
-    return {name: place for place, name in enumerate(nvrtc.field_names())}
 
 
 def _forward(call: ScanCall, save: bool) -> tuple[Tensor, Tensor, Tensor]:
     device = call.x.device.index
-    with _on(device):
+    with on(device):
         asked, call = call, _prepared(call)
         y, last = call.new_output(), call.new_last_state()
         saved = _new_saved(call) if save else None
@@ -127,7 +104,7 @@ def _forward(call: ScanCall, save: bool) -> tuple[Tensor, Tensor, Tensor]:
 
 def _backward(asked: ScanCall, saved: Tensor, dy: Tensor | None, dlast: Tensor | None) -> tuple[Tensor | None, ...]:
     device = asked.x.device.index
-    with _on(device):
+    with on(device):
         call = _prepared(asked)
         batch, tokens, routes, channels, states = call.batch, call.tokens, call.routes, call.channels, call.states
         dy = None if dy is None else dy.to(call.y_dtype)
@@ -295,11 +272,11 @@ def _narrow(call: ScanCall, complete: bool, merging: bool, view: Tensor, *across
 
 def _narrow_launch(
     wanted: nvrtc.Specialisation, call: ScanCall, fields: dict[str, int], merging: bool, device: int
-) -> _Launch:
+) -> Launch:
     warps, _ = _narrow_chunk(call)
     grid = call.batch * _narrow_blocks(call) * (1 if merging else call.routes)
     more = 4 * kernels.NARROW_CHANNELS * (call.tokens + call.tokens % 2) if merging else 0
-    return _Launch(nvrtc.kernel(wanted, device), grid, _template(fields), 32 * warps, more)
+    return Launch.of(wanted, device, grid, _HEADER, fields, 32 * warps, more)
 
 
 def _wide_plan(
@@ -316,11 +293,13 @@ def _wide_plan(
     blocks = call.batch * call.routes * ((call.channels + per_block - 1) // per_block)
     segments, per_segment = kernels.wide_segments(call.steps, blocks, room)
     if segments == 1:
-        return _Plan(_Launch(nvrtc.kernel(wanted(how), device), blocks, _template(fields)), False, parts)
-    template = _template(fields | dict(segments=segments, segment_tiles=per_segment))
-    edges, scan = (nvrtc.kernel(wanted(how._replace(part=part)), device) for part in (1, 2))
-    first = _Launch(edges, blocks * (segments - 1), template)
-    return _Plan(_Launch(scan, blocks * segments, template), False, parts, first, segments)
+        return _Plan(Launch.of(wanted(how), device, blocks, _HEADER, fields), False, parts)
+    fields |= dict(segments=segments, segment_tiles=per_segment)
+    edges, scan = (
+        Launch.of(wanted(how._replace(part=part)), device, blocks * count, _HEADER, fields)
+        for part, count in ((1, segments - 1), (2, segments))
+    )
+    return _Plan(scan, False, parts, edges, segments)
 
 
 def _new_edges(call: ScanCall, segments: int) -> dict[str, Tensor]:
@@ -340,14 +319,14 @@ def _merge(parts: Tensor, out: Tensor) -> None:
         run = next(n for n in (8, 4, 2, 1) if channels % n == 0)
         fields = dict(batch=batch, tokens=tokens, routes=routes, channels=channels)
         grid = (batch * tokens * (channels // run) + 255) // 256
-        kernel = nvrtc.kernel(kernels.merge(TYPES[parts.dtype], TYPES[out.dtype], run), device)
-        launch = _merges[key] = _Launch(kernel, grid, _template(fields))
+        wanted = kernels.merge(TYPES[parts.dtype], TYPES[out.dtype], run)
+        launch = _merges[key] = Launch.of(wanted, device, grid, _HEADER, fields)
     launch(device, x=parts, y=result)
     if result is not out:
         out.copy_(result)
 
 
-_merges: dict[Any, _Launch] = {}
+_merges: dict[Any, Launch] = {}
 
 
 def _finish(
@@ -371,9 +350,9 @@ def _finish(
         of_states = [batch * routes * call.steps] if states == 1 else 2 * [rows * states // state_run]
         fields = dict(batch=batch, tokens=tokens, routes=routes, channels=channels, steps=call.steps, tiles=tiles)
         types = (TYPES[call.dt.dtype], TYPES[dB.dtype], TYPES[dC.dtype])
-        kernel = nvrtc.kernel(kernels.finish(types, states, rank, run), device)
+        wanted = kernels.finish(types, states, rank, run)
         grid = sum((count + 255) // 256 for count in (sum(sizes), rows * rank // run, *of_states))
-        launch = _finishes[key] = _Launch(kernel, grid, _template(fields | dict(segments=segments)))
+        launch = _finishes[key] = Launch.of(wanted, device, grid, _HEADER, fields | dict(segments=segments))
     launch(
         device, indices=call.indices, ddt=ddt, sum_dB=dB, sum_dC=dC, sum_ddt=sum_ddt, sum_channels=of_channels, **parts
     )
@@ -385,7 +364,7 @@ def _finish(
     return found
 
 
-_finishes: dict[Any, _Launch] = {}
+_finishes: dict[Any, Launch] = {}
 
 
 def _new_parts(call: ScanCall, dtype: torch.dtype) -> Tensor:
@@ -402,12 +381,6 @@ def _like(gradient: Tensor | None, argument: Tensor | None) -> Tensor | None:
     if gradient.dtype == promised.dtype and gradient.stride() == promised.stride():
         return gradient
     return torch.empty_like(argument).copy_(gradient)
-
-
-def _on(device: int) -> contextlib.AbstractContextManager[Any]:
-    if device == torch.cuda.current_device():
-        return contextlib.nullcontext()
-    return torch.cuda.device(device)
 
 
 def _prepared(call: ScanCall) -> ScanCall:
@@ -468,10 +441,6 @@ def _sizes(call: ScanCall) -> dict[str, int]:
 def _strides(name: str, tensor: Tensor) -> dict[str, int]:
     axes = "blkn" if name in ("B", "C") else "blkd"
     return {f"{name}_{axis}": stride for axis, stride in zip(axes, tensor.stride(), strict=True)}
-
-
-def _template(fields: dict[str, int]) -> array[int]:
-    return array("q", [fields.get(name, 0) for name in nvrtc.field_names()])
 
 
 def _types(call: ScanCall) -> tuple[str, str, str, str]:

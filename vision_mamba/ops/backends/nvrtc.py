@@ -45,7 +45,7 @@ class Kernel(NamedTuple):
     shared: int  # bytes of dynamic shared memory a block takes at least
 
     def launch(self, grid: int, params: array[int], stream: int, threads: int = 0, more_shared: int = 0) -> None:
-        """Start it on the current device; `params` are the eight-byte fields of csrc/cuda/params.cuh in their order."""
+        """Start it on the current device; `params` are the eight-byte fields of its argument in their order."""
         pointers = array("Q", [params.buffer_info()[0]])
         threads, shared = threads or self.threads, self.shared + more_shared
         arguments = (self.handle, grid, 1, 1, threads, 1, 1, shared, stream, pointers.buffer_info()[0], 0)
@@ -96,11 +96,11 @@ def known_architectures() -> tuple[int, ...]:
 
 
 @functools.cache
-def field_names() -> tuple[str, ...]:
-    """Names of the fields of struct Params, in order: csrc/cuda/params.cuh is where they are defined."""
-    lines = (source_dir() / "cuda" / "params.cuh").read_text().splitlines()
-    code = [line.split("//")[0].strip() for line in lines]
-    return tuple(line.rstrip(";").split()[-1] for line in code if line.endswith(";") and line != "};")
+def field_names(header: str) -> tuple[str, ...]:
+    """Names of the fields of the struct of arguments that a header of csrc/cuda defines, in order."""
+    code = (source_dir() / "cuda" / header).read_text().split("struct ")[1].split("};")[0]
+    lines = [line.split("//")[0].strip() for line in code.splitlines()]
+    return tuple(line.rstrip(";").split()[-1] for line in lines if line.endswith(";"))
 
 
 @functools.cache

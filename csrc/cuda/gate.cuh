@@ -1,0 +1,38 @@
+// gate.cuh: y = x silu(z), or, with BACKWARD, dx and dz from dy. Rows of x and z may lie further apart than they are long.
+// Grid: one thread = kRun neighbouring channels of a row.
+#include "rows.cuh"
+
+constexpr bool kBackward = BACKWARD;
+
+extern "C" __device__ int launch_shape[2] = {256, 0};
+
+extern "C" __global__ void __launch_bounds__(256) gate(const __grid_constant__ Rows p) {
+    const long long runs = p.channels / kRun, i = blockIdx.x * 256ll + threadIdx.x, row = i / runs;
+    if (row >= p.batch) return;
+    const long long channel = i % runs * kRun;
+    Pack<X_TYPE, kRun> x;
+    Pack<B_TYPE, kRun> z;
+    load<true>(x, (const X_TYPE*)p.x + row * p.x_l + channel, 1, kRun);
+    load<true>(z, (const B_TYPE*)p.z + row * p.z_l + channel, 1, kRun);
+    float out[2][kRun];
+    if constexpr (kBackward) {
+        Pack<Y_TYPE, kRun> dy;
+        load<true>(dy, (const Y_TYPE*)p.dy + i * kRun, 1, kRun);
+#pragma unroll
+        for (int j = 0; j < kRun; ++j) {
+            const float v = z.get(j), s = sigmoid(v);
+            out[0][j] = dy.get(j) * v * s, out[1][j] = dy.get(j) * x.get(j) * silu_slope(v, s);
+        }
+        Pack<X_TYPE, kRun> dx;
+        Pack<B_TYPE, kRun> dz;
+        dx.set(out[0]), dz.set(out[1]);
+        store<true>(dx, (X_TYPE*)p.dx + i * kRun, 1, kRun);
+        store<true>(dz, (B_TYPE*)p.dz + i * kRun, 1, kRun);
+    } else {
+        Pack<Y_TYPE, kRun> y;
+#pragma unroll
+        for (int j = 0; j < kRun; ++j) out[0][j] = x.get(j) * z.get(j) * sigmoid(z.get(j));
+        y.set(out[0]);
+        store<true>(y, (Y_TYPE*)p.y + i * kRun, 1, kRun);
+    }
+}

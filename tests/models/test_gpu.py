@@ -1,0 +1,62 @@
+"""Every family on a GPU: the logits and gradients of the CPU, half precision without NaN, CUDA graphs."""
+
+from __future__ import annotations
+
+import pytest
+import timm
+import torch
+
+from tests.registered import SMALL
+from tests.tolerances import LOGITS
+
+pytestmark = pytest.mark.gpu
+
+
+def step(model: torch.nn.Module, images: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    logits = model(images)
+    loss = (logits.float() * torch.linspace(-1, 1, logits.shape[-1], device=logits.device)).sum()
+    return logits, list(torch.autograd.grad(loss, list(model.parameters())))
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_equals_the_cpu(name: str) -> None:
+    torch.manual_seed(0)
+    model = timm.create_model(name, num_classes=5).eval()
+    images = torch.randn(2, 3, *model.default_cfg["input_size"][1:])
+    logits, grads = step(model, images)
+    found, found_grads = step(model.cuda(), images.cuda())
+    assert (found.cpu() - logits).abs().max() <= LOGITS * logits.abs().max()
+    scale = max(grad.norm() for grad in grads)
+    for (parameter, _), grad, other in zip(model.named_parameters(), grads, found_grads, strict=True):
+        assert (other.cpu() - grad).norm() <= 1e-3 * max(grad.norm(), 1e-3 * scale), parameter
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", SMALL)
+def test_half_precision_is_close(name: str, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    model = timm.create_model(name, num_classes=5).cuda().eval()
+    images = torch.randn(4, 3, *model.default_cfg["input_size"][1:], device="cuda")
+    exact, _ = step(model, images)
+    with torch.autocast("cuda", dtype):
+        logits, grads = step(model, images)
+    assert (logits - exact).norm() <= 0.05 * exact.norm()
+    assert all(grad.isfinite().all() for grad in grads)
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_is_captured_in_a_graph(name: str) -> None:
+    torch.manual_seed(0)
+    model = timm.create_model(name, num_classes=5).cuda().eval()
+    images = torch.randn(2, 3, *model.default_cfg["input_size"][1:], device="cuda")
+    with torch.no_grad():
+        stream = torch.cuda.Stream()
+        with torch.cuda.stream(stream):
+            expected = model(images)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            logits = model(images)
+        logits.zero_()
+        graph.replay()
+    assert torch.equal(logits, expected)

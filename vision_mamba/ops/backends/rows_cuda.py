@@ -1,0 +1,280 @@
+"""The CUDA C++ kernels beside the scans, which go through rows of channels: norms, Vim's convolution, its gate."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vision_mamba.ops.backends import nvrtc
+from vision_mamba.ops.backends.cuda import _multiprocessors, _unavailable
+from vision_mamba.ops.backends.cuda_kernels import TYPES, vector
+from vision_mamba.ops.backends.launch import Launch, on
+from vision_mamba.ops.fused import Kernels, Tensors
+
+MAX_WIDTH = 1024  # channels of a norm's row, which a group of lanes holds in registers
+TAPS = 4  # of the convolution; fewer are filled up with zeros
+_HEADER = "rows.cuh"
+_RING = 7  # tokens that a thread of the convolution takes together
+
+Macros = dict[str, Any]
+
+
+def _kernel(name: str, types: dict[str, torch.dtype], macros: Macros) -> nvrtc.Specialisation:
+    """Types of x, of what comes beside it, and of y."""
+    named = {key: TYPES[value] for key, value in types.items()}
+    named = dict(X_TYPE="Float", DT_TYPE="Float", B_TYPE="Float", C_TYPE="Float", Y_TYPE="Float") | named
+    values = {key: str(value).lower() if isinstance(value, bool) else str(value) for key, value in macros.items()}
+    return nvrtc.Specialisation(name, (*named.items(), *values.items()))
+
+
+def norm(
+    forward: bool,
+    x: torch.dtype,
+    branch: torch.dtype | None,
+    y: torch.dtype,
+    width: int,
+    rms: bool,
+    eps: float,
+    run: int,
+) -> nvrtc.Specialisation:
+    """A norm over rows of `width` channels; a backward pass writes the branch's gradient if its type is not x's."""
+    macros = dict(WIDTH=width, RUN=run, LANES=norm_lanes(width, run), RMS=rms, BRANCH=branch is not None)
+    types = dict(X_TYPE=x, B_TYPE=branch or x, Y_TYPE=y)
+    return _kernel("norm_forward" if forward else "norm_backward", types, macros | dict(EPSILON=f"{eps!r}f"))
+
+
+def norm_lanes(width: int, run: int) -> int:
+    """Lanes of a row: a power of two that leaves each at least three runs, if there are as many."""
+    runs = (width + run - 1) // run
+    return min(32, 1 << max(0, (runs // 3).bit_length() - 1))
+
+
+def convolution(forward: bool, x: torch.dtype, run: int) -> nvrtc.Specialisation:
+    return _kernel("conv_forward" if forward else "conv_backward", dict(X_TYPE=x), dict(RUN=run))
+
+
+def gate(forward: bool, y: torch.dtype, z: torch.dtype, out: torch.dtype, run: int) -> nvrtc.Specialisation:
+    return _kernel("gate", dict(X_TYPE=y, B_TYPE=z, Y_TYPE=out), dict(RUN=run, BACKWARD=not forward))
+
+
+_HALF, _FULL = torch.bfloat16, torch.float32
+
+#: What the published models run under autocast: compiled for every architecture by the tests.
+SHIPPED = (
+    *(norm(forward, _FULL, None, _HALF, 96, False, 1e-5, 4) for forward in (True, False)),
+    *(norm(forward, _FULL, _HALF, _HALF, 768, False, 1e-5, 4) for forward in (True, False)),
+    *(norm(forward, _FULL, None, _HALF, 384, True, 1e-5, 4) for forward in (True, False)),
+    *(convolution(forward, _HALF, 2) for forward in (True, False)),
+    *(gate(forward, _HALF, _HALF, _HALF, 8) for forward in (True, False)),
+)
+
+
+@functools.cache
+def _launch(wanted: nvrtc.Specialisation, device: int, grid: int, fields: tuple[tuple[str, int], ...]) -> Launch:
+    return Launch.of(wanted, device, grid, _HEADER, dict(fields))
+
+
+def _start(wanted: nvrtc.Specialisation, grid: int, fields: dict[str, int], **addresses: Tensor | None) -> None:
+    device = addresses["x"].device.index  # type: ignore[union-attr]
+    with on(device):
+        _launch(wanted, device, grid, tuple(fields.items()))(device, **addresses)
+
+
+def _run(most: int, *tensors: Tensor | None) -> int:
+    """The longest run of neighbouring channels up to `most` that all tensors can be read and written in."""
+    run = most
+    while run > 1 and not vector(run, *tensors):
+        run //= 2
+    return run
+
+
+def _unfit(*tensors: Tensor | None) -> bool:
+    """Whether kernels cannot take these: no NVRTC, nothing to do, or float64."""
+    first = tensors[0]
+    assert first is not None
+    if _unavailable(first.device) is not None or first.numel() == 0:
+        return True
+    return any(t is not None and t.dtype not in TYPES for t in tensors)
+
+
+def _whole(tensor: Tensor | None) -> Tensor | None:
+    """A parameter as the kernels take it."""
+    if tensor is None or (tensor.dtype == torch.float32 and tensor.is_contiguous()):
+        return tensor
+    return tensor.float().contiguous()
+
+
+# Norms.
+
+
+def _refuses_norm(tensors: Tensors, options: dict[str, Any]) -> bool:
+    x, branch, weight, bias = tensors
+    assert x is not None
+    if _unfit(x, branch, weight, bias) or not x.is_contiguous() or x.shape[-1] > MAX_WIDTH:
+        return True
+    if branch is None:
+        return False
+    return branch.shape != x.shape or torch.promote_types(x.dtype, branch.dtype) != x.dtype
+
+
+def _norm_type(x: Tensor, options: dict[str, Any]) -> torch.dtype:
+    if options["out_dtype"] is not None:
+        return options["out_dtype"]
+    return torch.float32 if torch.is_autocast_enabled("cuda") else x.dtype
+
+
+def _norm_forward(tensors: Tensors, options: dict[str, Any]) -> tuple[tuple[Tensor, ...], Tensors]:
+    x, branch, weight, bias = tensors
+    assert x is not None and weight is not None
+    width = x.shape[-1]
+    rows = x.numel() // width
+    branch = None if branch is None else branch.contiguous()
+    y = torch.empty_like(x, dtype=_norm_type(x, options))
+    total = None if branch is None else torch.empty_like(x)
+    run = _run(4, x, branch, y)
+    kind = None if branch is None else branch.dtype
+    wanted = norm(True, x.dtype, kind, y.dtype, width, options["rms"], options["eps"], run)
+    per_block = 128 // norm_lanes(width, run)
+    _start(
+        wanted, (rows + per_block - 1) // per_block, dict(batch=rows), x=x, branch=branch, weight=_whole(weight),
+        bias=_whole(bias), y=y, total=total,
+    )  # fmt: skip
+    if branch is None or total is None:
+        return (y,), (x, weight, bias, None)
+    return (y, total), (total, weight, bias, branch.new_empty(0))  # of the branch, backward needs its type
+
+
+def _norm_backward(kept: Tensors, options: dict[str, Any], grads: Tensors) -> Tensors:
+    x, weight, bias, branch = kept
+    assert x is not None and weight is not None
+    dy = None if grads[0] is None else grads[0].contiguous()
+    dtotal = None if branch is None or grads[1] is None else grads[1].contiguous()
+    width = x.shape[-1]
+    rows = x.numel() // width
+    dx = torch.empty_like(x)
+    dbranch = None if branch is None or branch.dtype == x.dtype else torch.empty_like(x, dtype=branch.dtype)
+    run = _run(4, x, dy, dtotal)
+    kind = None if dbranch is None else dbranch.dtype
+    y = _norm_type(x, options) if dy is None else dy.dtype
+    wanted = norm(False, x.dtype, kind, y, width, options["rms"], options["eps"], run)
+    per_block = 256 // norm_lanes(width, run)
+    blocks = min(2 * _multiprocessors(x.device.index), (rows + per_block - 1) // per_block)
+    parts = torch.empty((blocks, 2, width), dtype=torch.float32, device=x.device)
+    _start(
+        wanted, blocks, dict(batch=rows), x=x, weight=_whole(weight), dy=dy, dtotal=dtotal, dx=dx, dbranch=dbranch,
+        parts=parts,
+    )  # fmt: skip
+    dweight, dbias = parts.sum(0).unbind()
+    of_branch = None if branch is None else dx if dbranch is None else dbranch
+    return dx, of_branch, dweight.to(weight.dtype), None if bias is None else dbias.to(bias.dtype)
+
+
+# The convolution.
+
+
+def _refuses_conv(tensors: Tensors, options: dict[str, Any]) -> bool:
+    x, weight, _ = tensors
+    assert x is not None and weight is not None
+    return _unfit(*tensors) or weight.shape[2] > TAPS or x.stride(2) != 1
+
+
+def _filled(weight: Tensor) -> Tensor:
+    missing = TAPS - weight.shape[2]
+    whole = _whole(F.pad(weight, (missing, 0)) if missing else weight)
+    assert whole is not None
+    return whole
+
+
+def chunks(length: int, others: int, room: int) -> tuple[int, int]:
+    """Chunks that a sequence is taken in, and tokens of one: long ones share few tokens, where threads are many."""
+    steps = 56
+    while steps > _RING and others * ((length + steps - 1) // steps) < room:
+        steps //= 2
+    count = (length + steps - 1) // steps
+    return count, (length + count - 1) // count
+
+
+def _conv_sizes(x: Tensor, run: int, reach: int) -> tuple[int, dict[str, int]]:
+    batch, length, channels = x.shape
+    threads = batch * (channels // run)
+    count, steps = chunks(length, threads, 1024 * _multiprocessors(x.device.index))
+    steps = -(-(steps + reach) // _RING) * _RING - reach  # what is taken seven at a time anyhow
+    count = (length + steps - 1) // steps
+    fields = dict(batch=batch, tokens=length, channels=channels, chunks=count, chunk_steps=steps)
+    return (threads * count + 127) // 128, fields | dict(x_b=x.stride(0), x_l=x.stride(1))
+
+
+def _conv_forward(tensors: Tensors, options: dict[str, Any]) -> tuple[tuple[Tensor, ...], Tensors]:
+    x, weight, bias = tensors
+    assert x is not None and weight is not None and bias is not None
+    y = x.new_empty((x.shape[0], x.shape[1], 2, x.shape[2]))
+    run = _run(2, x)
+    grid, fields = _conv_sizes(x, run, 0)
+    _start(convolution(True, x.dtype, run), grid, fields, x=x, weight=_filled(weight), bias=_whole(bias), y=y)
+    return (y,), (x, weight, bias)
+
+
+def _conv_backward(kept: Tensors, options: dict[str, Any], grads: Tensors) -> Tensors:
+    (dy,), (x, weight, bias) = grads, kept
+    assert x is not None and weight is not None and bias is not None and dy is not None
+    dy = dy.to(x.dtype).contiguous()
+    run = _run(2, x, dy)
+    grid, fields = _conv_sizes(x, run, 6)
+    dx = torch.empty_like(x, memory_format=torch.contiguous_format)
+    parts = torch.empty((fields["batch"] * fields["chunks"], 2, 5, x.shape[2]), dtype=torch.float32, device=x.device)
+    _start(
+        convolution(False, x.dtype, run), grid, fields, x=x, weight=_filled(weight), bias=_whole(bias), dy=dy, dx=dx,
+        parts=parts,
+    )  # fmt: skip
+    sums = parts.sum(0)
+    dweight = sums[:, TAPS - weight.shape[2] : TAPS].transpose(1, 2)
+    return dx, dweight.to(weight.dtype), sums[:, TAPS].to(bias.dtype)
+
+
+# The gate.
+
+
+def _refuses_gate(tensors: Tensors, options: dict[str, Any]) -> bool:
+    y, z = tensors
+    assert y is not None and z is not None
+    return _unfit(y, z) or y.shape != z.shape or y.dim() != 3 or not (_in_rows(y) and _in_rows(z))
+
+
+def _in_rows(t: Tensor) -> bool:
+    """Whether all rows of channels lie equally far apart."""
+    return t.stride(2) == 1 and t.stride(0) == t.shape[1] * t.stride(1)
+
+
+def _gate_sizes(y: Tensor, z: Tensor, run: int) -> tuple[int, dict[str, int]]:
+    fields = dict(batch=y.shape[0] * y.shape[1], channels=y.shape[2], x_l=y.stride(1), z_l=z.stride(1))
+    return (y.numel() // run + 255) // 256, fields
+
+
+def _gate_forward(tensors: Tensors, options: dict[str, Any]) -> tuple[tuple[Tensor, ...], Tensors]:
+    y, z = tensors
+    assert y is not None and z is not None
+    out = y.new_empty(y.shape, dtype=torch.promote_types(y.dtype, z.dtype))
+    run = _run(8, y, z)
+    grid, fields = _gate_sizes(y, z, run)
+    _start(gate(True, y.dtype, z.dtype, out.dtype, run), grid, fields, x=y, z=z, y=out)
+    return (out,), (y, z)
+
+
+def _gate_backward(kept: Tensors, options: dict[str, Any], grads: Tensors) -> Tensors:
+    (dout,), (y, z) = grads, kept
+    assert y is not None and z is not None and dout is not None
+    dout = dout.contiguous()
+    dy, dz = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (y, z))
+    run = _run(8, y, z, dout)
+    grid, fields = _gate_sizes(y, z, run)
+    _start(gate(False, y.dtype, z.dtype, dout.dtype, run), grid, fields, x=y, z=z, dy=dout, dx=dy, dz=dz)
+    return dy, dz
+
+
+NORM = Kernels(_refuses_norm, _norm_forward, _norm_backward)
+CONV_BOTH_WAYS = Kernels(_refuses_conv, _conv_forward, _conv_backward)
+GATED = Kernels(_refuses_gate, _gate_forward, _gate_backward)
