@@ -1,4 +1,4 @@
-"""Train an image classifier on class folders or on the handwritten digits; --help shows how."""
+"""Train an image classifier on class folders, on the handwritten digits or on what timm reads; --help shows how."""
 
 from __future__ import annotations
 
@@ -7,30 +7,45 @@ import shlex
 import sys
 
 from rich.console import Console
+from rich.table import Table
+from torch.distributed.elastic.multiprocessing.errors import record
 
 from vision_mamba.train import checkpoint
+from vision_mamba.train.checkpoint import BEST, LAST
 from vision_mamba.train.config import parse
+from vision_mamba.train.engine import Position
 from vision_mamba.train.errors import ConfigError, Interrupted, TrainError
+from vision_mamba.train.journal import SUMMARY, rows
+from vision_mamba.train.options import Config
+from vision_mamba.train.parallel import local_rank, rank_by_environment
 from vision_mamba.train.progress import Progress, logging_to
 from vision_mamba.train.run import prepare, train
 
 _log = logging.getLogger("vision_mamba.train")
+CURVES = "curves.png"
 
 
 def main(argv: list[str]) -> int:
     console = Console(stderr=True)
+    rank = rank_by_environment()
     try:
         config = parse(argv, checkpoint.options)
         begin_from = prepare(config)
     except TrainError as error:
-        sys.stderr.write(f"error: {error}\n")
+        if rank == 0:  # all processes find the same
+            sys.stderr.write(f"error: {error}\n")
         return status_of(error)
-    with logging_to(console, config.run_dir / "train.log"):
+    log = None if config.dry_run or rank else config.run_dir / "train.log"
+    level, mark = (logging.WARNING, f"process {rank}: ") if rank else (logging.INFO, "")
+    with logging_to(console, log, level, mark):
         try:
             result = train(config, begin_from, Progress(console, config.log_interval))
+            if rank == 0 and not config.dry_run:
+                conclude(config, result, console)
         except Interrupted as stopped:
-            command = ["python", sys.argv[0], "--resume", stopped.checkpoint]
-            _log.warning("%s\ncontinue with: %s", stopped, shlex.join(command))
+            if rank == 0:
+                command = [*launcher(), sys.argv[0], "--resume", stopped.checkpoint]
+                _log.warning("%s\ncontinue with: %s", stopped, shlex.join(command))
             return status_of(stopped)
         except TrainError as error:
             _log.error("error: %s", error)
@@ -38,8 +53,42 @@ def main(argv: list[str]) -> int:
         except KeyboardInterrupt:
             _log.error("stopped before the first step, or a second time; what was saved before is untouched")
             return 130
-    sys.stdout.write(f"{config.model} held-out accuracy {result.metric:.2f} %\n")
+    if rank == 0 and not config.dry_run:
+        sys.stdout.write(f"{config.model} held-out accuracy {result.metric:.2f} %\n")
     return 0
+
+
+def conclude(config: Config, result: Position, console: Console) -> None:
+    """Draw the curves of a finished run, and say what came out and what to do with it."""
+    run_dir = config.run_dir
+    found = [name for name in (LAST, BEST, SUMMARY) if (run_dir / name).exists()]
+    figures = rows(run_dir)
+    try:
+        from vision_mamba.viz.curves import draw_curves
+    except ImportError:
+        _log.info("no curves are drawn, for matplotlib is missing: pip install matplotlib")
+    else:
+        draw_curves(figures, run_dir / CURVES)
+        found.append(CURVES)
+    table = Table(title=f"{config.model}, {result.epoch} epochs", title_justify="left", show_header=False)
+    table.add_row(
+        "held-out accuracy", f"{result.metric:.2f} % (best {result.best_metric:.2f} %, epoch {result.best_epoch})"
+    )
+    if figures:
+        table.add_row("loss", f"{figures[-1]['train_loss']:.4f} trained, {figures[-1]['eval_loss']:.4f} held out")
+    table.add_row("time", f"{result.seconds:,.0f} s")
+    table.add_row("steps left out", f"{result.left_out_before:,}, for they were not finite")
+    table.add_row("files", f"{run_dir}/: {', '.join(found)}")
+    console.print(table)
+    data = ["--digits"] if config.dataset == "digits" else ["--data-dir", str(config.data_dir)]
+    validate = ["python", "tools/validate.py", "--checkpoint", str(run_dir / BEST), *data]
+    longer = [*launcher(), sys.argv[0], "--resume", str(run_dir / LAST), "--epochs", str(2 * config.epochs)]
+    _log.info("validate with: %s\ntrain longer with: %s", shlex.join(validate), shlex.join(longer))
+
+
+def launcher() -> list[str]:
+    """What this was started with."""
+    return ["python"] if local_rank() is None else ["torchrun", "--nproc-per-node", "N"]
 
 
 def status_of(error: TrainError) -> int:
@@ -50,4 +99,4 @@ def status_of(error: TrainError) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(record(main)(sys.argv[1:]))

@@ -41,12 +41,11 @@ def image_sets(config: Config, mode: str) -> tuple[Images, Images, list[str]]:
     """
     if config.dataset == "digits":
         train_set: Any = digits(False, mode)
-        return train_set, digits(True, mode), list(train_set.classes)
-    if config.dataset in ("folder", ""):
-        names = _lines(config.class_map)
-        train_set = _folder(config, config.train_split, mode, names)
-        return train_set, _folder(config, config.val_split, mode, train_set.classes), list(train_set.classes)
-    train_set, held_out = (_named(config, training, mode) for training in (True, False))
+    elif config.dataset in ("folder", ""):
+        train_set = _folder(config, config.train_split, mode, _lines(config.class_map))
+    else:
+        train_set = _named(config, True, mode)
+    held_out = held_out_images(config, mode, getattr(train_set, "classes", None))
     if not isinstance(train_set, ImageSet):
         if config.num_classes is None:
             raise ConfigError(f"--dataset {config.dataset} is a stream, which needs --num-classes N.")
@@ -54,6 +53,19 @@ def image_sets(config: Config, mode: str) -> tuple[Images, Images, list[str]]:
             raise ConfigError(f"--dataset {config.dataset} is a stream, which needs --workers 1 or more.")
         return train_set, held_out, [str(number) for number in range(config.num_classes)]
     return train_set, held_out, list(train_set.classes)
+
+
+def held_out_images(config: Config, mode: str, classes: Sequence[str] | None = None) -> Images:
+    """The held-out images alone.
+
+    Args:
+        classes: names in the order of the model's outputs; those of the folder if not given.
+    """
+    if config.dataset == "digits":
+        return digits(True, mode)
+    if config.dataset in ("folder", ""):
+        return _folder(config, config.val_split, mode, classes or _lines(config.class_map))
+    return _named(config, False, mode)
 
 
 def _folder(config: Config, split: str, mode: str, classes: Sequence[str] | None) -> ImageSet:

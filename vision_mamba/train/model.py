@@ -19,6 +19,7 @@ from vision_mamba.train import checkpoint
 from vision_mamba.train.errors import CheckpointError, ConfigError
 from vision_mamba.train.options import Config
 
+HEADS = ("head.fc.weight", "classifier.head.weight", "head.head.weight", "head.weight", "fc.weight")  # of many authors
 _SOURCES = ("hf-hub:", "hf_hub:", "local-dir:")
 
 
@@ -54,7 +55,7 @@ def create(config: Config, num_classes: int) -> nn.Module:
     arguments |= {"drop_rate": config.drop, "drop_path_rate": config.drop_path, "pretrained": config.pretrained}
     arguments |= {"global_pool": config.gp} | (config.model_kwargs or {})
     if config.initial_checkpoint is not None:
-        arguments |= {"pretrained": True, "pretrained_cfg_overlay": _source(config.model, config.initial_checkpoint)}
+        arguments |= {"pretrained": True, "pretrained_cfg_overlay": source(config.model, config.initial_checkpoint)}
     return build(config.model, config.plain(), arguments, config.initial_checkpoint)
 
 
@@ -70,18 +71,19 @@ def teacher(config: Config, student: nn.Module) -> nn.Module | str | None:
     if path is None:
         return name
     arguments: dict[str, Any] = {"num_classes": student.num_classes, "in_chans": student.in_chans}
-    arguments |= {"pretrained": True, "pretrained_cfg_overlay": _source(name, path)}
+    arguments |= {"pretrained": True, "pretrained_cfg_overlay": source(name, path)}
     return build(name, {"img_size": config.img_size}, arguments, path)
 
 
-def _source(name: str, path: str) -> dict[str, Any]:
+def source(name: str, path: str) -> dict[str, Any]:
     """What timm must know of a file of weights; it keeps the classifier if that has as many outputs as are wanted.
 
     Raises: CheckpointError if the file holds no weights.
     """
     state_dict = checkpoint.weights(checkpoint.read(path), path)
     known = timm.get_pretrained_cfg(name, allow_unregistered=True)
-    head = state_dict.get(f"{known.classifier}.weight") if known is not None else None
+    heads = ([] if known is None else [f"{known.classifier}.weight"]) + list(HEADS)
+    head = next((state_dict[key] for key in heads if key in state_dict), None)
     return {"file": path} | ({} if head is None else {"num_classes": head.shape[0]})
 
 

@@ -117,6 +117,27 @@ def load(path: str, device: torch.device, name: str | None = None) -> Classifier
     )
 
 
+def named(
+    name: str, device: torch.device, weights: str | None = None, options: dict[str, Any] | None = None
+) -> Classifier:
+    """A model by name, with its published weights or those of a file, such as an official checkpoint.
+
+    Args:
+        options: img_size, in_chans and what else of a run's options concerns the model.
+
+    Raises: ConfigError if the model is unknown; CheckpointError if the weights do not fit.
+    """
+    models.check_name(name)
+    options = options or {}
+    arguments: dict[str, Any] = {"pretrained": True}
+    if weights is not None:
+        source = models.source(name, weights)
+        arguments |= {"pretrained_cfg_overlay": source, "num_classes": source.get("num_classes")}
+    model = models.build(name, options, arguments, weights)
+    classes = _numbered([], model.num_classes)  # type: ignore[arg-type]
+    return Classifier(name, model.to(device).eval(), classes, models.data_config(model, options), device)
+
+
 def _numbered(classes: list[str], outputs: int) -> list[str]:
     """As many names as there are outputs: the numbers of those that have none."""
     return [*classes, *map(str, range(len(classes), outputs))]
