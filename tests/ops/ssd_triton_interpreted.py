@@ -38,8 +38,8 @@ SMALL = [
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     for tables in (ssd_triton.FORWARD, ssd_triton.BACKWARD):
-        monkeypatch.setitem(tables, 16, {256: Tile(16, 16)})
-        monkeypatch.setitem(tables, 32, {256: Tile(16, 16)})
+        monkeypatch.setitem(tables, 16, {(256, 128): Tile(16, 16)})
+        monkeypatch.setitem(tables, 32, {(256, 128): Tile(16, 16)})
     ssd_triton._plan.cache_clear()
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from tests.ops.ssd_cases import BF16, F16, F32, F64, SsdCase, make_call, run
 from tests.tolerances import RELATIVE_RMS, relative_rms
 from vision_mamba.ops import BackendError
 from vision_mamba.ops.backends import ssd_triton
+from vision_mamba.ops.ssd_call import SLACK, SUMMED
 from vision_mamba.ops.ssd_operator import registry
 
 HERE = Path(__file__).parent
@@ -27,7 +29,7 @@ def gpu() -> torch.device:
 
 
 def assert_matches(case: SsdCase) -> None:
-    """To the bound of the type of the factors, or of the result where that is coarser."""
+    """To the bound of the type of the factors, or of the result where that is coarser; sums over all tokens to more."""
     call = make_call(case, device=gpu())
     types = {call.x.dtype, call.B.dtype, call.C.dtype}
     factors = next(dtype for dtype in (F32, F16, BF16) if dtype in types)
@@ -35,6 +37,7 @@ def assert_matches(case: SsdCase) -> None:
     assert found.keys() == reference.keys()
     for name, tensor in reference.items():
         bound, error = max(RELATIVE_RMS[factors], RELATIVE_RMS[found[name].dtype]), relative_rms(found[name], tensor)
+        bound *= SLACK if name.removeprefix("d") in SUMMED else 1
         assert error <= bound, f"{name}: {error:.2e} is over {bound:.0e}"
 
 
@@ -53,6 +56,9 @@ def test_says_why_it_can_not_run() -> None:
         run(make_call(SsdCase()), "triton")
     assert "float64" in str(ssd_triton.BACKEND.refuses(make_call(SsdCase(dtypes=(F64,) * 4))))
     assert "129 channels, over 128" in str(ssd_triton.BACKEND.refuses(make_call(SsdCase(channels=129))))
+    wide = SsdCase(channels=65, states=129, grid=(1, 2), heads=2)
+    assert "float32 states of 129 x 65 do not fit" in str(ssd_triton.BACKEND.refuses(make_call(wide)))
+    assert ssd_triton.BACKEND.refuses(make_call(replace(wide, dtypes=(BF16,) * 4))) is None
 
 
 @pytest.mark.parametrize("steps", [1, 5, 64, 197, 16384])

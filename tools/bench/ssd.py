@@ -30,7 +30,7 @@ sys.path.insert(0, str(ROOT / "tools"))
 
 import vision_mamba  # noqa: E402, F401  registers the operators
 from bench.stopwatch import Stopwatch  # noqa: E402
-from vision_mamba.ops.ssd_call import GRADIENTS, SsdCall  # noqa: E402
+from vision_mamba.ops.ssd_call import GRADIENTS, SLACK, SUMMED, SsdCall  # noqa: E402
 from vision_mamba.provenance import provenance  # noqa: E402
 from vision_mamba.selftest import BOUNDS, relative_rms  # noqa: E402
 
@@ -96,7 +96,7 @@ def leaves_of(call: SsdCall) -> dict[str, Tensor]:
 
 
 def check(call: SsdCall, scan: Scan, bound: float) -> float:
-    """The error of the output; raises ArithmeticError if it or a gradient is over the bound."""
+    """The error of the output; raises ArithmeticError if it or a gradient is over its bound."""
     items = sorted({0, call.batch - 1})
     leaves = leaves_of(call)
     y = scan(call._replace(**leaves))  # type: ignore[arg-type]
@@ -110,7 +110,8 @@ def check(call: SsdCall, scan: Scan, bound: float) -> float:
     errors = {"y": relative_rms(y.detach()[items], exact.detach())}
     for name, gradient in zip(some, gradients, strict=True):
         errors[f"d{name}"] = relative_rms(found[name][items] if name in whole else found[name], gradient)
-    wrong = [f"{name} {error:.1e}" for name, error in errors.items() if not error <= bound]
+    slack = {f"d{name}": SLACK for name in SUMMED}
+    wrong = [f"{name} {error:.1e}" for name, error in errors.items() if not error <= bound * slack.get(name, 1)]
     if wrong:
         raise ArithmeticError(f"relative RMS errors over {bound}: {', '.join(wrong)}")
     return errors["y"]

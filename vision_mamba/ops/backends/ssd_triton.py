@@ -19,28 +19,49 @@ _CARRIED = 1024  # states of one program of `carry`
 _SEGMENT = 4  # chunks at least in a segment, below which its own start costs too much
 
 
-class Tile(NamedTuple):
-    """What one program holds: steps of a chunk, channels at most, warps, and chunks in flight.
+class Launch(NamedTuple):
+    """Warps of a program, chunks in flight, and on NVIDIA's GPUs a limit on the registers of a thread.
 
-    A limit on the registers of a thread lets more programs run on a processor, on NVIDIA's.
+    Fewer registers let more programs run on a processor.
     """
 
-    steps: int
-    channels: int
     warps: int = 4
     stages: int = 2
     registers: int | None = None
 
 
-#: Tiles by the states they have room for: with factors of 16 bits, and of 32.
-Tiles = dict[int, Tile]
+class Tile(NamedTuple):
+    """What one program holds: steps of a chunk, and channels at most where it walks; how each kernel is launched."""
+
+    steps: int
+    channels: int
+    walk: Launch = Launch()  # forward, and states of the backward pass
+    inputs: Launch = Launch()
+    weights: Launch = Launch()
+
+
+#: Tiles by the states and channels they have room for: with factors of 16 bits, and of 32.
+Tiles = dict[tuple[int, int], Tile]
+_WIDE = Launch(8, 1)
 FORWARD: dict[int, Tiles] = {
-    16: {64: Tile(64, 64), 128: Tile(64, 64), 256: Tile(64, 32)},
-    32: {64: Tile(32, 64), 128: Tile(32, 32), 256: Tile(32, 16)},
+    16: {
+        (16, 32): Tile(64, 32, walk=Launch(4, 2, 168)),
+        (128, _MAX_CHANNELS): Tile(64, 64),
+        (256, _MAX_CHANNELS): Tile(64, 32),
+    },
+    32: {
+        (64, _MAX_CHANNELS): Tile(32, 64),
+        (128, _MAX_CHANNELS): Tile(32, 32),
+        (256, _MAX_CHANNELS): Tile(32, 16),
+    },
 }
 BACKWARD: dict[int, Tiles] = {
-    16: {64: Tile(64, 128), 128: Tile(64, 128, 8, 1), 256: Tile(32, 128, 8, 1)},
-    32: {64: Tile(32, 128, 4, 1), 128: Tile(32, 128, 8, 1), 256: Tile(16, 128, 8, 1)},
+    16: {
+        (64, 64): Tile(64, 64, inputs=Launch(4, 1, 168)),
+        (128, 64): Tile(64, 64, walk=_WIDE, inputs=Launch(4, 1)),
+        (256, _MAX_CHANNELS): Tile(64, 64, walk=_WIDE, inputs=_WIDE, weights=_WIDE),
+    },
+    32: {(256, _MAX_CHANNELS): Tile(64, 64, walk=_WIDE, inputs=_WIDE, weights=_WIDE)},
 }
 
 
@@ -67,11 +88,17 @@ class Plan(NamedTuple):
     chunks: int
     grid: tuple[int, int]
     shared: dict[str, Any]  # constants of every kernel
+    options: dict[str, dict[str, int]]  # of a launch, by the kinds of a Tile
     padded: int  # steps with those that fill the last chunk up
 
 
+def _factors(call: SsdCall) -> tuple[torch.dtype, ...]:
+    """The types of what is multiplied; the widest is that of the products."""
+    return call.x.dtype, call.B.dtype, call.C.dtype
+
+
 def _sizes(call: SsdCall) -> Sizes:
-    types = (call.x.dtype, call.B.dtype, call.C.dtype)
+    types = _factors(call)
     if torch.float32 in types:
         factors = "tf32x3" if torch.version.hip is None and call.x.device.type != "xpu" else "ieee"
     else:
@@ -86,8 +113,8 @@ def _sizes(call: SsdCall) -> Sizes:
 def _plan(backward: bool, sizes: Sizes) -> Plan:
     tables = BACKWARD if backward else FORWARD
     table = tables[16 if sizes.factors == "bfloat16" else 32]
-    tile = next(tile for room, tile in table.items() if sizes.states <= room)
-    asked = tile.steps if sizes.chunk is None else min(sizes.chunk, 128)
+    tile = next(tile for (n, p), tile in table.items() if sizes.states <= n and sizes.channels <= p)
+    asked = tile.steps if sizes.chunk is None else min(sizes.chunk, tile.steps)
     steps = max(_LEAST, min(_padded(asked), _padded(sizes.steps)))
     tile = tile._replace(steps=steps, channels=max(_LEAST, min(tile.channels, _padded(sizes.channels))))
     total, blocks = -(-sizes.steps // steps), -(-sizes.channels // tile.channels)
@@ -96,11 +123,15 @@ def _plan(backward: bool, sizes: Sizes) -> Plan:
     segments = -(-total // chunks)
     shared: dict[str, Any] = dict(P=sizes.channels, N=sizes.states, T=steps, BLOCK_P=tile.channels)
     shared |= dict(BLOCK_N=max(_LEAST, _padded(sizes.states)), CAUSAL=sizes.causal, FACTORS=sizes.factors)
-    shared |= dict(num_warps=tile.warps, num_stages=tile.stages)
-    if tile.registers and sizes.device.type == "cuda" and torch.version.hip is None:
-        shared |= dict(maxnreg=tile.registers)
+    limited = sizes.device.type == "cuda" and torch.version.hip is None
+    options = {kind: _options(getattr(tile, kind), limited) for kind in ("walk", "inputs", "weights")}
     grid = (sizes.batch * sizes.heads * segments, blocks)
-    return Plan(tile, segments, chunks, grid, shared, segments * chunks * steps)
+    return Plan(tile, segments, chunks, grid, shared, options, segments * chunks * steps)
+
+
+def _options(launch: Launch, limited: bool) -> dict[str, int]:
+    limit = dict(maxnreg=launch.registers) if launch.registers and limited else {}
+    return dict(num_warps=launch.warps, num_stages=launch.stages) | limit
 
 
 def _refuses(call: SsdCall) -> str | None:
@@ -108,6 +139,11 @@ def _refuses(call: SsdCall) -> str | None:
         return "float64 is computed by 'eager' and 'reference' alone; convert with .float()."
     if call.channels > _MAX_CHANNELS:
         return f"heads have {call.channels} channels, over {_MAX_CHANNELS}; use more and narrower heads."
+    if call.states > 128 and call.channels > 64 and torch.float32 in _factors(call):
+        return (
+            f"float32 states of {call.states} x {call.channels} do not fit into a processor; use narrower heads "
+            f"or half precision."
+        )
     return None
 
 
@@ -159,7 +195,7 @@ class Route:
         kernels().states[plan.grid](
             x, *self.prepared, self.A, B, self.indices, before, each, after, decay, *self.sizes, plan.segments,
             plan.chunks, *x.stride(), *B.stride(), *_state_strides(before), *_state_strides(after), **plan.shared,
-            DESCENDING=self.descending, ADJOINT=adjoint,
+            DESCENDING=self.descending, ADJOINT=adjoint, **plan.options["walk"],
         )  # fmt: skip
 
     def enter(self, x: Tensor, adjoint: bool, start: Tensor | None, end: Tensor | None) -> Tensor | None:
@@ -214,7 +250,7 @@ def _forward(call: SsdCall, save: bool) -> tuple[Tensor, Tensor, Tensor]:
                 r.x, *r.prepared, r.B, r.C, r.D, r.indices, before, out, end, *r.sizes, r.plan.segments, r.plan.chunks,
                 *r.x.stride(), *r.B.stride(), *r.C.stride(), *r.skip, *_state_strides(before), *out.stride(),
                 0 if end is None else end.stride(0), **r.plan.shared, DESCENDING=r.descending,
-                ADD=call.merge and k > 0,
+                ADD=call.merge and k > 0, **r.plan.options["walk"],
             )  # fmt: skip
     return y, last, call.x.new_empty(0)
 

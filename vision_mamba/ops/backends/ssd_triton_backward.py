@@ -71,8 +71,10 @@ def _launch_route(
     dx, ddt, dB, dC = results
     h, g = _states(r, dy, dlast, dinitial)
     chunks = -(-call.steps // plan.tile.steps)
-    parts = call.x.new_empty((2, call.batch, call.heads, chunks), dtype=torch.float32)
-    dD = None if r.D is None else parts.new_empty((*parts.shape[1:], *r.D.shape[1:]))
+    rows = call.x.new_empty((3 if call.causal else 1, call.batch, call.heads, plan.padded), dtype=torch.float32)
+    parts = rows.new_empty((3, call.batch, call.heads, chunks))
+    dA, dbias, carried = parts
+    dD = None if r.D is None else parts.new_empty((*dA.shape, *r.D.shape[1:]))
     programs, per_group = call.batch * call.groups * chunks, call.heads // call.groups
     # A divisor of the heads of a group, large enough to fill the GPU.
     wanted = min(per_group, -(-2 * _processors(call.x.device) // programs))
@@ -80,20 +82,27 @@ def _launch_route(
     dBs, dCs = (
         t.unsqueeze(0) if shares == 1 else t.new_zeros((shares, *t.shape), dtype=torch.float32) for t in (dB, dC)
     )
-    kernels.backward[(programs * shares,)](
-        r.x, r.dt, *r.prepared, r.A, r.B, r.C, r.D, r.bias, r.indices, dy, h, g,
-        dx, ddt, dBs, dCs, parts[0], None if r.bias is None else parts[1], dD,
-        call.heads, per_group, shares, call.steps, call.tokens, chunks, plan.padded, *r.limits,
-        *r.x.stride(), *r.dt.stride(), *r.B.stride(), *r.C.stride(), *r.skip, *dy.stride(), *dx.stride(),
-        *ddt.stride(), *dBs.stride(), *dCs.stride(), *h.stride()[:3],
-        **plan.shared | dict(BLOCK_P=max(16, _padded(call.channels))), DESCENDING=r.descending,
-        SOFTPLUS=call.dt_softplus, ADD=add, EACH_CHANNEL=r.D is not None and r.D.dim() == 2,
+    shared = plan.shared | dict(BLOCK_P=max(16, _padded(call.channels)), DESCENDING=r.descending)
+    sizes = (call.steps, call.tokens, chunks, plan.padded)
+    strides = (*r.x.stride(), *r.B.stride(), *r.C.stride())
+    kernels.inputs[(call.batch * call.heads * chunks,)](
+        r.x, *r.prepared, r.A, r.B, r.C, r.D, r.indices, dy, h, g, dx, rows, carried, dD,
+        call.heads, per_group, *sizes, *strides, *r.skip, *dy.stride(), *dx.stride(), *h.stride()[:3], rows.stride(0),
+        **shared, **plan.options["inputs"], ADD=add, EACH_CHANNEL=r.D is not None and r.D.dim() == 2,
+    )  # fmt: skip
+    kernels.weights[(programs * shares,)](
+        r.x, *r.prepared, r.A, r.B, r.C, r.indices, dy, h, g, dBs, dCs,
+        call.heads, per_group, shares, *sizes, *strides, *dy.stride(), *dBs.stride(), *dCs.stride(), *h.stride()[:3],
+        **shared, **plan.options["weights"],
+    )  # fmt: skip
+    heads = min(16, _padded(call.heads))
+    kernels.rates[(call.batch * chunks, -(-call.heads // heads))](
+        r.dt, r.prepared[0], r.A, r.bias, r.indices, rows, carried, ddt, dA, None if r.bias is None else dbias,
+        call.heads, *sizes, *r.limits, *r.dt.stride(), *ddt.stride(), rows.stride(0),
+        T=plan.tile.steps, HEADS=heads, CAUSAL=call.causal, DESCENDING=r.descending, SOFTPLUS=call.dt_softplus,
     )  # fmt: skip
     if shares > 1:
         dB.copy_(dBs.sum(0))
         dC.copy_(dCs.sum(0))
-    return dict(
-        A=parts[0].sum((0, 2)),
-        dt_bias=None if r.bias is None else parts[1].sum((0, 2)),
-        D=None if dD is None else dD.sum((0, 2)),
-    )
+    sums = parts[:2].sum((1, 3))
+    return dict(A=sums[0], dt_bias=None if r.bias is None else sums[1], D=None if dD is None else dD.sum((0, 2)))

@@ -25,6 +25,9 @@ import triton.language as tl
 
 from vision_mamba.ops.backends.triton_kernels import LOG2E, _softplus
 
+#: Arguments whose values make no better code, so that other sizes need no other kernel.
+SIZES = ["heads", "per_group", "shares", "steps", "tokens", "segments", "chunks"]
+
 
 @triton.jit
 def _tf32(b):
@@ -119,7 +122,7 @@ def left(p_c, p_low, i_step, T: tl.constexpr):
     return tl.exp2(b_sum)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def prepare(
     p_dt, p_A, p_bias, p_indices, p_s, p_c, p_low, heads, steps, tokens, padded, low, high, s_dtb, s_dtl, s_dth,
     T: tl.constexpr, HEADS: tl.constexpr, CAUSAL: tl.constexpr, DESCENDING: tl.constexpr, SOFTPLUS: tl.constexpr,
@@ -151,7 +154,7 @@ def prepare(
         tl.store(p_c + o_out, b_high, mask=m_h[:, None])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def forward(
     p_x, p_s, p_c, p_low, p_B, p_C, p_D, p_indices, p_before, p_y, p_last,
     heads, per_group, steps, tokens, segments, chunks,
@@ -204,7 +207,7 @@ def forward(
             store_state(p_last + i_b * s_lastb + i_h * P * N, b_h, o_n, o_c, 1, N, N, P)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def states(
     p_x, p_s, p_c, p_low, p_A, p_B, p_indices, p_before, p_each, p_after, p_decay,
     heads, per_group, steps, tokens, segments, chunks,
@@ -257,7 +260,7 @@ def states(
         tl.store(p_decay + (i_b * heads + i_h) * segments + i_s, tl.exp2(decay))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def carry(
     p_added, p_decay, p_start, p_before, p_end, heads, segments, s_startb, s_endb,
     P: tl.constexpr, N: tl.constexpr, ADJOINT: tl.constexpr, BLOCK: tl.constexpr,
