@@ -6,8 +6,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.layers import LayerNorm, register_notrace_function
+from timm.layers import ConvNormAct, LayerNorm, register_notrace_function
 from torch import Tensor, nn
+
+from vision_mamba.layers.norm import before_product
 
 Norm = Callable[..., nn.Module]
 
@@ -76,7 +78,7 @@ class OverlapStem(nn.Module):
         stride = patch_size // 2
         border = max(1, stride // 2)
         self.conv1 = nn.Conv2d(in_chans, dim // 2, 3, stride=2, padding=1, **dd)
-        self.norm1 = norm_layer(dim // 2, **dd)
+        self.norm1 = before_product(norm_layer(dim // 2, **dd))
         self.act = act_layer()
         self.conv2 = nn.Conv2d(dim // 2, dim, 2 * border + 1, stride=stride, padding=border, **dd)
         self.norm2 = norm_layer(dim, **dd)
@@ -85,6 +87,36 @@ class OverlapStem(nn.Module):
         x = self.conv1(x.contiguous(memory_format=torch.channels_last))
         x = self.act(self.norm1(x.permute(0, 2, 3, 1)))
         return self.norm2(self.conv2(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
+
+
+class ResidualStem(nn.Module):
+    """Convolutions with batch norms: one of stride 2, two beside a shortcut, one of stride 2 that widens, one 1 x 1.
+
+    Shape: (B, in_chans, H, W) -> (B, H / 4, W / 4, dim), rounded up.
+    Reference: VSSD's published code, arXiv:2407.18559; from MLLA, arXiv:2405.16605.
+    """
+
+    def __init__(
+        self,
+        in_chans: int,
+        dim: int,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
+        half = dim // 2
+        self.conv1 = ConvNormAct(in_chans, half, 3, stride=2, **dd)
+        self.residual = nn.Sequential(
+            ConvNormAct(half, half, 3, **dd), ConvNormAct(half, half, 3, apply_act=False, **dd)
+        )
+        self.project = nn.Sequential(
+            ConvNormAct(half, 4 * dim, 3, stride=2, **dd), ConvNormAct(4 * dim, dim, apply_act=False, **dd)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv1(x.contiguous(memory_format=torch.channels_last))
+        return self.project(x + self.residual(x)).permute(0, 2, 3, 1)
 
 
 class PatchMerging(nn.Module):
@@ -104,7 +136,7 @@ class PatchMerging(nn.Module):
     ) -> None:
         super().__init__()
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.pre_norm = norm_layer(4 * dim, **dd)
+        self.pre_norm = before_product(norm_layer(4 * dim, **dd))
         self.reduction = nn.Linear(4 * dim, dim_out, bias=False, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -119,6 +151,7 @@ class ConvDownsample(nn.Module):
 
     Args:
         kernel_size: 3 with overlap, which rounds odd sizes up; 2 without, which rounds them down.
+        bias: give the convolution a bias.
 
     Shape: (B, H, W, dim) -> (B, H / 2, W / 2, dim_out).
     """
@@ -129,16 +162,48 @@ class ConvDownsample(nn.Module):
         dim_out: int,
         norm_layer: Norm = LayerNorm,
         kernel_size: int = 3,
+        bias: bool = True,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.conv = nn.Conv2d(dim, dim_out, kernel_size, stride=2, padding=(kernel_size - 1) // 2, **dd)
+        self.conv = nn.Conv2d(dim, dim_out, kernel_size, stride=2, padding=(kernel_size - 1) // 2, bias=bias, **dd)
         self.norm = norm_layer(dim_out, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.norm(self.conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
+
+
+class InvertedDownsample(nn.Module):
+    """An inverted residual's way down, without a shortcut: widen by 1 x 1, halve channel by channel, project and norm.
+
+    Args:
+        ratio: width between over dim_out.
+
+    Shape: (B, H, W, dim) -> (B, H / 2, W / 2, dim_out), rounded up.
+    Reference: VSSD's published code, arXiv:2407.18559; from MLLA, arXiv:2405.16605.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        dim_out: int,
+        ratio: float = 4.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
+        wide = int(ratio * dim_out)
+        self.expand = nn.Conv2d(dim, wide, 1, **dd)
+        self.halve = nn.Conv2d(wide, wide, 3, stride=2, padding=1, groups=wide, **dd)
+        self.project = nn.Conv2d(wide, dim_out, 1, **dd)
+        self.norm = nn.BatchNorm2d(dim_out, **dd)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.halve(F.relu(self.expand(x.permute(0, 3, 1, 2)))))
+        return self.norm(self.project(x)).permute(0, 2, 3, 1)
 
 
 #: What models call them.

@@ -21,13 +21,15 @@ class Stage(nn.Module):
         self.blocks = nn.Sequential(*blocks)
         self.grad_checkpointing = False
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.downsample(x)
+    def run_blocks(self, x: Tensor) -> Tensor:
         if self.grad_checkpointing and not torch.jit.is_scripting():
             x = checkpoint_seq(self.blocks, x)
         else:
             x = self.blocks(x)
         return x
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.run_blocks(self.downsample(x))
 
 
 class Pyramid(nn.Module):

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from vision_mamba.layers import SS2D, SSD2D
 from vision_mamba.layers.efficient import InvertedBlock, ScanBesideConv
+from vision_mamba.layers.norm import NORMS, before_product
 from vision_mamba.layers.patch import DOWNSAMPLES, STEMS
 from vision_mamba.models.checkpoint import rename, require_all_used, unwrap
 from vision_mamba.models.pyramid import Pyramid, Stage, build_pyramid, drop_path_rates
@@ -59,12 +60,12 @@ class VMambaBlock(nn.Module):
     ) -> None:
         super().__init__()
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.norm1 = norm_layer(dim, **dd)
+        self.norm1 = before_product(norm_layer(dim, **dd))
         self.ss2d = mixer(dim, **dd)
         self.drop_path1 = DropPath(drop_path) if drop_path > 0.0 else nn.Identity()
         self.mlp: nn.Module | None = None
         if mlp_ratio > 0:
-            self.norm2 = norm_layer(dim, **dd)
+            self.norm2 = before_product(norm_layer(dim, **dd))
             self.mlp = Mlp(dim, int(dim * mlp_ratio), act_layer=act_layer, drop=proj_drop, **dd)
             self.drop_path2 = DropPath(drop_path) if drop_path > 0.0 else nn.Identity()
 
@@ -169,7 +170,7 @@ class VMamba(Pyramid):
         dtype: torch.dtype | None = None,
     ) -> None:
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
-        norm = partial(get_norm_layer(norm_layer), eps=norm_eps)
+        norm = partial(NORMS.get(norm_layer) or get_norm_layer(norm_layer), eps=norm_eps)
         act = get_act_layer(act_layer)
         make_stem = _choose("stem", stem, STEMS)
         make_downsample = _choose("downsample", downsample, DOWNSAMPLES)
@@ -286,7 +287,7 @@ def to_published(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def checkpoint_filter_fn(
     state_dict: dict[str, Any],
-    model: VMamba,
+    model: Pyramid,
     to_published: Callable[[dict[str, Any]], dict[str, Any]] = to_published,
 ) -> dict[str, Tensor]:
     """A checkpoint as this model names it: our own as they are, published ones renamed, in any of their spellings.
@@ -301,8 +302,9 @@ def checkpoint_filter_fn(
 
     Raises: ValueError naming the tensors that are missing or unused, the classifier's excepted.
     """
-    state = _backbone(unwrap(state_dict), len(model.stages))
     own = model.state_dict()
+    (norm,) = to_published({"norm.": None})
+    state = _backbone(unwrap(state_dict), len(model.stages), norm)
     if not any(name.startswith("stages.") for name in state):
         names = to_published({name: name for name in own})
         renamed = {}
@@ -314,7 +316,7 @@ def checkpoint_filter_fn(
     return state
 
 
-def _backbone(state: dict[str, Tensor], stages: int) -> dict[str, Tensor]:
+def _backbone(state: dict[str, Tensor], stages: int, norm: str) -> dict[str, Tensor]:
     """What is the backbone's, where it is part of a detector or segmenter."""
     prefix = "backbone."
     if not any(name.startswith(prefix) for name in state):
@@ -325,7 +327,7 @@ def _backbone(state: dict[str, Tensor], stages: int) -> dict[str, Tensor]:
     left_out = [name for name in state if name.startswith("outnorm") and not name.startswith(last)]
     if left_out:
         _log.warning("backbone of a detector or segmenter: left out %s, which the classifier has not", left_out)
-    return {name.replace(last, "classifier.norm."): state[name] for name in state if name not in left_out}
+    return {name.replace(last, norm): state[name] for name in state if name not in left_out}
 
 
 def _reshaped(tensor: Tensor, like: Tensor) -> Tensor:
