@@ -46,7 +46,7 @@ def make_step(model: nn.Module, images: Tensor, which: str, mode: str, dtype: to
     run = torch.compile(model) if mode == "compile" else model
     # A captured graph must not lean on casts that were made before it.
     cast = torch.autocast(device, dtype, enabled=dtype is not None, cache_enabled=mode != "graph")
-    labels = torch.randint(model.num_classes, (len(images),), device=images.device)  # type: ignore[arg-type]
+    labels = torch.randint(int(model.num_classes), (len(images),), device=images.device)  # type: ignore[arg-type]
     parameters = [p for p in model.parameters() if p.requires_grad]
 
     def infer() -> Any:
@@ -147,7 +147,7 @@ def benchmark(chosen: argparse.Namespace, case: tuple[str, int, int, str, str]) 
         row["params"] = sum(parameter.numel() for parameter in model.parameters())
         step = make_step(model, images, which, mode, DTYPES[chosen.dtype])
         row |= measure(step, device, chosen.seconds)
-        row["images_per_s"] = round(batch / row["ms"][1] * 1e3, 1)
+        row["images_per_s"] = float(f"{batch / row['ms'][1] * 1e3:.4g}")
     except torch.OutOfMemoryError:
         row["error"] = "out of memory"
     except Exception as error:  # one model that cannot do something does not end the others' run
