@@ -6,7 +6,8 @@
 A case is timed only after output and every gradient have been found right at this very size, against the scan in
 float64 on the first and the last item of the batch. A figure is [p20, p50, p80] of the time on the GPU in milliseconds,
 the launches queued beforehand; inputs rotate. The peer is `mamba_chunk_scan_combined`, which only needs its Triton
-files to import, with each of --peer-chunk. Its autotuner chooses from shorter trials than it would by default.
+files to import, with each of --peer-chunk. Its autotuner chooses from shorter trials than it would by default, alone on
+the GPU.
 """
 
 from __future__ import annotations
@@ -144,11 +145,11 @@ def measure(call: SsdCall, scan: Scan, watch: Stopwatch) -> Iterator[dict[str, A
     yield {"pass": "bwd", "ms": watch.time(graph, lambda both: torch.autograd.grad(both[0], both[1], seed))}
 
 
-def compile_one(job: tuple[str, str, Path | None, int]) -> None:
+def compile_one(job: tuple[str, str]) -> None:
     """Fill Triton's cache on disk, beside other processes that do the same."""
-    name, subject, path, chunk = job
+    name, backend = job
     call = make_call(name, torch.device("cuda"), torch.bfloat16)
-    scan = peer(path, chunk) if subject == PEER and path else ours(subject)
+    scan = ours(backend)
     x, dt, B, C = (t[:8].clone() for t in (call.x, call.dt, call.B, call.C))
     leaves = leaves_of(call._replace(x=x, dt=dt, B=B, C=C))
     y = scan(call._replace(**leaves))  # type: ignore[arg-type]
@@ -164,7 +165,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--peer-path", type=Path, help="a checkout of mamba_ssm")
     parser.add_argument("--peer-chunk", type=int, nargs="+", default=[256], help="its chunk sizes (default: 256)")
     parser.add_argument("--seconds", type=float, default=0.5, help="time for a figure (default: 0.5)")
-    parser.add_argument("--jobs", type=int, default=0, help="processes that compile beforehand (default: none)")
+    parser.add_argument("--jobs", type=int, default=0, help="processes that compile our kernels beforehand (default: none)")
     parser.add_argument("--out", type=Path, help="append the records to this file, one JSON line a figure")
     return parser.parse_args()
 
@@ -178,8 +179,8 @@ def main() -> int:
     subjects += [(PEER, chunk) for chunk in chosen.peer_chunk] if chosen.peer_path else []
     source, watch, wrong = provenance(device), Stopwatch(device, chosen.seconds), False
     for subject, chunk in subjects:
-        if chosen.jobs:
-            jobs = [(name, subject, chosen.peer_path, chunk) for name in names]
+        if chosen.jobs and subject != PEER:  # whose autotuner times while it compiles
+            jobs = [(name, subject) for name in names]
             with multiprocessing.get_context("spawn").Pool(chosen.jobs) as pool:
                 pool.map(compile_one, jobs, chunksize=1)
         scan = peer(chosen.peer_path, chunk) if subject == PEER else ours(subject)
