@@ -97,7 +97,8 @@ def measure(step: Step, device: torch.device, seconds: float) -> dict[str, Any]:
         count = max(3, min(200, int(seconds / once)))
         times = [_timed(step) for _ in range(count)]
         return {"ms": _quantiles(times)}
-    events, hosts = [], []
+    events: list[tuple[Any, Any]] = []
+    hosts: list[float] = []
     until = time.perf_counter() + seconds
     while len(events) < 5 or (time.perf_counter() < until and len(events) < 200):
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
@@ -136,11 +137,14 @@ def benchmark(chosen: argparse.Namespace, case: tuple[str, int, int, str, str]) 
     torch.manual_seed(0)
     with contextlib.suppress(AttributeError):
         torch.compiler.reset()
-    model = images = None
+    model: nn.Module | None = None
+    images: Tensor | None = None
+    step: Step | None = None
     try:
         known = timm.get_pretrained_cfg(name)
         fixed = known is not None and known.fixed_input_size
-        model = timm.create_model(name, **(dict(img_size=size) if fixed else {})).to(device)
+        sized: dict[str, Any] = dict(img_size=size) if fixed else {}
+        model = timm.create_model(name, **sized).to(device)
         images = torch.randn(batch, 3, size, size, device=device)
         if chosen.channels_last and any(fnmatch.fnmatch(name, pattern) for pattern in CHANNELS_LAST):
             model, images = model.to(memory_format=torch.channels_last), images.to(memory_format=torch.channels_last)
@@ -255,7 +259,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--csv", type=Path, help="write a table in timm's columns")
     parser.add_argument("--png", type=Path, help="draw images a second")
     chosen = parser.parse_args()
-    names = []
+    names: list[str] = []
     for pattern in chosen.models:
         found = timm.list_models(pattern) if "*" in pattern else [pattern] * timm.is_model(pattern)
         if not found:
@@ -276,8 +280,7 @@ def main() -> int:
     rows = []
     for case in track(list(cases(chosen)), description="timing", console=console):
         rows.append(source | benchmark(chosen, case))
-        ms = rows[-1].get("ms")
-        console.print(*case, rows[-1].get("error") or f"{ms[1]} ms", highlight=False)
+        console.print(*case, rows[-1].get("error") or f"{rows[-1]['ms'][1]} ms", highlight=False)
         if chosen.out:
             chosen.out.parent.mkdir(parents=True, exist_ok=True)
             with chosen.out.open("a") as file:
