@@ -165,7 +165,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--peer-path", type=Path, help="a checkout of mamba_ssm")
     parser.add_argument("--peer-chunk", type=int, nargs="+", default=[256], help="its chunk sizes (default: 256)")
     parser.add_argument("--seconds", type=float, default=0.5, help="time for a figure (default: 0.5)")
-    parser.add_argument("--jobs", type=int, default=0, help="processes that compile our kernels beforehand (default: none)")
+    parser.add_argument("--jobs", type=int, default=0, help="processes that compile ours beforehand (default: none)")
     parser.add_argument("--out", type=Path, help="append the records to this file, one JSON line a figure")
     return parser.parse_args()
 
