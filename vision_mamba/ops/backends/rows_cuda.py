@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -74,14 +75,27 @@ SHIPPED = (
 
 
 @functools.cache
-def _launch(wanted: nvrtc.Specialisation, device: int, grid: int, fields: tuple[tuple[str, int], ...]) -> Launch:
-    return Launch.of(wanted, device, grid, _HEADER, dict(fields))
+def _launch(
+    make: Callable[..., nvrtc.Specialisation],
+    how: tuple[Any, ...],
+    device: int,
+    grid: int,
+    fields: tuple[tuple[str, int], ...],
+) -> Launch:
+    return Launch.of(make(*how), device, grid, _HEADER, dict(fields))
 
 
-def _start(wanted: nvrtc.Specialisation, grid: int, fields: dict[str, int], **addresses: Tensor | None) -> None:
+def _start(
+    make: Callable[..., nvrtc.Specialisation],
+    how: tuple[Any, ...],
+    grid: int,
+    fields: dict[str, int],
+    **addresses: Tensor | None,
+) -> None:
+    """Run the kernel that `make` names by `how`, which is looked up by these alone: its macros take longer to write."""
     device = addresses["x"].device.index  # type: ignore[union-attr]
     with on(device):
-        _launch(wanted, device, grid, tuple(fields.items()))(device, **addresses)
+        _launch(make, how, device, grid, tuple(fields.items()))(device, **addresses)
 
 
 def _run(most: int, *tensors: Tensor | None) -> int:
@@ -137,10 +151,10 @@ def _norm_forward(tensors: Tensors, options: dict[str, Any]) -> tuple[tuple[Tens
     total = None if branch is None else torch.empty_like(x)
     run = _run(4, x, branch, y)
     kind = None if branch is None else branch.dtype
-    wanted = norm(True, x.dtype, kind, y.dtype, width, options["rms"], options["eps"], run)
+    how = (True, x.dtype, kind, y.dtype, width, options["rms"], options["eps"], run)
     per_block = 128 // norm_lanes(width, run)
     _start(
-        wanted, (rows + per_block - 1) // per_block, dict(batch=rows), x=x, branch=branch, weight=_whole(weight),
+        norm, how, (rows + per_block - 1) // per_block, dict(batch=rows), x=x, branch=branch, weight=_whole(weight),
         bias=_whole(bias), y=y, total=total,
     )  # fmt: skip
     if branch is None or total is None:
@@ -160,12 +174,12 @@ def _norm_backward(kept: Tensors, options: dict[str, Any], grads: Tensors) -> Te
     run = _run(4, x, dy, dtotal)
     kind = None if dbranch is None else dbranch.dtype
     y = _norm_type(x, options) if dy is None else dy.dtype
-    wanted = norm(False, x.dtype, kind, y, width, options["rms"], options["eps"], run)
+    how = (False, x.dtype, kind, y, width, options["rms"], options["eps"], run)
     per_block = 256 // norm_lanes(width, run)
     blocks = min(2 * _multiprocessors(x.device.index), (rows + per_block - 1) // per_block)
     parts = torch.empty((blocks, 2, width), dtype=torch.float32, device=x.device)
     _start(
-        wanted, blocks, dict(batch=rows), x=x, weight=_whole(weight), dy=dy, dtotal=dtotal, dx=dx, dbranch=dbranch,
+        norm, how, blocks, dict(batch=rows), x=x, weight=_whole(weight), dy=dy, dtotal=dtotal, dx=dx, dbranch=dbranch,
         parts=parts,
     )  # fmt: skip
     dweight, dbias = parts.sum(0).unbind()
@@ -214,7 +228,7 @@ def _conv_forward(tensors: Tensors, options: dict[str, Any]) -> tuple[tuple[Tens
     y = x.new_empty((x.shape[0], x.shape[1], 2, x.shape[2]))
     run = _run(2, x)
     grid, fields = _conv_sizes(x, run, 0)
-    _start(convolution(True, x.dtype, run), grid, fields, x=x, weight=_filled(weight), bias=_whole(bias), y=y)
+    _start(convolution, (True, x.dtype, run), grid, fields, x=x, weight=_filled(weight), bias=_whole(bias), y=y)
     return (y,), (x, weight, bias)
 
 
@@ -227,7 +241,7 @@ def _conv_backward(kept: Tensors, options: dict[str, Any], grads: Tensors) -> Te
     dx = torch.empty_like(x, memory_format=torch.contiguous_format)
     parts = torch.empty((fields["batch"] * fields["chunks"], 2, 5, x.shape[2]), dtype=torch.float32, device=x.device)
     _start(
-        convolution(False, x.dtype, run), grid, fields, x=x, weight=_filled(weight), bias=_whole(bias), dy=dy, dx=dx,
+        convolution, (False, x.dtype, run), grid, fields, x=x, weight=_filled(weight), bias=_whole(bias), dy=dy, dx=dx,
         parts=parts,
     )  # fmt: skip
     sums = parts.sum(0)
@@ -260,7 +274,7 @@ def _gate_forward(tensors: Tensors, options: dict[str, Any]) -> tuple[tuple[Tens
     out = y.new_empty(y.shape, dtype=torch.promote_types(y.dtype, z.dtype))
     run = _run(8, y, z)
     grid, fields = _gate_sizes(y, z, run)
-    _start(gate(True, y.dtype, z.dtype, out.dtype, run), grid, fields, x=y, z=z, y=out)
+    _start(gate, (True, y.dtype, z.dtype, out.dtype, run), grid, fields, x=y, z=z, y=out)
     return (out,), (y, z)
 
 
@@ -271,7 +285,7 @@ def _gate_backward(kept: Tensors, options: dict[str, Any], grads: Tensors) -> Te
     dy, dz = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (y, z))
     run = _run(8, y, z, dout)
     grid, fields = _gate_sizes(y, z, run)
-    _start(gate(False, y.dtype, z.dtype, dout.dtype, run), grid, fields, x=y, z=z, dy=dout, dx=dy, dz=dz)
+    _start(gate, (False, y.dtype, z.dtype, dout.dtype, run), grid, fields, x=y, z=z, dy=dout, dx=dy, dz=dz)
     return dy, dz
 
 
