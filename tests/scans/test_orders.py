@@ -86,6 +86,30 @@ def test_atrous_routes_share_the_grid_out() -> None:
     assert scans.ATROUS_2.indices(1, 1).tolist() == [[0], [-1], [-1], [-1]]
 
 
+@pytest.mark.parametrize("grid", GRIDS, ids=str)
+@pytest.mark.parametrize("name", ["snake", "cross", "local_2", "atrous_2"])
+def test_visits_are_the_table_inside_out(name: str, grid: tuple[int, int]) -> None:
+    """Of each route the step at which it comes to a token, and the move from the token before, if a neighbour."""
+    height, width = grid
+    table, (steps, moves) = scans.get(name).indices(*grid), scans.get(name).visits(*grid)
+    places = {"start": (0, 0), "right": (0, 1), "left": (0, -1), "up": (-1, 0), "down": (1, 0)}
+    for k, route in enumerate(table.tolist()):
+        for token in range(height * width):
+            if token not in route:
+                assert steps[k, token] == moves[k, token] == -1
+                continue
+            step = int(steps[k, token])
+            assert route[step] == token
+            before = route[step - 1] if step else -1
+            row, column = places[scans.MOVES[moves[k, token]]]
+            if before >= 0 and abs(before // width - token // width) + abs(before % width - token % width) == 1:
+                assert (before // width + row, before % width + column) == divmod(token, width)
+            elif name == "snake":
+                assert step == 0 and moves[k, token] == 0
+    like = torch.zeros(1)
+    assert torch.equal(torch.ops.vision_mamba.scan_visits(like, name, *grid), scans.get(name).visits(*grid))
+
+
 @pytest.mark.parametrize("name", scans.names())
 @pytest.mark.parametrize("grid", GRIDS, ids=str)
 def test_round_trip_is_exact(name: str, grid: tuple[int, int]) -> None:

@@ -10,7 +10,7 @@ from vision_mamba import scans
 from vision_mamba.ops.backends import eager, ssd_eager
 from vision_mamba.ops.call import ScanCall
 from vision_mamba.ops.ssd_call import SsdCall
-from vision_mamba.scans.order import stack
+from vision_mamba.scans.order import all_visits, stack
 
 
 class RouteScan(nn.Module):
@@ -45,6 +45,12 @@ class RouteScan(nn.Module):
         if self.exportable:
             return _plain_table(like, self.order, height, width, class_token)
         return torch.ops.vision_mamba.scan_indices(like, self.order, height, width, class_token)
+
+    def visits(self, like: Tensor, height: int, width: int) -> Tensor:
+        """When and how each route comes to each token: int64 (2, K, L), see `scans.routes.visits`."""
+        if self.exportable:
+            return _plain_visits(like, self.order, height, width)
+        return torch.ops.vision_mamba.scan_visits(like, self.order, height, width)
 
 
 class SelectiveScan(RouteScan):

@@ -9,7 +9,7 @@ import logging
 import math
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
 import torch.nn.functional as F
@@ -43,6 +43,7 @@ from torch import Tensor, nn
 from vision_mamba.layers.bimamba import BiMamba
 from vision_mamba.layers.init import init_in_float32_
 from vision_mamba.layers.local import LocalMamba
+from vision_mamba.layers.norm import NORMS, RMSNorm, before_product
 from vision_mamba.layers.tokens import CLASS_TOKENS, class_first, insert_class, resample_pos_embed, rotation
 from vision_mamba.models.checkpoint import require_all_used, unwrap
 
@@ -60,32 +61,26 @@ def count_patches(pixels: int, patch: int, stride: int) -> int:
     return (max(pixels - patch, 0) + stride - 1) // stride + 1
 
 
-class StridedPatchEmbed(nn.Module):
-    """Cut an image into patches, overlapping where the stride is smaller than the patch, and embed each.
-
-    An image that the patches do not tile is padded with zeros at its right and lower edge, so every pixel is seen.
+class PatchGrid(nn.Module):
+    """What cuts an image into patches, and their grid: nominal, or that of any other image.
 
     Args:
         img_size: nominal height and width; what `grid_size` and the position embedding are made for.
         patch_size: height and width of a patch.
         stride: pixels from one patch to the next; the patch's size by default.
-        in_chans: channels of the image.
-        embed_dim: E, width of a token.
         strict_img_size: refuse images of another size than `img_size`.
-
-    Shape: (B, in_chans, H, W) -> (B, grid height, grid width, E).
     """
+
+    fineness = 1  #: Pixels, along a side, per element of what the patches' kernel goes over.
+    if TYPE_CHECKING:  # TorchScript takes no such annotation
+        proj: nn.Conv2d
 
     def __init__(
         self,
         img_size: int | tuple[int, int] = 224,
         patch_size: int | tuple[int, int] = 16,
         stride: int | tuple[int, int] | None = None,
-        in_chans: int = 3,
-        embed_dim: int = 192,
         strict_img_size: bool = False,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         self.patch_size = to_2tuple(patch_size)
@@ -94,7 +89,6 @@ class StridedPatchEmbed(nn.Module):
             raise ValueError(f"VisionMamba: stride must be from 1 to the patch size {self.patch_size}, got {stride}.")
         self.strict_img_size = strict_img_size
         self.set_input_size(img_size)
-        self.proj = nn.Conv2d(in_chans, embed_dim, self.patch_size, self.stride, device=device, dtype=dtype)
 
     @torch.jit.ignore
     def set_input_size(self, img_size: int | tuple[int, int]) -> None:
@@ -115,14 +109,45 @@ class StridedPatchEmbed(nn.Module):
             count_patches(img_size[1], self.patch_size[1], self.stride[1]),
         )
 
-    def forward(self, x: Tensor) -> Tensor:
-        height, width = x.shape[2], x.shape[3]
+    def check_size(self, height: int, width: int) -> None:
+        """Refuse another size than the nominal one, if so asked."""
         if self.strict_img_size:
             _assert(
                 height == self.img_size[0] and width == self.img_size[1],
                 f"VisionMamba: images must be {self.img_size}, got ({height}, {width}); "
                 f"use dynamic_img_size=True or set_input_size.",
             )
+
+
+class StridedPatchEmbed(PatchGrid):
+    """Cut an image into patches, overlapping where the stride is smaller than the patch, and embed each.
+
+    An image that the patches do not tile is padded with zeros at its right and lower edge, so every pixel is seen.
+
+    Args: those of `PatchGrid`, and
+        in_chans: channels of the image.
+        embed_dim: E, width of a token.
+
+    Shape: (B, in_chans, H, W) -> (B, grid height, grid width, E).
+    """
+
+    def __init__(
+        self,
+        img_size: int | tuple[int, int] = 224,
+        patch_size: int | tuple[int, int] = 16,
+        stride: int | tuple[int, int] | None = None,
+        in_chans: int = 3,
+        embed_dim: int = 192,
+        strict_img_size: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(img_size, patch_size, stride, strict_img_size)
+        self.proj = nn.Conv2d(in_chans, embed_dim, self.patch_size, self.stride, device=device, dtype=dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        height, width = x.shape[2], x.shape[3]
+        self.check_size(height, width)
         rows, columns = self.dynamic_feat_size((height, width))
         lower = (rows - 1) * self.stride[0] + self.patch_size[0] - height
         right = (columns - 1) * self.stride[1] + self.patch_size[1] - width
@@ -148,7 +173,7 @@ class Block(nn.Module):
     ) -> None:
         super().__init__()
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.norm = norm_layer(dim, **dd)
+        self.norm = before_product(norm_layer(dim, **dd))
         self.mixer = mixer(dim, **dd)
         self.ls = nn.Identity() if init_values is None else LayerScale(dim, init_values=init_values, **dd)
         self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
@@ -195,6 +220,10 @@ class VisionMamba(nn.Module):
         pos_drop_rate: dropout after the position embedding.
         drop_path_rate: stochastic depth, rising linearly from 0 at the first block to this at the last.
         norm_layer: class or timm name of the norms; RMSNorm with eps 1e-5 by default.
+        final_norm_layer: the same of the norm behind the blocks; that of all by default.
+        embed_layer: what cuts the image up.
+        block_layers: what makes each block of its width; `Block` around Vim's or LocalMamba's mixers by default. With
+            them, what is said here of mixers and of norms within blocks is theirs.
 
     Reference: Zhu et al. 2024, arXiv:2401.09417.
     """
@@ -227,6 +256,9 @@ class VisionMamba(nn.Module):
         pos_drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
         norm_layer: LayerType | None = None,
+        final_norm_layer: LayerType | None = None,
+        embed_layer: Callable[..., PatchGrid] = StridedPatchEmbed,
+        block_layers: Sequence[Callable[..., nn.Module]] | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -246,9 +278,11 @@ class VisionMamba(nn.Module):
         self.rope = rope
         self.published_quirks = published_quirks
         self.grad_checkpointing = False
-        norm: Callable[..., nn.Module] = get_norm_layer(norm_layer) or partial(nn.RMSNorm, eps=1e-5)
+        norm: Callable[..., nn.Module] = (
+            NORMS.get(str(norm_layer)) or get_norm_layer(norm_layer) or partial(RMSNorm, eps=1e-5)
+        )
 
-        self.patch_embed = StridedPatchEmbed(
+        self.patch_embed = embed_layer(
             img_size, patch_size, stride, in_chans, embed_dim, strict_img_size=not dynamic_img_size, **dd
         )
         tokens = self.patch_embed.num_patches + self.num_prefix_tokens
@@ -264,14 +298,16 @@ class VisionMamba(nn.Module):
             d_state=d_state, d_conv=d_conv, expand=expand, dt_rank=dt_rank, average=average_routes
         )
         along_grid = partial(LocalMamba, class_token=class_token, published_quirks=published_quirks, **mixer)
-        mixers = [
-            partial(BiMamba, **mixer) if order is None else partial(along_grid, scan_order=order)
-            for order in self._per_block(scan_order, depth)
-        ]
+        if block_layers is None:
+            mixers = [
+                partial(BiMamba, **mixer) if order is None else partial(along_grid, scan_order=order)
+                for order in self._per_block(scan_order, depth)
+            ]
+            block_layers = [partial(Block, norm_layer=norm, mixer=mixer, init_values=init_values) for mixer in mixers]
         self.blocks = nn.ModuleList(
-            Block(embed_dim, norm, mixer, init_values, rate, **dd) for mixer, rate in zip(mixers, rates, strict=True)
+            make(embed_dim, drop_path=rate, **dd) for make, rate in zip(block_layers, rates, strict=True)
         )
-        self.norm = norm(embed_dim, **dd)
+        self.norm = (get_norm_layer(final_norm_layer) or norm)(embed_dim, **dd)
         reduction = self.patch_embed.feat_ratio()
         self.feature_info = [dict(num_chs=embed_dim, reduction=reduction, module=f"blocks.{i}") for i in range(depth)]
 
@@ -550,11 +586,12 @@ def checkpoint_filter_fn(
     if model.rope:
         _check_rotations(state, model)
     names = partial(published_names, class_token=model.class_token) if names is None else names
-    if any(name.startswith("layers.") for name in state):
+    if not any(name.startswith("blocks.") for name in state):
         state = _from_published(state, model.state_dict(), names)
     require_all_used(state, model, "head")
     kernel = state["patch_embed.proj.weight"]
-    patch = (kernel.shape[2], kernel.shape[3])
+    fineness = model.patch_embed.fineness
+    patch = (kernel.shape[2] * fineness, kernel.shape[3] * fineness)
     if model.pos_embed is not None:
         grid = _source_grid(state["pos_embed"], patch, model)
         size = model.patch_embed.grid_size
@@ -562,7 +599,8 @@ def checkpoint_filter_fn(
             _log.info("position embedding resampled from the checkpoint's grid %s to %s", grid, size)
         state["pos_embed"] = resample_pos_embed(state["pos_embed"], size, grid, model.class_token)
     if patch != model.patch_embed.patch_size:
-        state["patch_embed.proj.weight"] = resample_patch_embed(kernel, list(model.patch_embed.patch_size))
+        sides = [side // fineness for side in model.patch_embed.patch_size]
+        state["patch_embed.proj.weight"] = resample_patch_embed(kernel, sides)
     return state
 
 

@@ -14,7 +14,18 @@ from vision_mamba.scans.order import (
     names,
     register,
 )
-from vision_mamba.scans.routes import Route, atrous, column_major, reverse, row_major, snake, transpose, window
+from vision_mamba.scans.routes import (
+    MOVES,
+    Route,
+    atrous,
+    column_major,
+    reverse,
+    row_major,
+    snake,
+    transpose,
+    visits,
+    window,
+)
 
 __all__ = [
     "ATROUS_2",
@@ -24,6 +35,7 @@ __all__ = [
     "FORWARD",
     "LOCAL_2",
     "LOCAL_7",
+    "MOVES",
     "SNAKE",
     "Route",
     "ScanOrder",
@@ -37,5 +49,6 @@ __all__ = [
     "row_major",
     "snake",
     "transpose",
+    "visits",
     "window",
 ]

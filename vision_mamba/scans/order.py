@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vision_mamba.scans.routes import Route, atrous, column_major, reverse, row_major, snake, transpose, window
+from vision_mamba.scans.routes import Route, atrous, column_major, reverse, row_major, snake, transpose, visits, window
 
 
 @dataclass(frozen=True)
@@ -56,6 +56,10 @@ class ScanOrder:
         """
         return _table_on(self, height, width, class_token, torch.device(device))
 
+    def visits(self, height: int, width: int, *, device: torch.device | str = "cpu") -> Tensor:
+        """When and how each route comes to each token: int64 (2, K, L), see `routes.visits`; shared as indices are."""
+        return _visits_on(self, height, width, torch.device(device))
+
 
 @functools.lru_cache(maxsize=512)
 def _table_on(order: ScanOrder, height: int, width: int, class_token: int | None, device: torch.device) -> Tensor:
@@ -74,6 +78,18 @@ def _table_on(order: ScanOrder, height: int, width: int, class_token: int | None
             for number, route in enumerate(routes):
                 _check_route(order.name, number, route, height, width)
             return stack(routes, class_token)
+
+
+@functools.lru_cache(maxsize=512)
+def _visits_on(order: ScanOrder, height: int, width: int, device: torch.device) -> Tensor:
+    order.indices(height, width)  # whatever breaks the contract is reported there
+    with torch.inference_mode(False), torch.device("cpu"):
+        return all_visits(order.routes, height, width).to(device)
+
+
+def all_visits(order_routes: Sequence[Route], height: int, width: int) -> Tensor:
+    """`routes.visits` of several routes: int64 (2, K, L)."""
+    return torch.stack([visits(route, height, width) for route in order_routes], 1)
 
 
 def stack(routes: Sequence[Tensor], class_token: int | None = None) -> Tensor:
@@ -182,3 +198,19 @@ def _fake_scan_indices(like: Tensor, order: str, height: int, width: int, class_
 _library.impl("scan_indices", _scan_indices, "CompositeExplicitAutograd")
 _library.impl("scan_indices", torch.library.fallthrough_kernel, "Autograd")
 torch.library.register_fake("vision_mamba::scan_indices", _fake_scan_indices, lib=_library)
+
+_library.define("scan_visits(Tensor like, str order, SymInt height, SymInt width) -> Tensor")
+
+
+def _scan_visits(like: Tensor, order: str, height: int, width: int) -> Tensor:
+    return get(order).visits(height, width, device=like.device)
+
+
+def _fake_scan_visits(like: Tensor, order: str, height: int, width: int) -> Tensor:
+    with torch.device(like.device):
+        return all_visits(get(order).routes, height, width)
+
+
+_library.impl("scan_visits", _scan_visits, "CompositeExplicitAutograd")
+_library.impl("scan_visits", torch.library.fallthrough_kernel, "Autograd")
+torch.library.register_fake("vision_mamba::scan_visits", _fake_scan_visits, lib=_library)

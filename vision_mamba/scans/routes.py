@@ -124,6 +124,31 @@ def atrous(step: int, offset: tuple[int, int] | None = None) -> Route:
     return atrous_route
 
 
+#: How a route comes to a token, in the order that published parameters follow.
+MOVES = ("start", "right", "left", "up", "down")
+
+
+def visits(route: Route, height: int, width: int) -> Tensor:
+    """When and how a route comes to each token: int64 (2, L), steps and moves; both are -1 off the route.
+
+    Moves are numbers in `MOVES`, those of the step from one neighbour to the next (PlainMamba, arXiv:2403.17695); the
+    first token, and what a route jumps to, is a start.
+
+    >>> visits(snake, 2, 2).tolist()
+    [[0, 1, 3, 2], [0, 1, 2, 4]]
+    """
+    tokens = route(height, width)
+    change = F.pad(tokens[1:] - tokens[:-1], (1, 0))
+    moves = torch.zeros_like(tokens)
+    # In a grid of one column the next token is below, not to the right.
+    for number, distance in enumerate((1, -1, -width, width), 1):
+        moves = torch.where(change == distance, number, moves)
+    found = torch.stack((torch.arange(tokens.shape[0]), moves))
+    # Padding lands in front of the tokens, where it is cut off.
+    places = torch.full((2, height * width + 1), -1)
+    return places.scatter(1, (tokens + 1).expand(2, -1), found)[:, 1:]
+
+
 def _require_positive(where: str, name: str, value: int) -> None:
     if not isinstance(value, int) or value < 1:
         raise ValueError(f"{where}: {name} must be a whole number of at least 1, got {value!r}.")
