@@ -216,6 +216,8 @@ def test_init_weights_fills_storage_that_held_nothing(name: str) -> None:
     fresh = create(name, num_classes=5).state_dict()
     for key, tensor in model.state_dict().items():
         assert tensor.isfinite().all(), key
+        if tensor.numel() < 16:  # too few to tell how they are spread
+            continue
         spreads = (fresh[key].float().std(correction=0), tensor.float().std(correction=0))
         torch.testing.assert_close(*spreads, rtol=0.5, atol=1e-2, msg=lambda text, key=key: f"{key}: {text}")
     assert model(torch.randn(ODD)).isfinite().all()
