@@ -106,20 +106,22 @@ def test_long_and_alone() -> None:
 
 @pytest.mark.gpu
 def test_more_than_32_bits_of_elements() -> None:
-    """x and y of 2^31 elements and more; the last batch item is the same as by itself."""
-    call = make_call(
-        SsdCase(batch=1, grid=(1, 3136), heads=16, groups=1, channels=64, states=16, dtypes=(BF16,) * 4), device=gpu()
-    )
+    """x, y and their gradients of 2^31 elements and more: the last batch item is the first, which is as by itself."""
+    case = SsdCase(batch=1, grid=(1, 3136), heads=16, groups=1, channels=64, states=16, dtypes=(BF16,) * 4)
+    call = make_call(case, device=gpu())
     batch = 2**31 // call.x.numel() + 1
-    wide = call._replace(
-        **{
-            n: getattr(call, n).expand(batch, *[-1] * (getattr(call, n).dim() - 1)).contiguous()
-            for n in ("x", "dt", "B", "C")
-        }
-    )
-    assert wide.x.numel() > 2**31
-    scan = torch.ops.vision_mamba.ssd
-    assert torch.equal(scan(*wide, "triton")[0][-1], scan(*call, "triton")[0][0])
+    dy = torch.randn_like(call.x)
+    names = ("x", "dt", "B", "C")
+
+    def results(items: int) -> list[torch.Tensor]:
+        wide = {n: (t := getattr(call, n)).repeat(items, *[1] * (t.dim() - 1)).requires_grad_() for n in names}
+        y, _ = torch.ops.vision_mamba.ssd(*call._replace(**wide), "triton")
+        return [y.detach(), *torch.autograd.grad(y, list(wide.values()), dy.expand_as(y))]
+
+    assert batch * call.x.numel() > 2**31
+    for name, found, alone in zip(("y", *names), results(batch), results(1), strict=True):
+        assert torch.equal(found[-1], found[0]), name
+        assert relative_rms(found[:1], alone) <= RELATIVE_RMS[BF16], name
 
 
 @pytest.mark.gpu
