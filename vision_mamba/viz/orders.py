@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from matplotlib import colormaps
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.collections import LineCollection, PolyCollection
 from matplotlib.figure import Figure
 from PIL import Image
@@ -42,9 +44,17 @@ def draw_order(order: ScanOrder | str, image: Image.Image | np.ndarray, grid: tu
 
 
 def draw_orders(
-    orders: Sequence[ScanOrder | str], image: Image.Image | np.ndarray, grid: tuple[int, int] = (7, 7), rows: int = 2
+    orders: Sequence[ScanOrder | str],
+    image: Image.Image | np.ndarray,
+    grid: tuple[int, int] = (7, 7),
+    rows: int = 2,
+    shown: float = 1.0,
 ) -> Figure:
-    """Draw several orders side by side, each a block of panels of so many rows; arguments as in `draw_order`.
+    """Draw several orders side by side, each a block of panels; arguments as in `draw_order`.
+
+    Args:
+        rows: of panels in a block.
+        shown: part of every route that is drawn, from its first step on.
 
     Raises: ValueError for an unknown order, a grid without patches, or an array that is no RGB picture.
     """
@@ -68,7 +78,7 @@ def draw_orders(
         for number, route in enumerate(order.indices(*grid).tolist()):
             row, column = divmod(number, count)
             panel = figure.add_axes(inches(left + column * across, _TITLE + row * down))
-            _draw_route(panel, [token for token in route if token >= 0], picture, grid)
+            _draw_route(panel, [token for token in route if token >= 0], picture, grid, shown)
         left += across * count - _GAP + _BLOCK_GAP
     return figure
 
@@ -91,7 +101,37 @@ def _cut(picture: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
     return picture[top : top + height, left : left + width]
 
 
-def _draw_route(panel: Axes, route: list[int], picture: np.ndarray, grid: tuple[int, int]) -> None:
+def animate_orders(
+    orders: Sequence[ScanOrder | str],
+    image: Image.Image | np.ndarray,
+    path: str | Path,
+    grid: tuple[int, int] = (7, 7),
+    frames: int | None = None,
+    seconds: float = 4.0,
+) -> None:
+    """Write an animated GIF in which the routes grow step by step, all of them at one time; it runs for ever.
+
+    Args:
+        orders, image, grid: as in `draw_orders`.
+        path: of the GIF.
+        frames: pictures, of which the last shows whole routes; as many as there are patches by default, 25 at most.
+        seconds: of one run; the last picture stays for a third as long again.
+    """
+    drawn: list[Image.Image] = []
+    frames = frames or max(1, min(25, grid[0] * grid[1]))
+    for number in range(1, frames + 1):
+        canvas = FigureCanvasAgg(draw_orders(orders, image, grid, shown=number / frames))
+        canvas.draw()
+        drawn.append(Image.fromarray(np.asarray(canvas.buffer_rgba())[..., :3]))
+    # One palette for all, else colours would flicker: that of the last, which has the colours of every step.
+    palette = drawn[-1].quantize(64, dither=Image.Dither.NONE)
+    drawn = [whole.quantize(palette=palette, dither=Image.Dither.NONE) for whole in drawn]
+    each = round(1000 * seconds / frames)
+    durations = [each] * (frames - 1) + [each + round(1000 * seconds / 3)]
+    drawn[0].save(path, format="GIF", save_all=True, append_images=drawn[1:], duration=durations, loop=0, disposal=1)
+
+
+def _draw_route(panel: Axes, route: list[int], picture: np.ndarray, grid: tuple[int, int], shown: float) -> None:
     height, width = grid
     panel.imshow(picture * _SHADE, extent=(0, width, height, 0), interpolation="lanczos")
     lines: dict[str, Any] = dict(color="white", alpha=0.25, linewidth=0.4)
@@ -100,13 +140,14 @@ def _draw_route(panel: Axes, route: list[int], picture: np.ndarray, grid: tuple[
     panel.set(xlim=(0, width), ylim=(height, 0))
     panel.set_axis_off()
     if route:
-        _draw_path(panel, np.array([(token % width + 0.5, token // width + 0.5) for token in route]), max(grid))
+        points = np.array([(token % width + 0.5, token // width + 0.5) for token in route])
+        _draw_path(panel, points, max(grid), max(1, round(shown * len(route))))
 
 
-def _draw_path(panel: Axes, points: np.ndarray, side: int) -> None:
-    """A line through (T, 2) points, on a panel of so many patches along its longer side."""
+def _draw_path(panel: Axes, points: np.ndarray, side: int, count: int) -> None:
+    """A line through the first of (T, 2) points, on a panel of so many patches along its longer side."""
+    colours, points = _TIME(np.linspace(0, 1, len(points)))[:count], points[:count]
     starts, ways = points[:-1], np.diff(points, axis=0)
-    colours = _TIME(np.linspace(0, 1, len(points)))
     lengths = np.abs(ways).max(1, initial=0)
     near = lengths <= lengths.min(initial=side)  # a route over every other patch has neighbours two apart
     thick = 0.15 * _PANEL * 72 / side  # of the path, in points
