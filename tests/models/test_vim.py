@@ -183,6 +183,44 @@ def test_published_name_is_an_alias() -> None:
 # The mixer
 
 
+FIRST = "224_bimambav2_final_pool_mean_abs_pos_embed_rope_also_residual"
+
+
+@pytest.mark.parametrize(
+    ("old", "ours", "parameters"),
+    [
+        (f"vim_tiny_patch16_{FIRST}", "vim_tiny_patch16_rope_224", 7_147_624),
+        (f"vim_tiny_patch16_{FIRST}_with_cls_token", "vim_tiny_patch16_rope_cls_224", 7_148_008),
+        (f"vim_tiny_patch8_{FIRST}_with_cls_token", "vim_tiny_patch8_rope_cls_224", None),
+        (f"vim_small_patch16_{FIRST}", "vim_small_patch16_rope_224", 25_795_816),
+    ],
+)
+def test_first_published_names_are_aliases(old: str, ours: str, parameters: int | None) -> None:
+    with torch.device("meta"), pytest.warns(UserWarning, match=ours):
+        model = timm.create_model(old)
+    assert model.rope and all(block.mixer.scale == 1.0 for block in model.blocks)
+    assert (model.class_token, model.global_pool) == (("head", "token") if "cls" in ours else ("none", "avg"))
+    assert parameters is None or sum(p.numel() for p in model.parameters()) == parameters
+
+
+def test_normed_columns_keep_large_activations_from_the_scan() -> None:
+    for norm_columns in (False, True):
+        mixer = BiMamba(16, norm_columns=norm_columns)
+        square = sum(c.square().sum(-1) for c in mixer.columns(1e3 * torch.randn(1, 5, 2, 32)))
+        square = square / (mixer.dt_rank + 2 * mixer.d_state)
+        assert torch.allclose(square, torch.ones(()), atol=1e-3) is norm_columns
+
+
+@pytest.mark.parametrize("name", ["vim_tiny_patch16_steady_224", "vmamba_tiny_steady", "localvmamba_tiny_steady"])
+def test_our_own_models_say_that_they_are_not_published(name: str) -> None:
+    card = timm.get_pretrained_cfg(name)
+    assert "not a published model" in card.description and card.tag == "untrained" and not card.has_weights
+    with torch.device("meta"):
+        model = timm.create_model(name)
+    mixers = [module for module in model.modules() if hasattr(module, "norm_columns")]
+    assert mixers and all(mixer.norm_columns and mixer.scale == 1 / mixer.routes for mixer in mixers)
+
+
 def test_conv_both_ways_is_two_causal_convolutions() -> None:
     x, weight, bias = torch.randn(2, 9, 6), torch.randn(2, 6, 4), torch.randn(2, 6)
 

@@ -3,6 +3,7 @@
 import math
 
 import torch
+import torch.nn.functional as F
 from timm.layers import register_notrace_function
 from torch import Tensor, nn
 
@@ -39,6 +40,8 @@ class RouteMamba(nn.Module):
         expand: D / E, inner width over outer width.
         dt_rank: R, rank of the step sizes; E / 16 rounded up by default.
         average: take the mean of the routes rather than their sum ("div2").
+        norm_columns: scale each token's step sizes, B and C of a route to a mean square of 1 together, so that no
+            activation, however large, drives the scan further than its parameters allow.
     """
 
     def __init__(
@@ -50,6 +53,7 @@ class RouteMamba(nn.Module):
         expand: float = 2.0,
         dt_rank: int | None = None,
         average: bool = True,
+        norm_columns: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -59,6 +63,7 @@ class RouteMamba(nn.Module):
         self.d_state = d_state
         self.dt_rank = math.ceil(dim / 16) if dt_rank is None else dt_rank
         self.scale = 1.0 / routes if average else 1.0
+        self.norm_columns = norm_columns
 
         # Half precision is too coarse for what is exponentiated or summed over a whole route.
         wide = torch.promote_types(dtype or torch.get_default_dtype(), torch.float32)
@@ -87,6 +92,8 @@ class RouteMamba(nn.Module):
     def columns(self, u: Tensor) -> list[Tensor]:
         """(B, S, K, D) -> step sizes of rank R, B and C, each (B, S, K, .), by each route's own projection."""
         columns = torch.einsum("blkd,kcd->blkc", u, self.x_proj_weight)
+        if self.norm_columns:
+            columns = F.rms_norm(columns, [columns.shape[-1]], None, 1e-5)  # in float32 inside
         return columns.split([self.dt_rank, self.d_state, self.d_state], -1)
 
 
@@ -116,10 +123,11 @@ class BiMamba(RouteMamba):
         expand: float = 2.0,
         dt_rank: int | None = None,
         average: bool = True,
+        norm_columns: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__(dim, "bidirectional", d_state, d_conv, expand, dt_rank, average, device, dtype)
+        super().__init__(dim, "bidirectional", d_state, d_conv, expand, dt_rank, average, norm_columns, device, dtype)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:

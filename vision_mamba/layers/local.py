@@ -133,12 +133,13 @@ class LocalMamba(RouteMamba):
         expand: float = 2.0,
         dt_rank: int | None = None,
         average: bool = False,
+        norm_columns: bool = False,
         class_token: str = "none",
         published_quirks: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__(dim, scan_order, d_state, d_conv, expand, dt_rank, average, device, dtype)
+        super().__init__(dim, scan_order, d_state, d_conv, expand, dt_rank, average, norm_columns, device, dtype)
         if CLASS_TOKENS.get(class_token, 2) > 1:
             raise ValueError(
                 f"LocalMamba: class_token must be 'middle', 'head' or 'none', got {class_token!r}; routes over a grid "

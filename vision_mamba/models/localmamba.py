@@ -152,12 +152,18 @@ _RELEASE = "https://github.com/hunto/LocalMamba/releases/download/v1.0.0/"
 # Where there is no address, no weights have been published: for localvim_small the authors' page links another model's.
 default_cfgs = generate_default_cfgs(
     {
-        "localvim_tiny_patch16_224.in1k": _cfg(_RELEASE + "local_vim_tiny.ckpt"),
-        "localvim_tiny_patch16_midcls_224.in1k": _cfg(_RELEASE + "local_vim_tiny_middle_cls_token.ckpt"),
-        "localvim_small_patch16_224.untrained": _cfg(),
+        "localvim_tiny_patch16_224.in1k": _cfg(_RELEASE + "local_vim_tiny.ckpt", notes=("top-1 76.2",)),
+        "localvim_tiny_patch16_midcls_224.in1k": _cfg(
+            _RELEASE + "local_vim_tiny_middle_cls_token.ckpt", notes=("top-1 77.8",)
+        ),
+        "localvim_small_patch16_224.untrained": _cfg(notes=("top-1 81.1",)),
         "localvim_small_patch16_midcls_224.untrained": _cfg(),
-        "localvmamba_tiny.untrained": _pyramid_cfg(),
-        "localvmamba_small.in1k": _pyramid_cfg(_RELEASE + "local_vssm_small.ckpt"),
+        "localvmamba_tiny.untrained": _pyramid_cfg(notes=("top-1 82.7",)),
+        "localvmamba_small.in1k": _pyramid_cfg(_RELEASE + "local_vssm_small.ckpt", notes=("top-1 83.7",)),
+        # Ours.
+        "localvmamba_tiny_steady.untrained": _pyramid_cfg(
+            description="LocalVMamba with the mean of the routes and bounded scans; not a published model",
+        ),
         "test_localvim.untrained": _cfg(input_size=(3, 160, 160), crop_pct=0.95),
         "test_localvmamba.untrained": _pyramid_cfg(input_size=(3, 160, 160), pool_size=(5, 5), crop_pct=0.95),
     }
@@ -237,6 +243,15 @@ def localvmamba_small(pretrained: bool = False, **kwargs: Any) -> VMamba:
     """LocalVMamba-S; 83.7 top-1 as published."""
     model_args = dict(_PYRAMID, depths=(2, 2, 27, 2), scan_order=_LOCALVMAMBA_SMALL)
     return _create_localvmamba("localvmamba_small", pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def localvmamba_tiny_steady(pretrained: bool = False, **kwargs: Any) -> VMamba:
+    """Not published: `localvmamba_tiny` with the mean of the routes and with scans that no activation drives far."""
+    model_args = dict(
+        _PYRAMID, depths=(2, 2, 9, 2), scan_order=_LOCALVMAMBA_TINY, average_routes=True, norm_columns=True
+    )
+    return _create_localvmamba("localvmamba_tiny_steady", pretrained, **dict(model_args, **kwargs))
 
 
 @register_model

@@ -206,6 +206,7 @@ class VisionMamba(nn.Module):
         expand: inner width of a mixer over E.
         dt_rank: R, rank of the step sizes; E / 16 rounded up by default.
         average_routes: mixers take the mean of their scans, not the sum.
+        norm_columns: bound what drives the scans by a norm, see `RouteMamba`.
         scan_order: name of a registered `ScanOrder` over the grid of patches, or one for every block: mixers are then
             those of LocalMamba. By default they are Vim's, both ways along the sequence.
         init_values: start of a learned scale on every block's output; none by default.
@@ -245,6 +246,7 @@ class VisionMamba(nn.Module):
         expand: float = 2.0,
         dt_rank: int | None = None,
         average_routes: bool = True,
+        norm_columns: bool = False,
         scan_order: str | Sequence[str] | None = None,
         init_values: float | None = None,
         class_token: str = "middle",
@@ -295,7 +297,12 @@ class VisionMamba(nn.Module):
         # The published code drops what comes into a block, one block late: block i loses its output at rate i.
         rates = torch.linspace(0, drop_path_rate, depth, device="cpu").tolist()
         mixer: dict[str, Any] = dict(
-            d_state=d_state, d_conv=d_conv, expand=expand, dt_rank=dt_rank, average=average_routes
+            d_state=d_state,
+            d_conv=d_conv,
+            expand=expand,
+            dt_rank=dt_rank,
+            average=average_routes,
+            norm_columns=norm_columns,
         )
         along_grid = partial(LocalMamba, class_token=class_token, published_quirks=published_quirks, **mixer)
         if block_layers is None:
@@ -664,19 +671,36 @@ default_cfgs = generate_default_cfgs(
     {
         # Names of files as third parties list them.
         "vim_tiny_patch16_224.hustvl_in1k": _cfg(
-            hf_hub_id="hustvl/Vim-tiny-midclstok", hf_hub_filename="vim_t_midclstok_76p1acc.pth"
+            hf_hub_id="hustvl/Vim-tiny-midclstok", hf_hub_filename="vim_t_midclstok_76p1acc.pth", notes=("top-1 76.1",)
         ),
         "vim_tiny_patch16_stride8_224.hustvl_in1k": _cfg(
-            hf_hub_id="hustvl/Vim-tiny-midclstok", hf_hub_filename="vim_t_midclstok_ft_78p3acc.pth"
+            hf_hub_id="hustvl/Vim-tiny-midclstok",
+            hf_hub_filename="vim_t_midclstok_ft_78p3acc.pth",
+            notes=("top-1 78.3",),
         ),
         "vim_small_patch16_224.hustvl_in1k": _cfg(
-            hf_hub_id="hustvl/Vim-small-midclstok", hf_hub_filename="vim_s_midclstok_80p5acc.pth"
+            hf_hub_id="hustvl/Vim-small-midclstok", hf_hub_filename="vim_s_midclstok_80p5acc.pth", notes=("top-1 80.5",)
         ),
         "vim_small_patch16_stride8_224.hustvl_in1k": _cfg(
-            hf_hub_id="hustvl/Vim-small-midclstok", hf_hub_filename="vim_s_midclstok_ft_81p6acc.pth"
+            hf_hub_id="hustvl/Vim-small-midclstok",
+            hf_hub_filename="vim_s_midclstok_ft_81p6acc.pth",
+            notes=("top-1 81.6",),
         ),
         "vim_base_patch16_224.hustvl_in1k": _cfg(
-            hf_hub_id="hustvl/Vim-base-midclstok", hf_hub_filename="vim_b_midclstok_81p9acc.pth"
+            hf_hub_id="hustvl/Vim-base-midclstok", hf_hub_filename="vim_b_midclstok_81p9acc.pth", notes=("top-1 81.9",)
+        ),
+        # As first published; of these the authors have released one.
+        "vim_tiny_patch16_rope_224.untrained": _cfg(),
+        "vim_tiny_patch16_rope_cls_224.hustvl_in1k": _cfg(
+            hf_hub_id="hustvl/Vim-tiny", hf_hub_filename="vim_tiny_73p1.pth", notes=("top-1 73.1",)
+        ),
+        "vim_tiny_patch8_rope_224.untrained": _cfg(),
+        "vim_tiny_patch8_rope_cls_224.untrained": _cfg(),
+        "vim_small_patch16_rope_224.untrained": _cfg(),
+        "vim_base_patch16_rope_224.untrained": _cfg(),
+        # Ours.
+        "vim_tiny_patch16_steady_224.untrained": _cfg(
+            description="Vim with the mean of the patches and bounded scans; not a published model",
         ),
         "test_vim.untrained": _cfg(input_size=(3, 160, 160), crop_pct=0.95),
     }
@@ -724,12 +748,58 @@ def vim_base_patch16_224(pretrained: bool = False, **kwargs: Any) -> VisionMamba
     return _create_vim("vim_base_patch16_224", pretrained, **dict(dict(embed_dim=768), **kwargs))
 
 
+_ROPE: dict[str, Any] = dict(class_token="none", global_pool="avg", rope=True, average_routes=False)
+_ROPE_CLS: dict[str, Any] = dict(_ROPE, class_token="head", global_pool="token")
+
+
+@register_model
+def vim_tiny_patch16_rope_224(pretrained: bool = False, **kwargs: Any) -> VisionMamba:
+    """Vim-Ti as first published: rotated tokens, the mean of the patches, the sum of both ways; without weights."""
+    return _create_vim("vim_tiny_patch16_rope_224", pretrained, **dict(dict(_ROPE, embed_dim=192), **kwargs))
+
+
+@register_model
+def vim_tiny_patch16_rope_cls_224(pretrained: bool = False, **kwargs: Any) -> VisionMamba:
+    """The same with a class token in front; 73.1 top-1 as published."""
+    return _create_vim("vim_tiny_patch16_rope_cls_224", pretrained, **dict(dict(_ROPE_CLS, embed_dim=192), **kwargs))
+
+
+@register_model
+def vim_tiny_patch8_rope_224(pretrained: bool = False, **kwargs: Any) -> VisionMamba:
+    model_args = dict(_ROPE, embed_dim=192, patch_size=8)
+    return _create_vim("vim_tiny_patch8_rope_224", pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def vim_tiny_patch8_rope_cls_224(pretrained: bool = False, **kwargs: Any) -> VisionMamba:
+    model_args = dict(_ROPE_CLS, embed_dim=192, patch_size=8)
+    return _create_vim("vim_tiny_patch8_rope_cls_224", pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def vim_small_patch16_rope_224(pretrained: bool = False, **kwargs: Any) -> VisionMamba:
+    return _create_vim("vim_small_patch16_rope_224", pretrained, **dict(dict(_ROPE, embed_dim=384), **kwargs))
+
+
+@register_model
+def vim_base_patch16_rope_224(pretrained: bool = False, **kwargs: Any) -> VisionMamba:
+    return _create_vim("vim_base_patch16_rope_224", pretrained, **dict(dict(_ROPE, embed_dim=768), **kwargs))
+
+
+@register_model
+def vim_tiny_patch16_steady_224(pretrained: bool = False, **kwargs: Any) -> VisionMamba:
+    """Not published: the mean of the patches, so no token has a place of its own in any grid, and bounded scans."""
+    model_args = dict(embed_dim=192, class_token="none", global_pool="avg", norm_columns=True)
+    return _create_vim("vim_tiny_patch16_steady_224", pretrained, **dict(model_args, **kwargs))
+
+
 @register_model
 def test_vim(pretrained: bool = False, **kwargs: Any) -> VisionMamba:
     """A Vim small enough for tests, and for small images with patch_size=4, img_size=32."""
     return _create_vim("test_vim", pretrained, **dict(dict(img_size=160, embed_dim=48, depth=4), **kwargs))
 
 
+_FIRST = "224_bimambav2_final_pool_mean_abs_pos_embed_rope_also_residual"
 _SUFFIX = "224_bimambav2_final_pool_mean_abs_pos_embed_with"
 register_model_deprecations(
     __name__,
@@ -739,5 +809,11 @@ register_model_deprecations(
         f"vim_small_patch16_{_SUFFIX}_midclstok_div2": "vim_small_patch16_224.hustvl_in1k",
         f"vim_small_patch16_stride8_{_SUFFIX}_midclstok_div2": "vim_small_patch16_stride8_224.hustvl_in1k",
         f"vim_base_patch16_{_SUFFIX}_middle_cls_token_div2": "vim_base_patch16_224.hustvl_in1k",
+        f"vim_tiny_patch16_{_FIRST}": "vim_tiny_patch16_rope_224",
+        f"vim_tiny_patch16_{_FIRST}_with_cls_token": "vim_tiny_patch16_rope_cls_224.hustvl_in1k",
+        f"vim_tiny_patch8_{_FIRST}": "vim_tiny_patch8_rope_224",
+        f"vim_tiny_patch8_{_FIRST}_with_cls_token": "vim_tiny_patch8_rope_cls_224",
+        f"vim_small_patch16_{_FIRST}": "vim_small_patch16_rope_224",
+        f"vim_base_patch16_{_FIRST}": "vim_base_patch16_rope_224",
     },
 )

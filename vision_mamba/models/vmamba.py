@@ -344,7 +344,7 @@ def _reshaped(tensor: Tensor, like: Tensor) -> Tensor:
 torch.serialization.add_safe_globals([(OrderedDict, "yacs.config.CfgNode")])
 
 
-def _cfg(url: str = "", **kwargs: Any) -> dict[str, Any]:
+def _cfg(url: str = "", top1: str | None = None, **kwargs: Any) -> dict[str, Any]:
     return {
         "url": url,
         "num_classes": 1000,
@@ -360,6 +360,7 @@ def _cfg(url: str = "", **kwargs: Any) -> dict[str, Any]:
         "paper_name": "VMamba: Visual State Space Model",
         "paper_ids": "arXiv:2401.10166",
         "origin_url": "https://github.com/MzeroMiko/VMamba",
+        "notes": top1 and (f"top-1 {top1}",),
         **kwargs,
     }
 
@@ -368,19 +369,24 @@ _RELEASES = "https://github.com/MzeroMiko/VMamba/releases/download/"
 
 default_cfgs = generate_default_cfgs(
     {
-        "vmamba_tiny_s1l8.in1k": _cfg(_RELEASES + "%23v2cls/vssm1_tiny_0230s_ckpt_epoch_264.pth"),
-        "vmamba_tiny_s2l5.in1k": _cfg(_RELEASES + "%23v2cls/vssm_tiny_0230_ckpt_epoch_262.pth"),
-        "vmamba_small_s2l15.in1k": _cfg(_RELEASES + "%23v2cls/vssm_small_0229_ckpt_epoch_222.pth"),
-        "vmamba_small_s1l20.in1k": _cfg(_RELEASES + "%23v2cls/vssm1_small_0229s_ckpt_epoch_240.pth"),
-        "vmamba_base_s2l15.in1k": _cfg(_RELEASES + "%23v2cls/vssm_base_0229_ckpt_epoch_237.pth"),
-        "vmamba_base_s1l20.in1k": _cfg(_RELEASES + "%23v2cls/vssm1_base_0229s_ckpt_epoch_225.pth"),
-        "vmamba_tiny_v0.in1k": _cfg(_RELEASES + "%23v0cls/vssmtiny_dp01_ckpt_epoch_292.pth"),
-        "vmamba_small_v0.in1k": _cfg(_RELEASES + "%23v0cls/vssmsmall_dp03_ckpt_epoch_238.pth"),
-        "vmamba_base_v0.in1k": _cfg(_RELEASES + "%23v0cls/vssmbase_dp06_ckpt_epoch_241.pth"),
+        "vmamba_tiny_s1l8.in1k": _cfg(_RELEASES + "%23v2cls/vssm1_tiny_0230s_ckpt_epoch_264.pth", "82.6"),
+        "vmamba_tiny_s2l5.in1k": _cfg(_RELEASES + "%23v2cls/vssm_tiny_0230_ckpt_epoch_262.pth", "82.5"),
+        "vmamba_small_s2l15.in1k": _cfg(_RELEASES + "%23v2cls/vssm_small_0229_ckpt_epoch_222.pth", "83.6"),
+        "vmamba_small_s1l20.in1k": _cfg(_RELEASES + "%23v2cls/vssm1_small_0229s_ckpt_epoch_240.pth", "83.3"),
+        "vmamba_base_s2l15.in1k": _cfg(_RELEASES + "%23v2cls/vssm_base_0229_ckpt_epoch_237.pth", "83.9"),
+        "vmamba_base_s1l20.in1k": _cfg(_RELEASES + "%23v2cls/vssm1_base_0229s_ckpt_epoch_225.pth", "83.8"),
+        "vmamba_tiny_v0.in1k": _cfg(_RELEASES + "%23v0cls/vssmtiny_dp01_ckpt_epoch_292.pth", "82.2"),
+        "vmamba_small_v0.in1k": _cfg(_RELEASES + "%23v0cls/vssmsmall_dp03_ckpt_epoch_238.pth", "83.5"),
+        "vmamba_base_v0.in1k": _cfg(_RELEASES + "%23v0cls/vssmbase_dp06_ckpt_epoch_241.pth", "83.7"),
         # Never trained by the authors.
         "vmamba_tiny_m2.untrained": _cfg(),
         "vmamba_small_m2.untrained": _cfg(),
         "vmamba_base_m2.untrained": _cfg(),
+        # Ours.
+        "vmamba_tiny_steady.untrained": _cfg(
+            description="VMamba with the mean of the routes and bounded scans; not a published model",
+            license="apache-2.0",
+        ),
         "test_vmamba.untrained": _cfg(input_size=(3, 160, 160), pool_size=(5, 5), crop_pct=0.95, license="apache-2.0"),
         "test_vmamba_m2.untrained": _cfg(
             input_size=(3, 160, 160), pool_size=(5, 5), crop_pct=0.95, license="apache-2.0"
@@ -473,6 +479,13 @@ def vmamba_small_m2(pretrained: bool = False, **kwargs: Any) -> VMamba:
 def vmamba_base_m2(pretrained: bool = False, **kwargs: Any) -> VMamba:
     model_args = dict(_M2, **_BASE, depths=(2, 2, 12, 2))
     return _create_vmamba("vmamba_base_m2", pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def vmamba_tiny_steady(pretrained: bool = False, **kwargs: Any) -> VMamba:
+    """Not published: `vmamba_tiny_s1l8` with the mean of the routes and with scans that no activation drives far."""
+    model_args = dict(depths=(2, 2, 8, 2), average_routes=True, norm_columns=True)
+    return _create_vmamba("vmamba_tiny_steady", pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
