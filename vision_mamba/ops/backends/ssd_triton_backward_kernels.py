@@ -49,7 +49,7 @@ def inputs(
 
     h and g are (B, H, chunks, N, P) with strides over the first three.
     """
-    i_h = tl.program_id(0) % heads
+    i_h = (tl.program_id(0) % heads).to(tl.int64)
     i_t = tl.program_id(0) // heads % chunks
     i_b = (tl.program_id(0) // heads // chunks).to(tl.int64)
     i_g = i_h // per_group
@@ -90,7 +90,7 @@ def inputs(
         # The diagonal passes through no decay.
         b_own += b_later + tl.sum(b_B.to(tl.float32) * b_C.to(tl.float32), 1) * tl.sum(b_e, 1)
         b_until += tl.sum(b_W * b_s[:, None], 0) - b_s * b_later
-        tl.store(p_rows + 2 * s_row, b_until)
+        tl.store(p_rows + s_row + s_row, b_until)
         b_w = b_s
     else:
         b_own = tl.sum(b_x.to(tl.float32) * b_z, 1)
@@ -126,7 +126,7 @@ def weights(
     if CAUSAL:
         b_EGs = tl.zeros((T, T), tl.float32)  # summed over heads
     per_share = per_group // shares
-    first = i_g * per_group + i_share * per_share
+    first = (i_g * per_group + i_share * per_share).to(tl.int64)
     for i_h in range(first, first + per_share):
         i_step = (i_b * heads + i_h) * padded + i_t * T
         o_state = i_b * s_hb + i_h * s_hh + i_t * s_ht
@@ -174,7 +174,7 @@ def rates(
     b_own = tl.load(p_rows + o_row, mask=m_h[:, None], other=0.0)
     if CAUSAL:
         b_past = tl.load(p_rows + s_row + o_row, mask=m_h[:, None], other=0.0)
-        b_until = tl.load(p_rows + 2 * s_row + o_row, mask=m_h[:, None], other=0.0)
+        b_until = tl.load(p_rows + s_row + s_row + o_row, mask=m_h[:, None], other=0.0)
         b_da = tl.cumsum(b_past, 1) - b_past + tl.cumsum(b_until, 1, reverse=True)
         b_da += tl.load(p_carried + o_part, mask=m_h, other=0.0)[:, None]
         b_ds = b_own + b_A * b_da

@@ -164,7 +164,7 @@ def forward(
     CAUSAL: tl.constexpr, DESCENDING: tl.constexpr, ADD: tl.constexpr, FACTORS: tl.constexpr,
 ):  # fmt: skip
     """Outputs of the `chunks` chunks of a segment, from the state before it; added to y if ADD."""
-    i_h = tl.program_id(0) % heads
+    i_h = (tl.program_id(0) % heads).to(tl.int64)
     i_s = tl.program_id(0) // heads % segments
     i_b = (tl.program_id(0) // heads // segments).to(tl.int64)
     i_g = i_h // per_group
@@ -220,7 +220,7 @@ def states(
     ADJOINT walks backwards with g = dL/dh, from x = dy and B = C: g = exp(c_T) g' + sum_i exp(c_i) C_i dy_i^T. What it
     writes into `each` is then the gradient of the state after each chunk.
     """
-    i_h = tl.program_id(0) % heads
+    i_h = (tl.program_id(0) % heads).to(tl.int64)
     i_s = tl.program_id(0) // heads % segments
     i_b = (tl.program_id(0) // heads // segments).to(tl.int64)
     o_c, o_n, o_t = tl.program_id(1) * BLOCK_P + tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_N), tl.arange(0, T)
