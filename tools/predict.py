@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import csv
+import dataclasses
+import json
 import os
 import sys
 from pathlib import Path
@@ -15,7 +17,7 @@ from vision_mamba.train import model as models
 from vision_mamba.train.bad_images import unreadable, without_unreadable
 from vision_mamba.train.errors import ConfigError, DataError, TrainError
 from vision_mamba.train.images import ImageSet, digits, files
-from vision_mamba.train.predict import Classifier, Prediction, accuracy, load
+from vision_mamba.train.predict import Classifier, Prediction, accuracy, load, named
 from vision_mamba.train.progress import Progress
 
 
@@ -31,21 +33,25 @@ def parser() -> argparse.ArgumentParser:
         description="Say what is on images, with one or several checkpoints of tools/train.py.",
         epilog="""\
 examples:
-  tools/predict.py --checkpoint output/vim/best.pth photo.jpg holiday/
+  tools/predict.py --checkpoint output/vim/best.pth photo.jpg holiday/ 'trips/**/*.png'
+  find . -name '*.jpg' | tools/predict.py --checkpoint output/vim/best.pth - --json predictions.json
+  tools/predict.py --model local-dir:vmamba_tiny photo.jpg --classes names.txt
   tools/predict.py --checkpoint output/vim/best.pth my_images/val --csv predictions.csv --png sheet.png
   tools/predict.py --digits --checkpoint output/digits_vmamba/last.pth --checkpoint output/digits_vim/last.pth
 
 An image in a folder that bears the name of a class is taken to be of that class; then the accuracy is told, mistakes
 come first in the table and stand out in the picture. exit status: 0 done, 1 failed, 2 wrong options.""",
     )
-    parser.add_argument("inputs", nargs="*", metavar="IMAGE", help="image files, and folders of them")
+    parser.add_argument("inputs", nargs="*", metavar="IMAGE", help="files, folders, patterns; - reads names from stdin")
     parser.add_argument(
-        "--checkpoint", action="append", required=True, metavar="FILE", help="a trained model; again for more"
+        "--checkpoint", action="append", default=[], metavar="FILE", help="a trained model; again for more"
     )
     parser.add_argument("--digits", action="store_true", help="take the held-out handwritten digits of scikit-learn")
-    parser.add_argument("--model", help="registered name, for a file of bare weights that does not say it")
+    parser.add_argument("--model", help="registered name, of a file of bare weights; alone, with its published weights")
+    parser.add_argument("--classes", metavar="FILE", help="names of the classes, one a line")
     parser.add_argument("--png", metavar="FILE", help="write a sheet of images with predictions and confidence")
     parser.add_argument("--csv", metavar="FILE", help="write all predictions, one row an image and a model")
+    parser.add_argument("--json", metavar="FILE", help="the same as JSON")
     parser.add_argument("--top", type=positive, default=3, metavar="N", help="classes to tell of each image [3]")
     parser.add_argument(
         "--rows", type=positive, default=20, metavar="N", help="images in the table and, a model, the sheet [20]"
@@ -62,11 +68,18 @@ def main(argv: list[str]) -> int:
     arguments = parser().parse_args(argv)
     console, progress = Console(), Progress(Console(stderr=True))
     try:
-        results = [classify(path, arguments, progress) for path in arguments.checkpoint]
+        if not (arguments.checkpoint or arguments.model):
+            raise ConfigError("give --checkpoint FILE or --model NAME.")
+        if "-" in arguments.inputs:
+            lines = [line.rstrip("\n") for line in sys.stdin]
+            arguments.inputs = [name for name in arguments.inputs if name != "-"] + [line for line in lines if line]
+        results = [classify(path, arguments, progress) for path in arguments.checkpoint or [None]]
         for classifier, _, predictions in results:
             console.print(table(classifier, predictions, arguments.rows))
         if arguments.csv:
             write_csv(arguments.csv, results)
+        if arguments.json:
+            write_json(arguments.json, results)
         if arguments.png:
             write_png(arguments.png, results, arguments.rows)
     except TrainError as error:
@@ -82,11 +95,14 @@ def main(argv: list[str]) -> int:
 Result = tuple[Classifier, ImageSet, list[Prediction]]
 
 
-def classify(path: str, arguments: argparse.Namespace, progress: Progress) -> Result:
+def classify(path: str | None, arguments: argparse.Namespace, progress: Progress) -> Result:
     """The images as one checkpoint's model sees them, and what it says of them."""
     if bool(arguments.inputs) == arguments.digits:
         raise ConfigError("give image files or folders, or --digits, and not both.")
-    classifier = load(path, models.device(arguments.device), arguments.model)
+    device = models.device(arguments.device)
+    classifier = named(arguments.model, device) if path is None else load(path, device, arguments.model)
+    if arguments.classes:
+        classifier = dataclasses.replace(classifier, classes=names_in(arguments.classes, len(classifier.classes)))
     if arguments.digits:
         images = digits(True, classifier.mode)
     else:
@@ -96,6 +112,16 @@ def classify(path: str, arguments: argparse.Namespace, progress: Progress) -> Re
         images = without_unreadable(images, reasons, arguments.skip_bad_images, warn)
     with progress.bar(classifier.name, -(-len(images) // arguments.batch_size)) as bar:
         return classifier, images, classifier.predict(images, arguments.batch_size, arguments.top, bar.advance)
+
+
+def names_in(path: str, count: int) -> list[str]:
+    try:
+        names = [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
+    except OSError as error:
+        raise ConfigError(f"--classes {path} cannot be read: {error.strerror}.") from error
+    if len(names) != count:
+        raise ConfigError(f"--classes {path} must hold {count:,} names, one a line, found {len(names):,}.")
+    return names
 
 
 def warn(message: str) -> None:
@@ -141,6 +167,24 @@ def write_csv(path: str, results: list[Result]) -> None:
                         writer.writerow(row)
     except OSError as error:
         raise DataError(f"--csv {path} cannot be written: {error.strerror}.") from error
+
+
+def write_json(path: str, results: list[Result]) -> None:
+    content = [
+        {
+            "model": classifier.name,
+            "image": prediction.name,
+            "truth": prediction.target,
+            "top": [{"class": name, "confidence": round(confidence, 6)} for name, confidence in prediction.top],
+        }
+        for classifier, _, predictions in results
+        for prediction in predictions
+    ]
+    try:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        Path(path).write_text(json.dumps(content, indent=1), encoding="utf-8")
+    except OSError as error:
+        raise DataError(f"--json {path} cannot be written: {error.strerror}.") from error
 
 
 def write_png(path: str, results: list[Result], rows: int) -> None:

@@ -8,7 +8,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 import yaml
 from timm import create_model
 
@@ -116,8 +115,8 @@ SHARED = [file for file in CONFIGS if file.parent.name != "digits"]  # a data se
 def test_each_config_names_a_model_that_exists(file: Path) -> None:
     values = read_yaml(file)
     models.check_name(values["model"])
-    with torch.device("meta"):
-        create_model(values["model"], **(values.get("model_kwargs") or {}))
+    if "model_kwargs" in values:
+        create_model(values["model"], **values["model_kwargs"])
     text = file.read_text()
     assert text.startswith("#"), "a config begins with what to expect and how to run it"
     assert f"--config {file.relative_to(ROOT)}" in text

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import csv
+import io
+import json
 import re
 from pathlib import Path
 
 import pytest
+import timm
+import torch
 import yaml
 from PIL import Image
 
 from tests.train import runs
-from tools import predict, train
+from tools import convert, predict, train, validate
 
 
 @pytest.fixture(scope="module")
@@ -115,3 +119,112 @@ def test_errors_are_one_sentence_and_an_exit_status(tmp_path: Path, capsys: pyte
     assert status == 1 and err.startswith(f"error: --data-dir {tmp_path / 'none'} does not exist; the layout is ")
     status, _, err = run(capsys, predict, "--checkpoint", tmp_path / "none.pth", "--digits")
     assert status == 1 and err == f"error: checkpoint {tmp_path / 'none.pth'} does not exist.\n"
+
+
+def test_validating_a_checkpoint(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    checkpoint, table = trained / "output" / "run" / "best.pth", tmp_path / "table.csv"
+    labels = {f"{number}.png": [0, 1] if number else [] for number in range(3)}
+    (tmp_path / "real.json").write_text(json.dumps(labels))
+    words = ("--checkpoint", checkpoint, "--data-dir", trained / "images", "--workers", 0, "--device", "cpu")
+    status, _, err = run(capsys, validate, *words, "--real-labels", tmp_path / "real.json", "--csv", table)
+    assert status == 0, err
+    with open(table, newline="") as file:
+        (row,) = csv.DictReader(file)
+    expected = torch.load(checkpoint, weights_only=True)["metric"]
+    assert float(row["top1"]) == expected and row["images"] == "6"
+    assert row["real1"] == row["real5"] == "100.0", "either class is right, and the images without labels do not count"
+    status, out, _ = run(capsys, validate, *words, "--dry-run")
+    assert status == 0 and "top1" not in out
+
+
+def test_validating_tells_who_waits_for_whom(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = (
+        "--checkpoint",
+        trained / "output" / "run" / "best.pth",
+        "--data-dir",
+        trained / "images",
+        "--device",
+        "cpu",
+    )
+    status, out, err = run(capsys, validate, *words, "--workers", 0, "--batch-size", 2, "--batches", 2, "--throughput")
+    assert status == 0, err
+    assert "validation: the loader gives" in out and "training: the loader gives" in out
+
+
+def test_a_converted_checkpoint_is_loaded_by_timm_and_says_the_same(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkpoint, folder = trained / "output" / "run" / "best.pth", tmp_path / "model"
+    status, out, err = run(capsys, convert, checkpoint, folder)
+    assert status == 0 and "logits read back differ by 0 of the largest" in out, err
+    model = timm.create_model(f"local-dir:{folder}", pretrained=True)
+    assert runs.same(dict(model.state_dict()), runs.weights(checkpoint.parent, checkpoint.name))
+    assert model.pretrained_cfg["label_names"] == ["left", "upper"]
+    image = trained / "images" / "val" / "left" / "*.png"
+    words = ("--device", "cpu", "--json", tmp_path / "a.json")
+    assert run(capsys, predict, "--checkpoint", checkpoint, image, *words)[0] == 0
+    first = json.loads((tmp_path / "a.json").read_text())
+    status, _, err = run(capsys, predict, "--model", f"local-dir:{folder}", image, *words)
+    assert status == 0, err
+    again = json.loads((tmp_path / "a.json").read_text())
+    assert len(first) == 3 and [each["top"] for each in again] == [each["top"] for each in first]
+    status, _, err = run(capsys, convert, checkpoint, folder)
+    assert status == 2 and "exists; replace it with --overwrite" in err
+
+
+class Stranger:
+    """Something that only Python can rebuild."""
+
+
+def test_a_checkpoint_that_does_not_fit_is_not_converted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    weights = timm.create_model("test_vim", num_classes=3).state_dict()
+    theirs, folder = tmp_path / "theirs.pth", tmp_path / "model"
+    torch.save({"model": {f"module.{name}": value for name, value in weights.items()}, "config": Stranger()}, theirs)
+    words = (theirs, folder, "--model", "test_vim")
+    status, _, err = run(capsys, convert, *words)
+    assert status == 1 and "holds Python objects besides tensors" in err and "Stranger" in err and "--trust" in err
+    status, out, _ = run(capsys, convert, *words, "--trust", "--dry-run")
+    assert status == 0 and f"{len(weights)} tensors, all used" in out and not folder.exists()
+    torch.save({"model": {**weights, "strange.weight": torch.zeros(2)}}, theirs)
+    status, _, err = run(capsys, convert, *words)
+    assert status == 1 and "strange.weight" in err and not folder.exists()
+    torch.save({"model": {name: value for name, value in weights.items() if name != "norm.weight"}}, theirs)
+    status, _, err = run(capsys, convert, *words)
+    assert status == 1 and "norm.weight" in err and not folder.exists()
+
+
+def test_names_of_images_and_classes_may_come_from_elsewhere(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = tmp_path / "names.txt"
+    names.write_text("west\nnorth\n")
+    monkeypatch.setattr("sys.stdin", io.StringIO(f"{trained / 'images' / 'val' / 'left' / '0.png'}\n"))
+    words = ("--checkpoint", trained / "output" / "run" / "last.pth", "-", "--classes", names)
+    status, out, err = run(capsys, predict, *words)
+    assert status == 0 and ("west" in out or "north" in out), err
+    names.write_text("west\n")
+    status, _, err = run(capsys, predict, *words)
+    assert status == 2 and "must hold 2 names, one a line, found 1" in err
+
+
+def test_the_smallest_run_survives_a_kill_word_for_word(tmp_path: Path) -> None:
+    """The command that README gives, killed in the middle and given again, ends like one that was let be."""
+
+    def command(name: str) -> list[str]:
+        words = f"--config configs/digits/vmamba_pico.yaml --epochs 2 --seed 3 --device cpu --output {tmp_path}"
+        return [*words.split(), "--experiment", name, "--resume", "auto"]
+
+    killed = runs.start(*command("killed"), "--log-interval", "1")
+    assert killed.stderr is not None
+    for line in killed.stderr:
+        if re.search("epoch 1/2 17/44", line):
+            killed.kill()
+    killed.communicate()
+    saved = torch.load(tmp_path / "killed" / "last.pth", weights_only=True)
+    assert saved["epoch"] == 0 and 10 <= saved["batch"] < 44 and saved["batch"] % 5 == 0
+    both = [runs.start(*command(name)) for name in ("killed", "whole")]
+    for process in both:
+        out, err = process.communicate()
+        assert process.returncode == 0, err
+    assert (tmp_path / "whole" / "curves.png").stat().st_size > 10_000 and "validate with: python" in err
+    assert runs.same(runs.weights(tmp_path / "killed"), runs.weights(tmp_path / "whole"))

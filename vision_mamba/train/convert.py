@@ -93,7 +93,7 @@ def build(source: Source) -> nn.Module:
         file = Path(folder) / "weights.safetensors"
         safetensors.torch.save_file(source.weights, file)
         arguments = dict(source.arguments)
-        sizes = {key: arguments.pop(key) for key in ("img_size", "in_chans") if key in arguments}
+        sizes: dict[str, Any] = {key: arguments.pop(key) for key in ("img_size", "in_chans") if key in arguments}
         overlay: dict[str, Any] = {"file": str(file)}
         if "num_classes" in arguments:
             overlay["num_classes"] = arguments["num_classes"]
@@ -106,8 +106,13 @@ def build(source: Source) -> nn.Module:
             model = models.build(source.name, sizes, arguments, str(source.path))
         except CheckpointError as error:
             raise CheckpointError(str(error).replace(str(file), str(source.path))) from error
-    model.pretrained_cfg.pop("file", None)  # type: ignore[operator]
+    _card(model).pop("file", None)
     return model.eval()
+
+
+def _card(model: Any) -> dict[str, Any]:
+    """What timm keeps of a model's weights, beside them."""
+    return model.pretrained_cfg
 
 
 def write(source: Source, model: nn.Module, folder: Path) -> float:
@@ -118,7 +123,7 @@ def write(source: Source, model: nn.Module, folder: Path) -> float:
     """
     arguments = {key: value for key, value in source.arguments.items() if key != "num_classes"}
     if source.classes:
-        model.pretrained_cfg["label_names"] = source.classes  # type: ignore[index]
+        _card(model)["label_names"] = source.classes
     temporary = folder.with_name(f".{folder.name}.tmp")
     try:
         shutil.rmtree(temporary, ignore_errors=True)

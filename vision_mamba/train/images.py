@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import glob
+import itertools
+import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -195,13 +198,21 @@ def class_folders(folder: str | Path, mode: str, classes: Sequence[str] | None =
     return ImageSet(paths, targets, classes, _Files(paths), mode)
 
 
-def files(inputs: Iterable[str | Path], mode: str, classes: Sequence[str]) -> ImageSet:
-    """Images given as files and folders, labelled where the folder that one lies in bears the name of a class.
+def _matching(given: str | Path) -> Iterable[str | Path]:
+    """The paths that a pattern stands for; what exists stands for itself, and what nothing fits too."""
+    return [given] if os.path.exists(given) else sorted(glob.glob(str(given), recursive=True)) or [given]
 
-    Raises: DataError for a path that does not exist and a folder without images.
+
+def files(inputs: Iterable[str | Path], mode: str, classes: Sequence[str]) -> ImageSet:
+    """Images given as files, folders and patterns, labelled where the folder that one lies in bears a class's name.
+
+    Raises: DataError for a path that does not exist, a pattern that nothing fits and a folder without images.
     """
     paths: list[str] = []
-    for given in map(Path, inputs):
+    matched = (
+        [each] if os.path.exists(each) else sorted(glob.glob(str(each), recursive=True)) or [each] for each in inputs
+    )
+    for given in map(Path, itertools.chain.from_iterable(matched)):
         if given.is_dir():
             below = sorted((str(path) for path in given.rglob("*") if path.suffix.lower() in get_img_extensions(True)),
                            key=natural_key)  # fmt: skip
@@ -213,7 +224,9 @@ def files(inputs: Iterable[str | Path], mode: str, classes: Sequence[str]) -> Im
         elif given.is_file():
             paths.append(str(given))
         else:
-            raise DataError(f"{given} does not exist; give image files or folders of them.")
+            raise DataError(
+                f"{given} does not exist; give image files, folders of them, or patterns such as 'a/*.jpg'."
+            )
     index = {name: i for i, name in enumerate(classes)}
     targets = [index.get(Path(path).parent.name, -1) for path in paths]
     return ImageSet(paths, targets, classes, _Files(paths), mode)

@@ -39,10 +39,8 @@ def task_of(
     common: dict[str, Any] = {"criterion_kwargs": loss, "device": device, "verbose": False}
     if teacher is None:
         return ClassificationTask(model, **common)
-    model.pretrained_cfg = {  # type: ignore[assignment,dict-item]
-        **model.pretrained_cfg,
-        **{key: tuple(data_config[key]) for key in ("mean", "std")},
-    }
+    own: Any = model  # a model of timm's has more than a Module is known to have
+    own.pretrained_cfg = own.pretrained_cfg | {key: tuple(data_config[key]) for key in ("mean", "std")}
     kind, options = _DISTILLATIONS[config.kd_distill_type]
     weights = {"distill_loss_weight": config.distill_loss_weight, "task_loss_weight": config.task_loss_weight}
     chosen = {name: getattr(config, option) for name, option in options.items()}

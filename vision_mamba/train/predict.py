@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from timm.data import ImageNetInfo
 from torch import nn
 
 from vision_mamba.train import checkpoint
@@ -41,6 +42,7 @@ class Classifier:
     classes: list[str]
     data_config: dict[str, Any]
     device: torch.device
+    named_classes: bool = True  # else the names are not those of the folders trained on
 
     @property
     def mode(self) -> str:
@@ -114,6 +116,7 @@ def load(path: str, device: torch.device, name: str | None = None) -> Classifier
         classes=_numbered(classes or [], model.num_classes),  # type: ignore[arg-type]
         data_config=content.get("data_config") or models.data_config(model, options),
         device=device,
+        named_classes=bool(classes),
     )
 
 
@@ -134,8 +137,18 @@ def named(
         source = models.source(name, weights)
         arguments |= {"pretrained_cfg_overlay": source, "num_classes": source.get("num_classes")}
     model = models.build(name, options, arguments, weights)
-    classes = _numbered([], model.num_classes)  # type: ignore[arg-type]
-    return Classifier(name, model.to(device).eval(), classes, models.data_config(model, options), device)
+    told = model.pretrained_cfg.get("label_names")  # type: ignore[operator,union-attr]
+    classes = list(told.values()) if isinstance(told, dict) else list(told or [])
+    if not classes and model.num_classes == 1000:
+        classes = ImageNetInfo().label_descriptions()  # type: ignore[assignment]
+    return Classifier(
+        name=name,
+        model=model.to(device).eval(),
+        classes=_numbered(classes, model.num_classes),  # type: ignore[arg-type]
+        data_config=models.data_config(model, options),
+        device=device,
+        named_classes=bool(told),
+    )
 
 
 def _numbered(classes: list[str], outputs: int) -> list[str]:
