@@ -85,9 +85,15 @@ def _cfg(hub_id: str | None = None, file: str | None = None, **kwargs: Any) -> d
 default_cfgs = generate_default_cfgs(
     {
         # Names of files as the published code for detection has them.
-        "efficientvmamba_tiny.in1k": _cfg("TerryPei/EfficientVMamba-Tiny", "efficient_vmamba_tiny.ckpt"),
-        "efficientvmamba_small.in1k": _cfg("TerryPei/EfficientVMamba-Small", "efficient_vmamba_small.ckpt"),
-        "efficientvmamba_base.in1k": _cfg("TerryPei/EfficientVMamba-Base", "efficient_vmamba_base.ckpt"),
+        "efficientvmamba_tiny.in1k": _cfg(
+            "TerryPei/EfficientVMamba-Tiny", "efficient_vmamba_tiny.ckpt", notes=("top-1 76.5",)
+        ),
+        "efficientvmamba_small.in1k": _cfg(
+            "TerryPei/EfficientVMamba-Small", "efficient_vmamba_small.ckpt", notes=("top-1 78.7",)
+        ),
+        "efficientvmamba_base.in1k": _cfg(
+            "TerryPei/EfficientVMamba-Base", "efficient_vmamba_base.ckpt", notes=("top-1 81.8",)
+        ),
         "test_efficientvmamba.untrained": _cfg(input_size=(3, 160, 160), pool_size=(5, 5), crop_pct=0.95),
     }
 )

@@ -273,9 +273,9 @@ _WEIGHTS = "https://huggingface.co/ChenhongyiYang/PlainMamba/resolve/main/"
 
 default_cfgs = generate_default_cfgs(
     {
-        "plainmamba_l1.in1k": _cfg(_WEIGHTS + "l1.pth"),
-        "plainmamba_l2.in1k": _cfg(_WEIGHTS + "l2.pth"),
-        "plainmamba_l3.in1k": _cfg(_WEIGHTS + "l3.pth"),
+        "plainmamba_l1.in1k": _cfg(_WEIGHTS + "l1.pth", notes=("top-1 77.9",)),
+        "plainmamba_l2.in1k": _cfg(_WEIGHTS + "l2.pth", notes=("top-1 81.6",)),
+        "plainmamba_l3.in1k": _cfg(_WEIGHTS + "l3.pth", notes=("top-1 82.3",)),
         "test_plainmamba.untrained": _cfg(input_size=(3, 160, 160), crop_pct=0.95),
     }
 )

@@ -78,10 +78,10 @@ def _cfg(file: str = "", **kwargs: Any) -> dict[str, Any]:
 
 default_cfgs = generate_default_cfgs(
     {
-        "videomamba_tiny_patch16_224.in1k": _cfg("videomamba_t16_in1k_res224.pth"),
-        "videomamba_small_patch16_224.in1k": _cfg("videomamba_s16_in1k_res224.pth"),
-        "videomamba_middle_patch16_224.dist_in1k": _cfg("videomamba_m16_in1k_res224.pth"),
-        "videomamba_base_patch16_224.dist_in1k": _cfg("videomamba_b16_in1k_res224.pth"),
+        "videomamba_tiny_patch16_224.in1k": _cfg("videomamba_t16_in1k_res224.pth", notes=("top-1 76.9",)),
+        "videomamba_small_patch16_224.in1k": _cfg("videomamba_s16_in1k_res224.pth", notes=("top-1 81.2",)),
+        "videomamba_middle_patch16_224.dist_in1k": _cfg("videomamba_m16_in1k_res224.pth", notes=("top-1 82.8",)),
+        "videomamba_base_patch16_224.dist_in1k": _cfg("videomamba_b16_in1k_res224.pth", notes=("top-1 82.7",)),
         "test_videomamba.untrained": _cfg(input_size=(3, 160, 160), crop_pct=0.95),
     }
 )
