@@ -40,6 +40,7 @@ ROOMS = {
     "train": room(*PUBLIC, "text", outside="torch torchvision timm numpy yaml rich sklearn safetensors PIL wandb"),
     "detection": room(*PUBLIC, "train", "text", outside="torch torchvision timm numpy pycocotools yaml PIL"),
     "viz": room(*PUBLIC, outside="torch timm numpy matplotlib PIL"),
+    "export": room(*PUBLIC, "text", outside="torch onnx onnxruntime torchao"),
     "provenance": room("ops", outside="torch"),
     "selftest": room("ops", "scans", outside="torch"),
     "doctor": room(*PUBLIC, "selftest", outside="torch timm rich"),
