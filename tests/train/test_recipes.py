@@ -88,6 +88,29 @@ def test_tar_files_hold_the_same_images(drawn: Path) -> None:
     assert (saved["classes"], saved["images"]) == (["left", "upper"], 12)
 
 
+def test_a_stream_stops_and_goes_on_as_if_nothing_had_been(drawn: Path) -> None:
+    pytest.importorskip("webdataset")
+    images = drawn / "images"
+    for split in ("train", "val"):
+        paths = sorted((images / split).rglob("*.png"))
+        for shard in range(2):
+            with tarfile.open(images / f"{split}-{shard}.tar", "w") as archive:
+                for path in paths[shard::2]:
+                    label = path.with_suffix(".cls")
+                    label.write_text(str(("left", "upper").index(path.parent.name)))
+                    for part in (path, label):
+                        archive.add(part, f"{path.parent.name}{part.name}")
+    shards = {"train_split": "train-{0..1}.tar", "train_num_samples": 12}
+    shards |= {"val_split": "val-{0..1}.tar", "val_num_samples": 6}
+    options: dict[str, Any] = {"dataset": "wds/drawn", "num_classes": 2, "workers": 1, **shards}
+    whole = trained(drawn, "whole", **options)
+    interrupted(runs.config(drawn, **options), STEPS - 1)
+    runs.fit(runs.config(drawn, resume="auto", **options))
+    assert runs.same(runs.weights(drawn / "output" / "run"), whole)
+    with pytest.raises(ConfigError, match=r"--dataset wds/drawn is a stream, which needs --num-classes N"):
+        runs.fit(runs.config(drawn, experiment="other", **{**options, "num_classes": None}))
+
+
 def test_repeated_augmentation_draws_fewer_images_more_often() -> None:
     config = Config(batch_size=4, aug_repeats=2, seed=1)
     shares = []

@@ -165,22 +165,6 @@ def test_a_signal_saves_prints_the_command_that_continues_and_exits_with_its_sta
     assert runs.same(runs.weights(config.run_dir), runs.weights(straight.run_dir))
 
 
-def test_a_killed_run_continues_from_its_last_save(drawn: Path) -> None:
-    config = runs.config(drawn, epochs=100, log_interval=1, sched="constant", recovery_interval=1)
-    process = runs.start(*runs.flags(config))
-    follow(process, "epoch 1/100 2/3")
-    process.kill()
-    process.communicate()
-    assert process.returncode == -signal.SIGKILL
-    saved = torch.load(config.run_dir / LAST, weights_only=True)
-    assert saved["epoch"] * STEPS + saved["batch"] >= 1
-    last = saved["epoch"] + 1
-    straight = runs.config(drawn, epochs=last, sched="constant", experiment="straight")
-    for each in (runs.config(drawn, epochs=last, sched="constant", resume="auto"), straight):
-        runs.fit(each)
-    assert runs.same(runs.weights(config.run_dir), runs.weights(straight.run_dir))
-
-
 def test_a_second_signal_stops_at_once() -> None:
     with StopSignals() as stop, pytest.raises(KeyboardInterrupt):
         os.kill(os.getpid(), signal.SIGINT)

@@ -157,10 +157,11 @@ examples:
   tools/train.py --model vim_tiny_patch16_224 --data-dir my_images --batch-size 64 --amp
   tools/train.py --resume output/digits_vmamba/last.pth              continue an interrupted run, no other flag needed
   tools/train.py --config configs/digits/vmamba.yaml --resume auto   continue if there is something to continue
+  torchrun --nproc-per-node 8 tools/train.py --config configs/in1k/vmamba_tiny.yaml --data-dir IMAGENET
 
 my_images holds train/<class>/*.jpg and val/<class>/*.jpg. A flag wins over the config file; 'none' unsets an option.
-A run writes output/<experiment>/: last.pth and best.pth (weights, optimizer, schedule position, random states),
-args.yaml, summary.csv (one row an epoch), train.log. Ctrl-C saves first and prints the command that continues.
+A run writes output/<experiment>/: last.pth, previous.pth and best.pth (weights, optimizer, position), args.yaml,
+summary.csv (one row an epoch), curves.png, train.log. Ctrl-C saves first and prints the command that continues.
 exit status: 0 done, 1 failed, 2 wrong options, 130 Ctrl-C, 143 SIGTERM.""",
     )
     parser.add_argument(
