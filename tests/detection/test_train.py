@@ -139,7 +139,9 @@ def test_weights_of_a_classifier_begin_a_run_and_others_are_refused(data: Path, 
 
 
 def test_the_command_trains_records_and_draws(data: Path, tmp_path: Path, one_thread, capsys, monkeypatch) -> None:
-    run = config(data, tmp_path, detector="mask_rcnn", epochs=1, samples=2, record=str(tmp_path / "record.jsonl"))
+    run = config(
+        data, tmp_path, detector="mask_rcnn", amp=True, epochs=1, samples=2, record=str(tmp_path / "record.jsonl")
+    )
     (tmp_path / "c.yaml").write_text(yaml.safe_dump(run.plain()))
     words = ["--config", str(tmp_path / "c.yaml")]
     assert train_detection.main(words) == 0

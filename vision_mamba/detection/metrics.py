@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import torch
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from torch import Tensor
@@ -28,15 +29,11 @@ def results(detections: Sequence[dict[str, Tensor]], image_ids: Sequence[int], c
     found: Found = []
     for image_id, one in zip(image_ids, detections, strict=True):
         corners = one["boxes"].cpu().double()
-        sides = (corners[:, 2:] - corners[:, :2]).tolist()
-        masks = one["masks"][:, 0].cpu().numpy() > 0.5 if "masks" in one else None
-        for i, (corner, side) in enumerate(zip(corners[:, :2].tolist(), sides, strict=True)):
-            entry = {
-                "image_id": image_id,
-                "category_id": categories[int(one["labels"][i]) - 1],
-                "bbox": [*corner, *side],
-                "score": float(one["scores"][i]),
-            }
+        boxes = torch.cat((corners[:, :2], corners[:, 2:] - corners[:, :2]), 1).tolist()
+        columns = [boxes, one["labels"].tolist(), one["scores"].tolist()]
+        masks = (one["masks"][:, 0] > 0.5).cpu().numpy() if "masks" in one else None
+        for i, (box, label, score) in enumerate(zip(*columns, strict=True)):
+            entry = {"image_id": image_id, "category_id": categories[label - 1], "bbox": box, "score": score}
             found.append(entry if masks is None else entry | {"segmentation": encoded(masks[i])})
     return found
 
