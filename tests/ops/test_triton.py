@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from tests import cases
-from tests.cases import BF16, F64, Case, make_call, run
+from tests.cases import BF16, F16, F32, F64, Case, make_call, run
 from tests.tolerances import assert_close
 from vision_mamba.ops import BackendError, registry
 from vision_mamba.ops.backends import triton
@@ -63,7 +63,8 @@ def test_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_saved_states_follow_the_tile_of_the_backward_pass(states: int) -> None:
     saved = triton.BACKEND.new_saved(make_call(Case(states=states)))
     steps = triton.tile_for(triton.BACKWARD, states).steps
-    assert saved.shape == (2, 2, -(-35 // steps), states, 20) and saved.dtype == torch.float32
+    room = 1 << (states - 1).bit_length()
+    assert saved.shape == (2, 2, -(-35 // steps), 20, room) and saved.dtype == torch.float32
 
 
 @pytest.mark.gpu
@@ -82,8 +83,43 @@ def test_every_tile(states: int, forward: Tile, backward: Tile, poisoned: None) 
 
 
 @pytest.mark.gpu
-def test_bitwise_deterministic() -> None:
-    call = make_call(Case(order="cross", rank=4, states=16, channels=70, batch=3), device=gpu())
+@pytest.mark.parametrize("states", [1, 3, 16, 64, 256])
+def test_segments(states: int, monkeypatch: pytest.MonkeyPatch, poisoned: None) -> None:
+    """A long route in few sequences, as it comes and uncut."""
+    case = Case(grid=(1, 700), batch=1, routes=1, channels=21, states=states, state=True, dtypes=(BF16,) * 4)
+    call, tile = make_call(case, device=gpu()), triton.tile_for(triton.BACKWARD, states)
+    assert triton._segments(call, tile, tile.steps) == 5
+    assert_matches(run(call, "triton"), case)
+    monkeypatch.setattr(triton, "_PROGRAMS", 0)
+    assert triton._segments(call, tile, tile.steps) == 1
+    assert_matches(run(call, "triton"), case)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [F32, F16, BF16], ids=str)
+@pytest.mark.parametrize("rank", [3, 16, 17, 48, 200])
+@pytest.mark.parametrize("states", [1, 16])
+def test_low_rank(states: int, rank: int, dtype: torch.dtype, poisoned: None) -> None:
+    """More channels and tokens than one program multiplies, and a last block of each that is not full."""
+    case = Case(grid=(9, 19), states=states, channels=70, rank=rank, order="bidirectional", dtypes=(dtype,) * 4)
+    assert_matches(run(make_call(case, device=gpu()), "triton"), case)
+
+
+@pytest.mark.gpu
+def test_decays_close_to_one_over_thousands_of_steps() -> None:
+    """An exponential that is wrong by 1e-8 on average shows in the gradient of A."""
+    case = Case(grid=(1, 6085), batch=2, routes=1, channels=4, states=16)
+    call = make_call(case, device=gpu())
+    call = call._replace(A=call.A * 1e-3)
+    reference = run(cases.double(call), "reference")
+    for name, tensor in run(call, "triton").items():
+        assert_close(name, tensor, reference[name])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("states", [1, 16])
+def test_bitwise_deterministic(states: int) -> None:
+    call = make_call(Case(order="cross", rank=4, states=states, channels=70, batch=3), device=gpu())
     first = run(call, "triton")
     for _ in range(20):
         for name, tensor in run(call, "triton").items():

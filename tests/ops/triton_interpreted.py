@@ -14,12 +14,12 @@ from tests.cases import F16, F32, Case, make_call, run
 from tests.tolerances import assert_close
 from vision_mamba.ops import registry
 from vision_mamba.ops.backends import triton
-from vision_mamba.ops.backends.triton import Tile
+from vision_mamba.ops.backends.triton import Product, Tile
 
 TINY = [
     # One state: all options on; padding steps; several blocks of channels.
     Case(grid=(2, 3), batch=1, channels=5, states=1, order="local_2", rank=2, state=True),
-    # Several states, the tile cut short by the last steps; every option off.
+    # Several states, of which some are but room, the tile cut short by the last steps; every option off.
     Case(
         grid=(1, 5), channels=3, states=3, batch=1, shared_x=False, merge=False, skip=False, bias=False, softplus=False,
     ),
@@ -35,14 +35,28 @@ TINY = [
 
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(triton, "FORWARD", {256: Tile(2, 2, 2)})
-    monkeypatch.setattr(triton, "BACKWARD", {256: Tile(1, 2, 4)})
+    monkeypatch.setattr(triton, "FORWARD", {1: Tile(2, 2, 2), 256: Tile(2, 1, 2, parts=2, warps=2)})
+    monkeypatch.setattr(triton, "BACKWARD", {1: Tile(1, 2, 4), 256: Tile(1, 2, 4, parts=2)})
+    monkeypatch.setattr(triton, "LOW_RANK", {256: Product(4, 4)})
+    monkeypatch.setattr(triton, "_SMALL_RANK", 2)  # of the cases above, one goes into the scan and one does not
 
 
 @pytest.mark.parametrize("case", TINY, ids=str)
 def test_matches_the_reference(case: Case, poisoned: None) -> None:
     found, reference = run(make_call(case), "triton"), run(cases.double(make_call(case)), "reference")
     assert found.keys() == reference.keys()
+    for name, tensor in reference.items():
+        assert_close(name, found[name], tensor)
+
+
+@pytest.mark.parametrize("states", [1, 3])
+def test_segments(states: int, monkeypatch: pytest.MonkeyPatch, poisoned: None) -> None:
+    """A route in three pieces, of which the last is short."""
+    monkeypatch.setattr(triton, "_SHORTEST_SEGMENT", 1)
+    call = make_call(Case(grid=(1, 11), batch=1, routes=1, channels=2, states=states, state=True))
+    tile = triton.tile_for(triton.BACKWARD, states)
+    assert triton._segments(call, tile, tile.steps) == 3
+    found, reference = run(call, "triton"), run(cases.double(call), "reference")
     for name, tensor in reference.items():
         assert_close(name, found[name], tensor)
 

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib
 import importlib.util
 import os
 import shutil
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from types import ModuleType
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from vision_mamba.ops import contract
 from vision_mamba.ops.call import GRADIENTS, ScanCall
@@ -21,35 +25,76 @@ _DEVICES = ("cuda", "xpu")  # torch calls ROCm devices cuda too
 _OLDEST = (7, 0)
 _MAX_RANK = 256
 _INT32 = 2**31
+_SMALL_RANK = 16  # columns of the least product of matrices: with more, dt is multiplied out before a scan
 _MERGED = 1024  # sums of one program of `merge`
+_PROGRAMS = 1536  # that keep a GPU busy: a route in fewer sequences than that is cut into segments,
+_LEAST_SEGMENTS = 3  # of which fewer cost as much as they gain,
+_SHORTEST_SEGMENT = 128  # and each has at least so many steps
+
+_T = TypeVar("_T")
 
 
 class Tile(NamedTuple):
-    """What one program holds: `groups` channels for each of `lanes` lanes, steps read at once, and warps."""
+    """What one program holds: `groups` channels for each of `lanes` lanes in each of `warps` warps; `steps` at once.
+
+    Of several states each of `parts` lanes holds a part. `registers` is the most that a thread may have on an NVIDIA
+    GPU, so that more warps fit at a time.
+    """
 
     groups: int
     lanes: int
     steps: int
+    parts: int = 1
     warps: int = 1
+    registers: int | None = None
 
     @property
     def channels(self) -> int:
-        return self.groups * self.lanes
+        return self.groups * self.lanes * self.warps
+
+
+class Product(NamedTuple):
+    """What one program multiplies: tokens, channels at once, warps."""
+
+    tokens: int
+    channels: int
+    warps: int = 4
 
 
 #: Tiles of the two passes by the states they have room for, padded to a power of two. Forward saves the states every
 #: so many steps as a tile of the backward pass has.
-FORWARD = {1: Tile(1, 32, 32), 4: Tile(1, 32, 16), 16: Tile(1, 16, 8), 64: Tile(1, 8, 8), 256: Tile(1, 8, 8, 4)}
-BACKWARD = {1: Tile(1, 64, 4), 4: Tile(1, 32, 8), 16: Tile(1, 16, 4), 64: Tile(1, 8, 4, 2), 256: Tile(1, 8, 4, 4)}
+FORWARD = {
+    1: Tile(1, 32, 32),
+    4: Tile(2, 16, 8, parts=2),
+    16: Tile(2, 16, 8, parts=2, registers=168),
+    64: Tile(1, 8, 4, parts=4),
+    256: Tile(1, 2, 4, parts=16, warps=4),
+}
+BACKWARD = {
+    1: Tile(1, 64, 4),
+    4: Tile(2, 16, 8, parts=2),
+    16: Tile(2, 8, 4, parts=4, warps=2, registers=168),
+    64: Tile(1, 4, 4, parts=8, warps=4),
+    256: Tile(2, 1, 4, parts=32, warps=8),
+}
+
+#: Tiles of the products that make up a step size of low rank, by the rank.
+LOW_RANK = {16: Product(64, 64), 64: Product(64, 32), 256: Product(16, 32)}
 
 
-def tile_for(table: dict[int, Tile], states: int) -> Tile:
-    """The tile of the first entry that has room for the states."""
-    return next(tile for room, tile in table.items() if states <= room)
+def tile_for(table: Mapping[int, _T], size: int) -> _T:
+    """The tile of the first entry that has room for so many states, or columns."""
+    return next(tile for room, tile in table.items() if size <= room)
 
 
 def _padded(size: int) -> int:
     return 1 << (size - 1).bit_length()
+
+
+def _block(states: int) -> int:
+    """States that kernels make room for: one, or a power of two from which every tile's parts get some."""
+    parts = (tile_for(table, states).parts for table in (FORWARD, BACKWARD))
+    return 1 if states == 1 else max(_padded(states), *parts)
 
 
 @functools.cache
@@ -65,7 +110,7 @@ def _unavailable(device: torch.device) -> str | None:
         )
     if not torch.get_device_module(device).is_available():
         return f"torch sees no {device.type} device; check the driver, and that torch is a build for this GPU."
-    if torch.version.hip is None and device.type == "cuda" and torch.cuda.get_device_capability(device) < _OLDEST:
+    if _is_nvidia(device) and torch.cuda.get_device_capability(device) < _OLDEST:
         major, minor = torch.cuda.get_device_capability(device)
         return f"{torch.cuda.get_device_name(device)} has compute capability {major}.{minor}; at least 7.0 is needed."
     if not (os.environ.get("CC") or any(map(shutil.which, ("cc", "gcc", "clang")))):
@@ -89,13 +134,21 @@ def _refuses(call: ScanCall) -> str | None:
 
 def _new_saved(call: ScanCall) -> Tensor:
     tiles = -(-call.steps // tile_for(BACKWARD, call.states).steps)
-    shape = (call.batch, call.routes, tiles, call.states, call.channels)
+    shape = (call.batch, call.routes, tiles, call.channels, _block(call.states))
     return call.x.new_empty(shape, dtype=torch.float32)
 
 
-def _forward(call: ScanCall, save: bool) -> tuple[Tensor, Tensor, Tensor]:
-    from vision_mamba.ops.backends import triton_kernels
+def _kernels(part: str) -> ModuleType:
+    """Triton is imported when it is needed."""
+    return importlib.import_module(f"vision_mamba.ops.backends.triton_{part}")
 
+
+def _scan(call: ScanCall) -> ModuleType:
+    """Where `forward` and `backward` for so many states are."""
+    return _kernels("kernels" if call.states == 1 else "wide")
+
+
+def _forward(call: ScanCall, save: bool) -> tuple[Tensor, Tensor, Tensor]:
     y, last = call.new_output(), call.new_last_state()
     saved = _new_saved(call) if save else call.x.new_empty(0)
     shares = _shares(y, call.routes, _rounded(y)) if call.merge else y
@@ -106,72 +159,164 @@ def _forward(call: ScanCall, save: bool) -> tuple[Tensor, Tensor, Tensor]:
     if save:  # states are written between tiles
         tile = tile._replace(steps=min(tile.steps, keep.steps))
     with _on(call.x.device):
-        triton_kernels.forward[_grid(call, tile)](
-            *_inputs(call),
-            _dense(call.initial_state),
-            target,
-            last if call.return_last_state else None,
-            saved if save else None,
-            *_sizes(call),
-            *target.stride(),
-            SAVED=keep.steps,
-            **_constants(call, tile, target),
-        )
+        call = _taken(call)
+        segments = _segments(call, tile, max(tile.steps, keep.steps))
+        edges = _new_edges(call, segments)
+        for ends in (True, False)[segments == 1 :]:
+            _scan(call).forward[_grid(call, tile, segments - ends)](
+                *_inputs(call),
+                _padded_states(call.initial_state),
+                *edges,
+                target,
+                last if call.return_last_state else None,
+                saved if save and not ends else None,
+                *_sizes(call, segments),
+                *target.stride(),
+                SAVED=keep.steps,
+                ENDS=ends,
+                **_constants(call, tile, target),
+            )
         if call.merge:
             _merge(shares, y)
     return y, last, saved
 
 
 def _backward(call: ScanCall, saved: Tensor, dy: Tensor | None, dlast: Tensor | None) -> tuple[Tensor | None, ...]:
-    from vision_mamba.ops.backends import triton_kernels
-
     tile = tile_for(BACKWARD, call.states)
     blocks = -(-call.channels // tile.channels)
-    dx, ddt, dB, dC = (torch.empty_like(t) for t in (call.x, call.dt, call.B, call.C))
+    dx, dB, dC = (torch.empty_like(t) for t in (call.x, call.B, call.C))
+    ddt = _new_whole(call) if call.rank else torch.empty_like(call.dt)
     dx_shares = _shares(dx, call.routes, _rounded(dx)) if call.shared_x else dx
     dx_target = dx_shares.movedim(0, 2) if call.shared_x else dx
-    ddt_shares, dB_shares, dC_shares = (
-        _shares(ddt, blocks if call.rank else 1),
-        _shares(dB, blocks),
-        _shares(dC, blocks),
-    )
-    rows = call.states + 2 + call.rank
-    per_channel = call.x.new_empty((call.batch, call.routes, rows, call.channels), dtype=torch.float32)
+    dB_shares, dC_shares = _shares(dB, blocks), _shares(dC, blocks)
     dinitial = None if call.initial_state is None else call.initial_state.new_empty(call.initial_state.shape)
     if not contract.visits_all(call):
-        for shares in (dx_shares, ddt_shares, dB_shares, dC_shares):
+        for shares in (dx_shares, ddt, dB_shares, dC_shares):
             shares.zero_()
     if dy is not None and call.merge:
         dy = dy.unsqueeze(2).expand(-1, -1, call.routes, -1)
     with _on(call.x.device):
-        triton_kernels.backward[_grid(call, tile)](
-            *_inputs(call),
-            saved,
-            dy,
-            _dense(dlast),
-            dx_target,
-            ddt_shares,
-            dB_shares,
-            dC_shares,
-            per_channel,
-            dinitial,
-            *_sizes(call),
-            *((0,) * 4 if dy is None else dy.stride()),
-            *dx_target.stride(),
-            *ddt_shares.stride(),
-            *dB_shares.stride(),
-            *dC_shares.stride(),
-            **_constants(call, tile, dy, dx_target, ddt_shares[0], dB_shares[0], dC_shares[0]),
-        )
+        small = _taken(call)
+        segments = _segments(call, tile, tile.steps)
+        edges = _new_edges(call, segments)
+        rows = (call.batch * segments, call.routes, call.states + 2, call.channels)
+        per_channel = call.x.new_empty(rows, dtype=torch.float32)
+        for ends in (True, False)[segments == 1 :]:
+            _scan(call).backward[_grid(call, tile, segments - ends)](
+                *_inputs(small),
+                saved,
+                dy,
+                _padded_states(dlast),
+                *edges,
+                dx_target,
+                ddt,
+                dB_shares,
+                dC_shares,
+                per_channel,
+                dinitial,
+                *_sizes(small, segments),
+                *((0,) * 4 if dy is None else dy.stride()),
+                *dx_target.stride(),
+                *ddt.stride(),
+                *dB_shares.stride(),
+                *dC_shares.stride(),
+                ENDS=ends,
+                **_constants(small, tile, dy, dx_target, ddt, dB_shares[0], dC_shares[0]),
+            )
         if call.shared_x:
             _merge(dx_shares, dx)
-        for shares, total in ((ddt_shares, ddt), (dB_shares, dB), (dC_shares, dC)):
-            _merge(shares, total)
-    sums = per_channel.sum(0)
-    dA, dD, dbias, dweight = sums.split([call.states, 1, 1, call.rank], dim=1)
+        _merge(dB_shares, dB)
+        _merge(dC_shares, dC)
+        dweight = None
+        if call.rank:
+            ddt, dweight = _multiply_back(call, ddt)
+    dA, dD, dbias = per_channel.sum(0).split([call.states, 1, 1], dim=1)
     found: dict[str, Tensor | None] = dict(x=dx, dt=ddt, A=dA.mT, B=dB, C=dC, D=dD.squeeze(1))
-    found |= dict(dt_bias=dbias.squeeze(1), dt_weight=dweight.mT, initial_state=dinitial)
+    found |= dict(dt_bias=dbias.squeeze(1), dt_weight=dweight, initial_state=dinitial)
     return tuple(_like(getattr(call, name), found[name]) for name in GRADIENTS)
+
+
+def _new_whole(call: ScanCall) -> Tensor:
+    """An uninitialised dt, or gradient of it, of all channels."""
+    return call.x.new_empty((call.batch, call.tokens, call.routes, call.channels), dtype=torch.float32)
+
+
+def _taken(call: ScanCall) -> ScanCall:
+    """The call as the scan takes it: dt of one state and small rank as it is, else multiplied out."""
+    if not call.rank or (call.states == 1 and call.rank <= _SMALL_RANK):
+        return call
+    dt = _new_whole(call)
+    _kernels("low_rank").multiply_out[_low_rank_grid(call)](
+        call.dt, _dense(call.dt_weight), dt, *_low_rank_sizes(call), **_low_rank_constants(call)
+    )
+    return call._replace(dt=dt, dt_weight=None)
+
+
+def _multiply_back(call: ScanCall, ddt: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of the columns of dt and of dt_weight from that of the whole dt."""
+    grid = _low_rank_grid(call)
+    dlow = torch.empty_like(call.dt)
+    dweight = ddt.new_empty((grid[0], call.routes, call.channels, call.rank))
+    _kernels("low_rank").multiply_back[grid](
+        ddt,
+        call.dt,
+        _dense(call.dt_weight),
+        dlow,
+        dweight,
+        *_low_rank_sizes(call),
+        *dlow.stride(),
+        **_low_rank_constants(call),
+        PRECISION_LOW=_precision(dlow.device, dlow.dtype),
+    )
+    return dlow, dweight.sum(0)
+
+
+def _low_rank_grid(call: ScanCall) -> tuple[int, int]:
+    return -(-call.batch * call.tokens // tile_for(LOW_RANK, call.rank).tokens), call.routes
+
+
+def _low_rank_sizes(call: ScanCall) -> tuple[int, ...]:
+    return call.batch * call.tokens, call.tokens, call.channels, call.rank, *call.dt.stride()
+
+
+def _low_rank_constants(call: ScanCall) -> dict[str, Any]:
+    tile = tile_for(LOW_RANK, call.rank)
+    return dict(
+        ROWS=tile.tokens,
+        BLOCK_D=tile.channels,
+        BLOCK_R=max(_padded(call.rank), _SMALL_RANK),
+        PRECISION=_precision(call.x.device),
+        num_warps=tile.warps,
+        num_stages=1,  # more would not fit into the shared memory of smaller GPUs
+    )
+
+
+def _precision(device: torch.device, total: torch.dtype = torch.float32) -> str:
+    """How float32 goes to the tensor cores: on NVIDIA's GPUs in several terms, for a sum in bfloat16 in one of 11 bits,
+    which is more than that keeps; elsewhere whole, without them."""
+    if not _is_nvidia(device) or torch.cuda.get_device_capability(device) < (8, 0):
+        return "ieee"
+    return "tf32" if total == torch.bfloat16 else "tf32x3"
+
+
+def _is_nvidia(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.version.hip is None
+
+
+def _segments(call: ScanCall, tile: Tile, multiple: int) -> int:
+    """In how many segments, of so many steps or a multiple, the routes are cut; none is empty."""
+    tiles, programs = -(-call.steps // multiple), _grid(call, tile)[0]
+    wanted = min(_PROGRAMS // max(1, programs), call.steps // _SHORTEST_SEGMENT)
+    return 1 if wanted < _LEAST_SEGMENTS else -(-tiles // -(-tiles // wanted))
+
+
+def _new_edges(call: ScanCall, segments: int) -> tuple[Tensor | None, Tensor | None]:
+    """What segments pass on, and their sums of step sizes."""
+    if segments == 1:
+        return None, None
+    shape = (call.batch, call.routes, segments, call.channels)
+    spans = call.x.new_empty(shape, dtype=torch.float32)
+    return spans.new_empty((*shape, _block(call.states))), spans
 
 
 def _like(argument: Tensor | None, gradient: Tensor | None) -> Tensor | None:
@@ -189,21 +334,22 @@ def _inputs(call: ScanCall) -> tuple[Tensor | None, ...]:
     return (
         call.x,
         call.dt,
-        _dense(call.A),
+        _padded_states(call.A),
         call.B,
         call.C,
         _dense(call.D),
         _dense(call.indices),
-        _dense(call.dt_weight),
+        *((_dense(call.dt_weight),) if call.states == 1 else ()),
         _dense(call.dt_bias),
     )
 
 
-def _sizes(call: ScanCall) -> tuple[int, ...]:
+def _sizes(call: ScanCall, segments: int) -> tuple[int, ...]:
     """Sizes, and the strides of x, dt, B and C over (batch, token, route, last axis)."""
     x = call.x.unsqueeze(2).expand(-1, -1, call.routes, -1) if call.shared_x else call.x
     strides = (stride for tensor in (x, call.dt, call.B, call.C) for stride in tensor.stride())
-    return call.routes, call.channels, call.states, call.rank, call.steps, *strides
+    ranks = (call.rank,) if call.states == 1 else ()
+    return call.routes, call.channels, *ranks, call.steps, segments, *strides
 
 
 def _constants(call: ScanCall, tile: Tile, *results: Tensor | None) -> dict[str, Any]:
@@ -213,21 +359,26 @@ def _constants(call: ScanCall, tile: Tile, *results: Tensor | None) -> dict[str,
         for tensor in (call.x, call.dt, call.B, call.C, *results)
         if tensor is not None
     )
-    return dict(
+    constants: dict[str, Any] = dict(
         SOFTPLUS=call.dt_softplus,
         STEPS=tile.steps,
         GROUPS=tile.groups,
         LANES=tile.lanes,
-        BLOCK_N=_padded(call.states),
-        BLOCK_R=_padded(max(call.rank, 1)),
         LONG=max(spans) > _INT32 - 4096,  # offsets within a batch item
         num_warps=tile.warps,
         enable_fp_fusion=True,
     )
+    if call.states == 1:
+        constants |= dict(BLOCK_R=_SMALL_RANK if call.rank else 1, PRECISION=_precision(call.x.device))
+    else:
+        constants |= dict(states=call.states, WARPS=tile.warps, PARTS=tile.parts, BLOCK_N=_block(call.states))
+    if _is_nvidia(call.x.device):
+        constants |= dict(maxnreg=tile.registers)
+    return constants
 
 
-def _grid(call: ScanCall, tile: Tile) -> tuple[int]:
-    return (call.batch * call.routes * -(-call.channels // tile.channels),)
+def _grid(call: ScanCall, tile: Tile, segments: int = 1) -> tuple[int, int]:
+    return call.batch * call.routes * -(-call.channels // tile.channels), segments
 
 
 def _rounded(total: Tensor) -> torch.dtype:
@@ -245,15 +396,21 @@ def _shares(total: Tensor, count: int, dtype: torch.dtype = torch.float32) -> Te
 
 
 def _merge(shares: Tensor, total: Tensor) -> None:
-    from vision_mamba.ops.backends import triton_kernels
-
     if len(shares) > 1:
         size = total.numel()
-        triton_kernels.merge[(-(-size // _MERGED),)](shares, total, len(shares), size, BLOCK=_MERGED)
+        _kernels("kernels").merge[(-(-size // _MERGED),)](shares, total, len(shares), size, BLOCK=_MERGED)
 
 
 def _dense(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.contiguous()
+
+
+def _padded_states(tensor: Tensor | None) -> Tensor | None:
+    """A tensor of states, dense, with as many as kernels make room for."""
+    if tensor is None:
+        return None
+    states = tensor.shape[-1]
+    return functional.pad(tensor, (0, _block(states) - states)).contiguous()
 
 
 def _on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
