@@ -9,20 +9,23 @@ import json
 import sys
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
 from rich.table import Table
 
+from vision_mamba.provenance import provenance
+from vision_mamba.train import checkpoint, validate
 from vision_mamba.train import model as models
-from vision_mamba.train import validate
 from vision_mamba.train.bad_images import BadImages
 from vision_mamba.train.config import read_yaml
 from vision_mamba.train.datasets import held_out_images, image_sets
 from vision_mamba.train.errors import ConfigError, TrainError
 from vision_mamba.train.guards import ImageGuard
 from vision_mamba.train.images import ImageSet
+from vision_mamba.train.journal import rows
 from vision_mamba.train.learner import HALVES, Learner
 from vision_mamba.train.loader import evaluation_feed, training_feed
 from vision_mamba.train.options import Config
@@ -32,6 +35,18 @@ from vision_mamba.train.progress import Progress, logging_to
 
 LOAD = "loading, as for validation", "loading, as for training", "model, forward", "model, training step"
 
+TRAINED = (
+    "model",
+    "model_kwargs",
+    "img_size",
+    "epochs",
+    "batch_size",
+    "opt",
+    "lr",
+    "weight_decay",
+    "model_ema",
+    "seed",
+)
 REMEDY = (
     "Raise --workers (now {workers}), store the images smaller (a shorter side of twice the crop is enough), put them "
     "on a local disk or into tar files, install pillow-simd, or augment less."
@@ -77,7 +92,7 @@ exit status: 0 done, 1 failed, 2 wrong options.""",
     parser.add_argument("--throughput", nargs="?", const="", metavar="CONFIG", help="speeds, augmenting as that config")
     parser.add_argument("--batches", type=int, default=20, metavar="N", help="batches a speed is taken over [20]")
     parser.add_argument("--csv", metavar="FILE", help="write the table as well")
-    parser.add_argument("--json", metavar="FILE", help="append a line for each model")
+    parser.add_argument("--json", metavar="FILE", help="append a line for each model, with where it comes from")
     parser.add_argument("--dry-run", action="store_true", help="build models and find images, measure nothing")
     return parser
 
@@ -108,8 +123,20 @@ def main(argv: list[str]) -> int:
             writer.writerows(found)
     if given.json:
         with open(given.json, "a", encoding="utf-8") as file:
-            file.writelines(json.dumps(row) + "\n" for row in found)
+            file.writelines(json.dumps(record(row, given)) + "\n" for row in found)
     return 0
+
+
+def record(row: dict[str, Any], given: argparse.Namespace) -> dict[str, Any]:
+    """A row as results/ keeps it: with where it comes from and, of a run of tools/train.py, how that was trained."""
+    case = "validation" if given.throughput is None else "throughput"
+    told = {"case": case, "data": "digits" if given.digits else given.dataset, **row}
+    if row["model"] in given.checkpoint:
+        content = checkpoint.read(row["model"])
+        trained = content.get("args") or {}
+        told |= {"trained": {name: trained.get(name) for name in TRAINED} | {"seconds": content.get("seconds")}}
+        told |= {"curve": rows(Path(row["model"]).parent)}
+    return {**provenance(models.device(given.device), "vision_mamba", "tools", "configs", "csrc"), **told}
 
 
 def sources(given: argparse.Namespace) -> list[tuple[str, Callable[[], Classifier]]]:

@@ -199,8 +199,8 @@ def test_names_of_images_and_classes_may_come_from_elsewhere(
     names = tmp_path / "names.txt"
     names.write_text("west\nnorth\n")
     monkeypatch.setattr("sys.stdin", io.StringIO(f"{trained / 'images' / 'val' / 'left' / '0.png'}\n"))
-    words = ("--checkpoint", trained / "output" / "run" / "last.pth", "-", "--classes", names)
-    status, out, err = run(capsys, predict, *words)
+    words = ("--checkpoint", trained / "output" / "run" / "last.pth", "--classes", names)
+    status, out, err = run(capsys, predict, *words, "-")
     assert status == 0 and ("west" in out or "north" in out), err
     names.write_text("west\n")
     status, _, err = run(capsys, predict, *words, trained / "images" / "val")

@@ -1,1 +1,1 @@
-"""Training and prediction on timm's parts: what tools/train.py and tools/predict.py call."""
+"""Training, validation, prediction and conversion on timm's parts: what the tools of these names call."""

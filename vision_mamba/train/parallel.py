@@ -57,6 +57,14 @@ class World:
         dist.broadcast_object_list(box, src=0)
         return box[0]
 
+    def together(self, found: dict[int, str]) -> dict[int, str]:
+        """The entries of all processes."""
+        if self.size == 1:
+            return found
+        boxes: list[Any] = [None] * self.size
+        dist.all_gather_object(boxes, found)
+        return dict(sorted(pair for box in boxes for pair in box.items()))
+
 
 def rank_by_environment() -> int:
     """The number of this process, before it has met the others."""

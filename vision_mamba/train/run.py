@@ -102,7 +102,7 @@ def _trainer(config: Config, world: World, progress: Progress) -> Trainer:
         model = convert_sync_batchnorm(model)
     data_config = models.data_config(model, config.plain())
     if config.dataset in ("folder", "") and config.check_images:
-        train_set, held_out = (_checked(images, config, progress) for images in (train_set, held_out))
+        train_set, held_out = (_checked(images, config, world, progress) for images in (train_set, held_out))
     bad = [BadImages(), BadImages()]
     for images, told in zip((train_set, held_out), bad, strict=True):
         if isinstance(images, ImageSet):
@@ -128,11 +128,13 @@ def _trainer(config: Config, world: World, progress: Progress) -> Trainer:
     return Trainer(learner, training, evaluating, ImageGuard(config.skip_bad_images, *bad), journal, extras)
 
 
-def _checked(images: Images, config: Config, progress: Progress) -> Images:
-    """The images that can be decoded, in the way that the options say."""
+def _checked(images: Images, config: Config, world: World, progress: Progress) -> Images:
+    """The images that can be decoded, in the way that the options say; each process tries its share of them."""
     assert isinstance(images, ImageSet)
-    with progress.bar("checking images", len(images)) as bar:
-        reasons = unreadable(images, os.cpu_count() or 1, lambda: bar.advance(1))
+    share = range(world.rank, len(images), world.size)
+    with progress.bar("checking images", len(share)) as bar:
+        found = unreadable(images.only(share), os.cpu_count() or 1, lambda: bar.advance(1))
+    reasons = world.together({share[index]: reason for index, reason in found.items()})
     return without_unreadable(images, reasons, config.skip_bad_images, _log.warning)
 
 
