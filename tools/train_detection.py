@@ -21,6 +21,7 @@ from vision_mamba.train.errors import ConfigError, Interrupted, TrainError
 from vision_mamba.train.parallel import World, world_on
 from vision_mamba.train.progress import Progress, logging_to
 
+COVERED = ("vision_mamba", "csrc", "configs", "tools/train_detection.py")  # what a result depends on, and the data
 _log = logging.getLogger("vision_mamba.detection")
 
 
@@ -79,7 +80,7 @@ def report(config: Config, result: Position, world: World) -> None:
             sys.stdout.write(f"{name} {value:.4f}\n")
     if config.record is None:
         return
-    line = provenance(world.device) | {
+    line = provenance(world.device, *COVERED) | {
         "case": config.run_dir.name,
         "model": config.model,
         "detector": config.detector,

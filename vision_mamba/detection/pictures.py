@@ -49,7 +49,14 @@ def drawn(image: Tensor, objects: dict[str, Tensor], names: Sequence[str], side:
         scores = objects["scores"].tolist()
         captions = [f"{name} {100 * score:.0f}" for name, score in zip(captions, scores, strict=True)]
     stretch = torch.tensor([size[1] / image.shape[2], size[0] / image.shape[1]]).repeat(2)
-    return _picture(draw_bounding_boxes(canvas, objects["boxes"].cpu() * stretch, captions, colours, width=2))
+    boxes = objects["boxes"].cpu() * stretch
+    picture = _picture(draw_bounding_boxes(canvas, boxes, colors=colours, width=2))
+    pen = ImageDraw.Draw(picture)
+    for (left, top, *_), caption, colour in zip(boxes.tolist(), captions, colours, strict=True):
+        corner = (left, max(0, top - 11))
+        pen.rectangle(pen.textbbox(corner, caption), fill=colour)
+        pen.text(corner, caption, "black")
+    return picture
 
 
 def _picture(canvas: Tensor) -> Image.Image:
