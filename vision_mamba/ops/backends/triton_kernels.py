@@ -19,6 +19,10 @@ with each float32 in several terms. Backward leaves the gradient of all of dt, f
 Backward: forward saves the states every STEPS steps. From there a program computes the tile's states once more, keeps
 them in registers, and walks back with g_t = dL/dh_t = C_t dy_t + exp(s_{t+1} A) g_{t+1}. No (B, L, D, N) anywhere.
 
+Segments: a long route of few sequences is cut, for more programs. A first launch, with ENDS, finds what each segment
+adds to the state at its end, and its sum of step sizes; in the second, a segment begins with what those before it make
+of the initial state, backward with what those after it make of the gradient of the last one.
+
 Precision: states and sums float32; log2(e) is folded into A, so that a decay is one exp2. Sums that cross programs are
 written as shares and added in order by `merge`, so results are equal bit by bit from run to run.
 
