@@ -89,3 +89,12 @@ def test_sizes_that_contradict_each_other_are_refused() -> None:
         Pyramid("test_vmamba", (2, 4))
     with pytest.raises(ValueError, match="need a multiple of 32 channels, got 20"):
         create_detector("fcos", "test_vmamba", classes=2, channels=20)
+
+
+@pytest.mark.parametrize("backbone, millions", [("vmamba_tiny_s1l8", 49.755), ("vmamba_tiny_s2l5", 50.212)])
+def test_mask_rcnn_is_as_large_as_published(backbone: str, millions: float) -> None:
+    with torch.device("meta"):
+        model = create_detector("mask_rcnn", backbone, classes=80)
+    background = 4 * (1024 + 1) + (256 + 1)  # its box and mask, which mmdetection leaves out
+    count = sum(parameter.numel() for parameter in model.parameters()) - background
+    assert round(count / 1e6, 3) == millions
