@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import json
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,15 +15,16 @@ import timm
 import torch
 from rich.console import Console
 from rich.table import Table
-from torch import nn
 
 from vision_mamba import __version__
 from vision_mamba.export import FORMATS, ExportError, Request, export_model, median_ms
 from vision_mamba.export.formats import SCANS, VARIES, listed
 from vision_mamba.export.write import relative
+from vision_mamba.provenance import provenance
 from vision_mamba.train import model as models
 from vision_mamba.train.errors import CheckpointError, ConfigError, TrainError
-from vision_mamba.train.predict import load
+from vision_mamba.train.images import digits
+from vision_mamba.train.predict import Classifier, accuracy, load
 
 
 def positive(text: str) -> int:
@@ -75,6 +78,8 @@ exit status: 0 all written, 1 one or more not, with the reason, 2 wrong options.
         "--img-size", type=positive, nargs="+", metavar="N", help="side, or height and width [that of the model]"
     )
     file.add_argument("--int8", action="store_true", help="weights of linear layers in int8, by torchao")
+    file.add_argument("--digits", action="store_true", help="classify the held-out digits by each file as well")
+    file.add_argument("--record", metavar="FILE", help="append what was measured, as lines of JSON")
     times = parser.add_argument_group("times")
     times.add_argument("--batch-size", type=positive, default=1, metavar="N", help="images a call [1]")
     times.add_argument("--runs", type=positive, default=10, metavar="N", help="calls to take the median of [10]")
@@ -88,17 +93,21 @@ def main(argv: Sequence[str]) -> int:
     if options.threads:
         torch.set_num_threads(options.threads)
     try:
-        name, model, config, classes = chosen(options)
+        classifier = chosen(options)
+        name, model, config = classifier.name, classifier.model, classifier.data_config
         size = image_size(options.img_size, config)
     except TrainError as error:
         sys.stderr.write(f"error: {error}\n")
         return 2 if isinstance(error, ConfigError) else 1
-    about = {"model": name, "image_size": size, "vary": options.vary, "classes": classes, "preprocessing": config}
+    about = {"model": name, "image_size": size, "vary": options.vary}
+    about |= {"classes": classifier.classes, "preprocessing": config}
     about |= {"vision_mamba": __version__, "torch": torch.__version__, "timm": timm.__version__}
     request = Request(model, size, options.scan, options.vary, options.int8, about)
     # A file for nothing but its example takes as many images as that has.
     images = request.example if options.vary == "none" else request.images(options.batch_size, *size)
-    rows: list[Row] = [Row("PyTorch", "operator", None, None, median_ms(model, images, options.runs), "")]
+    rows = [Row("PyTorch", "operator", median_ms(model, images, options.runs))]
+    if options.digits:
+        rows[0] = rows[0]._replace(accuracy=held_out(classifier, model))
     console, failed = Console(stderr=True), False
     for kind in options.format:
         path = options.out / f"{name}{'.int8' if options.int8 else ''}{FORMATS[kind].suffix}"
@@ -110,27 +119,33 @@ def main(argv: Sequence[str]) -> int:
                 failed = True
                 continue
             time = median_ms(done.program.run, images, options.runs)
-        rows.append(Row(kind, done.scan, done.size, done.difference, time, path.name))
+            right = held_out(classifier, done.program.run) if options.digits else None
+        rows.append(Row(kind, done.scan, time, done.size, done.difference, right, path.name))
     title = f"{name}: {len(images)} x {images.shape[2]} x {images.shape[3]} pixels, {torch.get_num_threads()} threads"
     Console().print(table(f"{title}; files in {options.out}", rows))
+    if options.record:
+        source = provenance() | {"case": f"export_{name}", "int8": options.int8, "images": list(images.shape)}
+        with open(options.record, "a") as file:
+            file.writelines(json.dumps(source | row._asdict()) + "\n" for row in rows)
     if options.int8:
         told = int8_difference(request)
         sys.stdout.write(f"int8 weights change the outputs by {told:.1e} of the largest one, before any export\n")
     return int(failed)
 
 
-def chosen(options: argparse.Namespace) -> tuple[str, nn.Module, dict[str, Any], list[str] | None]:
-    """Name, model in eval mode, preprocessing and classes.
+def chosen(options: argparse.Namespace) -> Classifier:
+    """The model in eval mode with its name, preprocessing and classes.
 
     Raises: TrainError if the options contradict each other, or the checkpoint or model cannot be had.
     """
     if options.checkpoint is not None:
         if options.pretrained or options.num_classes or options.features:
             raise ConfigError("--pretrained, --num-classes and --features are for models without --checkpoint.")
-        classifier = load(options.checkpoint, torch.device("cpu"), options.model)
-        return classifier.name, classifier.model, classifier.data_config, classifier.classes
+        return load(options.checkpoint, torch.device("cpu"), options.model)
     if options.model is None:
         raise ConfigError("say what to export: --checkpoint FILE or --model NAME.")
+    if options.digits:
+        raise ConfigError("--digits is for a --checkpoint that was trained on them.")
     models.check_name(options.model)
     arguments: dict[str, Any] = {"pretrained": options.pretrained}
     if options.features:
@@ -143,7 +158,14 @@ def chosen(options: argparse.Namespace) -> tuple[str, nn.Module, dict[str, Any],
         raise ConfigError(f"--features: {error}.") from error
     except OSError as error:  # what a download fails with
         raise CheckpointError(f"--pretrained: the weights of {options.model!r} cannot be had: {error}") from error
-    return options.model.split(".")[0], model, models.data_config(getattr(model, "model", model), {}), None
+    config = models.data_config(getattr(model, "model", model), {})
+    return Classifier(options.model.split(".")[0], model, [], config, torch.device("cpu"))
+
+
+def held_out(classifier: Classifier, run: Callable[[torch.Tensor], Any]) -> float | None:
+    """Accuracy on the held-out digits of the model in another form."""
+    other = dataclasses.replace(classifier, model=lambda images: listed(run(images))[0])  # type: ignore[arg-type]
+    return accuracy(other.predict(digits(True, classifier.mode)))
 
 
 def image_size(sides: list[int] | None, config: dict[str, Any]) -> tuple[int, int]:
@@ -161,24 +183,26 @@ def int8_difference(request: Request) -> float:
 
 
 class Row(NamedTuple):
-    """One line of the table; sizes in bytes, times in milliseconds."""
+    """One line of the table and of the record: milliseconds a call, bytes, percent of the held-out digits."""
 
     format: str
     scan: str
-    size: int | None
-    difference: float | None
-    time: float
-    file: str
+    ms: float
+    bytes: int | None = None
+    difference: float | None = None
+    accuracy: float | None = None
+    file: str = ""
 
 
 def table(title: str, rows: list[Row]) -> Table:
     drawn = Table(title=title, title_justify="left")
-    for heading in ("format", "scan", "MB", "difference", "ms a call", "file"):
-        drawn.add_column(heading, justify="right" if heading in ("MB", "difference", "ms a call") else "left")
+    for heading in ("format", "scan", "MB", "difference", "ms a call", "digits, %", "file"):
+        drawn.add_column(heading, justify="left" if heading in ("format", "scan", "file") else "right")
     for row in rows:
-        size = "" if row.size is None else f"{row.size / 1e6:.2f}"
+        size = "" if row.bytes is None else f"{row.bytes / 1e6:.2f}"
         difference = "" if row.difference is None else f"{row.difference:.0e}"
-        drawn.add_row(row.format, row.scan, size, difference, f"{row.time:.1f}", row.file)
+        right = "" if row.accuracy is None else f"{row.accuracy:.2f}"
+        drawn.add_row(row.format, row.scan, size, difference, f"{row.ms:.1f}", right, row.file)
     return drawn
 
 
