@@ -144,7 +144,8 @@ def benchmark(chosen: argparse.Namespace, case: tuple[str, int, int, str, str]) 
         known = timm.get_pretrained_cfg(name)
         fixed = known is not None and known.fixed_input_size
         sized: dict[str, Any] = dict(img_size=size) if fixed else {}
-        model = timm.create_model(name, **sized).to(device)
+        with device:  # random numbers for weights are drawn where they are wanted
+            model = timm.create_model(name, **sized)
         images = torch.randn(batch, 3, size, size, device=device)
         if chosen.channels_last and any(fnmatch.fnmatch(name, pattern) for pattern in CHANNELS_LAST):
             model, images = model.to(memory_format=torch.channels_last), images.to(memory_format=torch.channels_last)
