@@ -16,10 +16,14 @@ Module = TypeVar("Module", bound=nn.Module)
 @torch.fx.wrap
 @register_notrace_function
 def _normed(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, rms: bool, before_product: bool) -> Tensor:
-    out_dtype = None
-    if before_product and x.is_cuda and torch.is_autocast_enabled("cuda"):
-        out_dtype = torch.get_autocast_dtype("cuda")
-    return ops.normed(x, weight, bias, eps, rms=rms, out_dtype=out_dtype)
+    if torch.jit.is_scripting():  # as part of a traced graph
+        shape = [x.shape[-1]]
+        return F.rms_norm(x, shape, weight, eps) if rms else F.layer_norm(x, shape, weight, bias, eps)
+    else:
+        out_dtype = None
+        if before_product and x.is_cuda and torch.is_autocast_enabled("cuda"):
+            out_dtype = torch.get_autocast_dtype("cuda")
+        return ops.normed(x, weight, bias, eps, rms=rms, out_dtype=out_dtype)
 
 
 class LayerNorm(timm.layers.LayerNorm):

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from timm.layers import register_notrace_function
 from torch import Tensor, nn
 
 from vision_mamba import scans
@@ -13,6 +14,13 @@ from vision_mamba.layers.init import init_a_log_, init_dt_bias_, init_dt_weight_
 from vision_mamba.layers.local import RouteAttention
 from vision_mamba.layers.norm import LayerNorm, before_product
 from vision_mamba.layers.scan import DualScan, SelectiveScan
+
+
+@torch.fx.wrap
+@register_notrace_function
+def sum_dtype(x: Tensor, wide: torch.dtype) -> torch.dtype:
+    """In float16 the sum of the routes could overflow before the norm, so there that of the norm; else that of x."""
+    return wide if x.dtype == torch.float16 else x.dtype
 
 
 class SS2D(nn.Module):
@@ -147,8 +155,7 @@ class SS2D(nn.Module):
         if self.norm_columns:
             columns = F.rms_norm(columns, [columns.shape[-1]], None, 1e-5)  # in float32 inside
         dt, B, C = columns.split([self.dt_rank, self.d_state, self.d_state], dim=-1)  # (B, L, K, .)
-        # In float16 the sum of the routes could overflow before the norm.
-        out_dtype = self.out_norm.weight.dtype if x.dtype == torch.float16 else x.dtype
+        out_dtype = sum_dtype(x, self.out_norm.weight.dtype)
         y = self._scan_routes(
             x, dt, B, C if self.scale == 1.0 else C * self.scale, height, width, self.attn is None, out_dtype
         )
