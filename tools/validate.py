@@ -175,7 +175,7 @@ def accuracy(classifier: Classifier, given: argparse.Namespace) -> dict[str, Any
     guard = ImageGuard(given.skip_bad_images, bad)
     guard.judge(guard.look())
     row = {key: value for key, value in dataclasses.asdict(measured).items() if key != "name" and value is not None}
-    return row | {"size": classifier.data_config["input_size"][-1], "device": str(classifier.device)}
+    return row | {"size": classifier.data_config["input_size"][-1]}
 
 
 def speeds(classifier: Classifier, given: argparse.Namespace) -> dict[str, Any]:

@@ -55,7 +55,7 @@ def together(jobs: list[Job]) -> None:
     for process in processes:
         process.start()
     for process in processes:
-        process.join(120)
+        process.join(250)
     assert [process.exitcode for process in processes] == [0, 0]
 
 
