@@ -59,7 +59,6 @@ def check(kind: str, request: Request, path: Path) -> None:
     "kind, name, scan",
     [
         ("pt2", "test_vim", None),
-        ("pt2", "test_vmamba", "plain"),
         ("torchscript", "test_vmamba", None),
         ("torchscript", "test_localvim", "plain"),
         ("onnx", "test_vmamba", None),
@@ -73,6 +72,7 @@ def test_a_file_does_what_the_model_does(kind: str, name: str, scan: str | None,
     check(kind, Request(create(name, **TINY[name]), (64, 48), scan, about=about), tmp_path / "model")
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_any_size_in_one_file(tmp_path: Path) -> None:
     check("pt2", Request(create("test_vmamba", **TINY["test_vmamba"]), (64, 48), vary="size"), tmp_path / "model.pt2")
