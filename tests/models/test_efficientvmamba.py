@@ -16,12 +16,24 @@ from tests.tolerances import LOGITS
 from vision_mamba.layers import SS2D, efficient, local
 from vision_mamba.models.efficientvmamba import checkpoint_filter_fn, to_published
 
-CASES = parity.read("efficientvmamba")
+CASES = parity.read("efficientvmamba")  # all sizes at 224 px are in efficientvmamba_full, for tools/parity.py
+
+PARAMETERS = {
+    "efficientvmamba_tiny": 6_493_660,
+    "efficientvmamba_small": 11_273_688,
+    "efficientvmamba_base": 33_717_136,
+}
 
 
 @pytest.mark.parametrize("case", CASES, ids=parity.describe)
 def test_published_results(case: parity.Case) -> None:
     parity.check(case, to_published, checkpoint_filter_fn)
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_parameters_are_as_many_as_published(name: str) -> None:
+    model = timm.create_model(name, device="meta")
+    assert sum(parameter.numel() for parameter in model.parameters()) == PARAMETERS[name]
 
 
 # Mistakes that the fixtures must show: maps of 15 x 23 and of 8 x 12, so steps beyond the edge at the finer one.

@@ -13,11 +13,12 @@ from collections.abc import Iterable
 from typing import Any
 
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model, register_model_deprecations
+from timm.models import generate_default_cfgs, register_model, register_model_deprecations
 from torch import Tensor
 
 from vision_mamba.models import vmamba
 from vision_mamba.models.checkpoint import rename
+from vision_mamba.models.pyramid import build_pyramid
 from vision_mamba.models.vmamba import VMamba
 
 # Our names -> those of the published code where they differ from VMamba's, applied in this order.
@@ -100,16 +101,7 @@ default_cfgs = generate_default_cfgs(
 
 
 def _create(variant: str, pretrained: bool = False, **kwargs: Any) -> VMamba:
-    return build_model_with_cfg(
-        VMamba,
-        variant,
-        pretrained,
-        pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg=dict(
-            out_indices=kwargs.pop("out_indices", (0, 1, 2, 3)), feature_cls="getter", flatten_sequential=True
-        ),
-        **kwargs,
-    )
+    return build_pyramid(VMamba, variant, pretrained, checkpoint_filter_fn, **kwargs)
 
 
 _ARCHITECTURE: dict[str, Any] = dict(
