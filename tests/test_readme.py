@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from tools import count
+from tests.tolerances import LOGITS
+from tools import count, parity
 from vision_mamba import scans
 from vision_mamba.ops import registry
 from vision_mamba.scans import order
@@ -46,8 +47,22 @@ def test_its_code_runs_from_top_to_bottom(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_its_table_of_models_is_the_record() -> None:
-    assert count.put_table(TEXT, count.table(RECORDS.values())) == TEXT
+    assert count.put_table(TEXT, count.table(RECORDS.values(), count.measured())) == TEXT
     assert list(RECORDS) == count.model_names()
+
+
+def test_every_fixture_has_a_record_of_its_difference() -> None:
+    recorded = parity.read()
+    for case in parity.cases():
+        size = "x".join(map(str, case.get("input", case.get("image"))))
+        assert recorded[case["model"]]["inputs"][size] <= LOGITS, case["model"]
+    assert {name: record["relative_difference"] for name, record in recorded.items()} == count.measured()
+
+
+def test_a_differing_checkpoint_would_show_in_the_record() -> None:
+    case = next(case for case in parity.cases() if case["model"] == "vmamba_tiny_s1l8")
+    assert parity.difference(case) <= LOGITS
+    assert parity.difference(case | {"scaled": {"classifier.norm.weight": 1.01}}) > LOGITS
 
 
 @pytest.mark.parametrize("name", [name for name in RECORDS if "tiny" in name])

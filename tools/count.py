@@ -1,9 +1,11 @@
-"""Count parameters and multiply-adds of every registered model, and put them on record.
+"""Count parameters and multiply-adds of every registered model, and put them on record with what its cards say.
 
     python tools/count.py        # writes results/models.jsonl and the table of README.md
 
 MACs are half of the floating-point operations that torch.utils.flop_counter sees in one forward pass of an image of the
-nominal size, on the meta device: nothing is computed. What the scan counts is in vision_mamba.ops.autograd.scan_flops.
+nominal size, on the meta device: nothing is computed. What the scans count is in vision_mamba.ops.autograd.scan_flops
+and vision_mamba.ops.ssd_operator.flops. The table also shows how far logits are from the published ones: that is
+measured by tools/parity.py, and on record in results/parity.jsonl.
 """
 
 from __future__ import annotations
@@ -12,12 +14,13 @@ import argparse
 import json
 import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
+from timm.models import PretrainedCfg, get_arch_pretrained_cfgs
 from torch.utils.flop_counter import FlopCounterMode
 
 import vision_mamba
@@ -25,6 +28,7 @@ from vision_mamba.provenance import provenance
 
 ROOT = Path(__file__).resolve().parents[1]
 RECORD = ROOT / "results" / "models.jsonl"
+PARITY = ROOT / "results" / "parity.jsonl"
 README = ROOT / "README.md"
 BEGIN, END = "<!-- table of results/models.jsonl -->\n", "<!-- end of table -->\n"
 
@@ -42,24 +46,47 @@ def count(name: str) -> dict[str, Any]:
         model = timm.create_model(name).eval()
         size = timm.data.resolve_data_config(model=model)["input_size"]
         model(torch.empty(1, *size))
-    scans = {str(op): flops for op, flops in counter.get_flop_counts()["Global"].items() if "selective_scan" in str(op)}
+    scans = {str(op): flops for op, flops in counter.get_flop_counts()["Global"].items() if "vision_mamba" in str(op)}
     return {
         "case": name,
         "input": list(size),
         "params": sum(parameter.numel() for parameter in model.parameters()),
         "flops": counter.get_total_flops(),
         "scan_flops": sum(scans.values()),
+        "license": timm.get_pretrained_cfg(name).license,
+        "cards": [_card(name.partition(".")[2], card) for name, card in get_arch_pretrained_cfgs(name).items()],
     }
 
 
-def table(records: Iterable[dict[str, Any]]) -> str:
+def _card(tag: str, card: PretrainedCfg) -> dict[str, Any]:
+    """What a weight card says: its tag, the published figure, where the weights are if they are anywhere."""
+    hub = f"https://huggingface.co/{card.hf_hub_id}" if card.hf_hub_id else None
+    return {"tag": tag, "published": list(card.notes or ()), "weights": card.url or hub}
+
+
+def table(records: Iterable[dict[str, Any]], differences: Mapping[str, float]) -> str:
     """The records as a table in markdown, families apart and each from small to large."""
-    lines = ["| model | parameters, M | GMACs | of these in scans | input |", "|---|--:|--:|--:|---|"]
+    titles = ("model", "parameters, M", "GMACs", "in scans", "input", "published", "weights", "licence", "parity")
+    lines = [f"| {' | '.join(titles)} |", "|---|--:|--:|--:|---|---|---|---|---|"]
     for r in sorted(records, key=lambda r: (r["case"].split("_")[0], r["flops"])):
-        share = f"{r['scan_flops'] / r['flops']:.0%}"
-        size = " x ".join(map(str, r["input"][1:]))
-        lines.append(f"| `{r['case']}` | {r['params'] / 1e6:.1f} | {r['flops'] / 2e9:.2f} | {share} | {size} |")
+        cells = (
+            f"`{r['case']}`",
+            f"{r['params'] / 1e6:.1f}",
+            f"{r['flops'] / 2e9:.2f}",
+            f"{r['scan_flops'] / r['flops']:.0%}",
+            " x ".join(map(str, r["input"][1:])),
+            ", ".join(note.removeprefix("top-1 ") for card in r["cards"] for note in card["published"]),
+            ", ".join(f"[{card['tag']}]({card['weights']})" for card in r["cards"] if card["weights"]),
+            r["license"],
+            f"{differences[r['case']]:.0e}" if r["case"] in differences else "",
+        )
+        lines.append(f"| {' | '.join(cell or '-' for cell in cells)} |")
     return "\n".join(lines) + "\n"
+
+
+def measured(path: Path = PARITY) -> dict[str, float]:
+    """Model -> relative difference of its logits from the published ones, where that has been measured."""
+    return {record["case"]: record["relative_difference"] for record in read(path)}
 
 
 def read(path: Path) -> list[dict[str, Any]]:
@@ -76,7 +103,7 @@ def main() -> int:
     argparse.ArgumentParser(description=__doc__, formatter_class=formatter).parse_args()
     source = provenance("meta") | {"timm": timm.__version__}
     RECORD.write_text("".join(json.dumps(source | count(name)) + "\n" for name in model_names()))
-    README.write_text(put_table(README.read_text(), table(read(RECORD))))
+    README.write_text(put_table(README.read_text(), table(read(RECORD), measured())))
     sys.stdout.write(f"{RECORD.relative_to(ROOT)} and {README.name} are up to date\n")
     return 0
 
