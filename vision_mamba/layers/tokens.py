@@ -93,13 +93,12 @@ def rotation(like: Tensor, size: list[int], old_size: list[int], class_token: st
 
     Returns: float32 (2, L, E).
     """
-    if not torch.jit.is_scripting():
-        if torch.jit.is_tracing():
-            # A trace holds for one size. What it records of the way to this table, ONNX takes for one of more axes;
-            # of what another thread does it records nothing.
-            sides, ones = [int(side) for side in size], torch.ones(1, int(like.shape[-1]), device=like.device)
-            with ThreadPoolExecutor(1) as thread:
-                return thread.submit(rotation, ones, sides, old_size, class_token, resample).result()
+    if not torch.jit.is_scripting() and torch.jit.is_tracing():
+        # A trace holds for one size. What it records of the way to this table, ONNX takes for one of more axes;
+        # of what another thread does it records nothing.
+        sides, ones = [int(side) for side in size], torch.ones(1, int(like.shape[-1]), device=like.device)
+        with ThreadPoolExecutor(1) as thread:
+            return thread.submit(rotation, ones, sides, old_size, class_token, resample).result()
     grid = old_size if resample else size
     reference = [14, 14]  # 224 pixels in patches of 16
     table = torch.stack(
