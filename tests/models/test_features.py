@@ -76,6 +76,30 @@ def test_a_wrong_index_is_an_error_everywhere(name: str, wrong: str) -> None:
 
 
 @small_model
+def test_maps_come_in_the_order_asked_for(name: str) -> None:
+    model, x = create(name), torch.randn(1, 3, 64, 64)
+    backbone = create(name, features_only=True, out_indices=(-1, 0, 1, 0))
+    last = len(model.feature_info) - 1
+    with torch.no_grad():
+        maps = backbone(x)
+        expected = model.forward_intermediates(x, intermediates_only=True)
+        assert torch.equal(model.forward_intermediates(x, indices=[last, 0])[1][0], expected[last])
+    assert len({tap.sum().item() for tap in expected}) == last + 1  # so that a map in a wrong place is seen
+    for tap, index in zip(maps, (last, 0, 1, 0), strict=True):
+        assert torch.equal(tap, expected[index])
+    assert [tap.shape[1] for tap in maps] == backbone.feature_info.channels()
+
+
+@small_model
+def test_no_index_at_all_is_an_error(name: str) -> None:
+    model = create(name)
+    with pytest.raises(ValueError, match=r"out_indices.* are empty"):
+        model.forward_intermediates(torch.randn(1, 3, 32, 32), indices=[])
+    with pytest.raises(ValueError, match=r"out_indices.* are empty"):
+        model.prune_intermediate_layers([])
+
+
+@small_model
 def test_a_wrong_format_is_an_error(name: str) -> None:
     with pytest.raises((AssertionError, ValueError), match="NCHW"):
         create(name).forward_intermediates(torch.randn(1, 3, 32, 32), output_fmt="CHW")

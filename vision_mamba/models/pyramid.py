@@ -7,9 +7,10 @@ from typing import Any, cast
 import torch
 from timm.layers import ClassifierHead, calculate_drop_path_rates, get_device_dtype, trunc_normal_
 from timm.models import build_model_with_cfg, checkpoint_seq
-from timm.models._features import feature_take_indices
 from timm.models._input import update_model_input_size
 from torch import Tensor, nn
+
+from vision_mamba.models.taps import in_asked_order, take_indices
 
 
 class Stage(nn.Module):
@@ -147,7 +148,7 @@ class Pyramid(nn.Module):
 
         Args:
             x: (B, in_chans, H, W) images.
-            indices: stages to take; the last n if a number, all by default.
+            indices: stages to take, in any order; the last n if a number, all by default.
             norm: apply the final norm to the last stage's map.
             stop_early: leave out what comes behind the last map taken.
             output_fmt: "NCHW" or "NHWC".
@@ -156,7 +157,7 @@ class Pyramid(nn.Module):
         Returns: (features, maps), or maps.
         """
         assert output_fmt in ("NCHW", "NHWC"), "Output format must be one of NCHW or NHWC."
-        take_indices, max_index = feature_take_indices(len(self.stages), indices)
+        taken, max_index = take_indices(len(self.stages), indices)
         if torch.jit.is_scripting() or not stop_early:  # TorchScript cannot slice a Sequential
             stages = self.stages
         else:
@@ -168,9 +169,10 @@ class Pyramid(nn.Module):
         i = 0
         for i, stage in enumerate(stages):
             x = stage(x)
-            if i in take_indices:
+            if i in taken:
                 tap = self.norm(x) if norm and i == last else x
                 intermediates.append(tap.permute(0, 3, 1, 2).contiguous() if output_fmt == "NCHW" else tap)
+        intermediates = in_asked_order(intermediates, taken)
         if intermediates_only:
             return intermediates
         if i == last:
@@ -181,7 +183,7 @@ class Pyramid(nn.Module):
         self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
         """Drop what the named maps do not need; returns their indices."""
-        take_indices, max_index = feature_take_indices(len(self.stages), indices)
+        taken, max_index = take_indices(len(self.stages), indices)
         prune_end = max_index < len(self.stages) - 1
         if prune_norm or prune_end:
             self.norm = nn.Identity()  # it is sized for the last stage
@@ -190,7 +192,7 @@ class Pyramid(nn.Module):
             self.num_features = self.head_hidden_size = self.feature_info[max_index]["num_chs"]
         if prune_head or prune_end:
             self.reset_classifier(0, "")
-        return take_indices
+        return taken
 
     def forward_features(self, x: Tensor) -> Tensor:
         """(B, in_chans, H, W) -> (B, H', W', C), normed."""

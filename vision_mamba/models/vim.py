@@ -36,7 +36,6 @@ from timm.models import (
     register_model,
     register_model_deprecations,
 )
-from timm.models._features import feature_take_indices
 from timm.models._input import update_model_input_size
 from torch import Tensor, nn
 
@@ -46,6 +45,7 @@ from vision_mamba.layers.local import LocalMamba
 from vision_mamba.layers.norm import NORMS, RMSNorm, before_product
 from vision_mamba.layers.tokens import CLASS_TOKENS, class_first, insert_class, resample_pos_embed, rotation
 from vision_mamba.models.checkpoint import require_all_used, unwrap
+from vision_mamba.models.taps import in_asked_order, take_indices
 
 __all__ = ["VisionMamba"]
 
@@ -435,7 +435,7 @@ class VisionMamba(nn.Module):
 
         Args:
             x: (B, in_chans, H, W) images.
-            indices: blocks to tap; an int takes the last so many, None all.
+            indices: blocks to tap, in any order; an int takes the last so many, None all.
             return_prefix_tokens: give (patches, class token) pairs.
             norm: apply the final norm to every tap.
             stop_early: do not run blocks after the last one tapped.
@@ -445,7 +445,7 @@ class VisionMamba(nn.Module):
         Returns: (features as of forward_features, taps), or the taps alone.
         """
         _assert(output_fmt in ("NCHW", "NLC"), "VisionMamba: output_fmt must be 'NCHW' or 'NLC'.")
-        take_indices, max_index = feature_take_indices(len(self.blocks), indices)
+        taken, max_index = take_indices(len(self.blocks), indices)
         x, height, width, turns = self._embed(x)
         taps: list[Tensor] = []
         if torch.jit.is_scripting() or not stop_early:  # TorchScript cannot slice modules
@@ -457,9 +457,10 @@ class VisionMamba(nn.Module):
                 x = checkpoint(block, x, height, width, turns)
             else:
                 x = block(x, height, width, turns)
-            if i in take_indices:
+            if i in taken:
                 taps.append(class_first(self.norm(x) if norm else x, self.class_token))
 
+        taps = in_asked_order(taps, taken)
         prefix = [tap[:, : self.num_prefix_tokens] for tap in taps]
         taps = [tap[:, self.num_prefix_tokens :] for tap in taps]
         if output_fmt == "NCHW":
@@ -482,13 +483,13 @@ class VisionMamba(nn.Module):
 
         Returns: the indices as non-negative numbers.
         """
-        take_indices, max_index = feature_take_indices(len(self.blocks), indices)
+        taken, max_index = take_indices(len(self.blocks), indices)
         self.blocks = self.blocks[: max_index + 1]
         if prune_norm:
             self.norm = nn.Identity()
         if prune_head:
             self.reset_classifier(0, "")
-        return take_indices
+        return taken
 
     def forward_features(self, x: Tensor) -> Tensor:
         """(B, in_chans, H, W) images -> (B, L, E) normed tokens, the class token first."""
