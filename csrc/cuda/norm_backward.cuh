@@ -25,7 +25,7 @@ extern "C" __global__ void __launch_bounds__(kThreads) norm_backward(const __gri
             Row n;
             n.read<X_TYPE>(p.x, row, there, lane);
             dv.read<Y_TYPE>(p.dy, row, there, lane);
-            const float rate = n.centre(lane);
+            const float found = n.centre(lane), rate = there ? found : 0.f;  // infinite of no row if epsilon is 0
             float with_n = 0.f, alone = 0.f;
             dv.each([&](int i, int j, float& g) {
                 n.at[i][j] *= rate;

@@ -50,6 +50,50 @@ def test_runs_kernels_in_eager_mode_alone(monkeypatch: pytest.MonkeyPatch) -> No
         torch.testing.assert_close(ops.conv_both_ways(x, weight, bias), exact)
 
 
+@pytest.mark.gpu
+def test_on_gpu_parameters_may_begin_anywhere() -> None:
+    flat, x = torch.rand(1000, device="cuda"), torch.randn(5, 8, device="cuda")
+    weight, bias = flat[1:9], flat[10:18]
+    torch.testing.assert_close(ops.normed(x, weight, bias), F.layer_norm(x, (8,), weight, bias))
+    taps, bias = flat[3:67].view(2, 8, 4), flat[70:86].view(2, 8)
+    torch.testing.assert_close(ops.conv_both_ways(x[None], taps, bias), conv.plain_conv_both_ways(x[None], taps, bias))
+
+
+@pytest.mark.gpu
+def test_on_gpu_no_epsilon_is_needed() -> None:
+    x, weight = torch.randn(5, 8, device="cuda"), torch.rand(8, device="cuda", requires_grad=True)
+    for eps in (0, 0.0):
+        (found,) = torch.autograd.grad(ops.normed(x, weight, eps=eps).sum(), weight)
+        torch.testing.assert_close(found, F.layer_norm(x, (8,), eps=eps).sum(0))
+
+
+def test_kernels_leave_wrong_shapes_and_types_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    from vision_mamba.ops.backends import rows_cuda
+
+    monkeypatch.setattr(rows_cuda, "_unavailable", lambda device: None)
+    x, weight, bias = torch.randn(2, 5, 8), torch.rand(8), torch.randn(8)
+    options = dict(eps=1e-5, rms=False, out_dtype=None)
+    assert not rows_cuda.NORM.refuses((x, None, weight, bias), options)
+    assert rows_cuda.NORM.refuses((x, None, weight[:4], bias), options)
+    assert rows_cuda.NORM.refuses((x, None, weight, bias[None]), options)
+    assert rows_cuda.NORM.refuses((x, None, weight, bias), options | dict(out_dtype=torch.float64))
+    taps, biases = torch.rand(2, 8, 4), torch.rand(2, 8)
+    assert not rows_cuda.CONV_BOTH_WAYS.refuses((x, taps, biases), {})
+    for wrong in ((x[0], taps, biases), (x, taps[:, :4], biases), (x, taps[0], biases), (x, taps, biases[0])):
+        assert rows_cuda.CONV_BOTH_WAYS.refuses(wrong, {})
+
+
+def test_a_parameter_is_read_from_where_vectors_may_begin() -> None:
+    from vision_mamba.ops.backends import rows_cuda
+
+    flat = torch.arange(9.0)
+    assert flat.data_ptr() % 16 == 0 and rows_cuda._whole(flat) is flat
+    for other in (flat[1:], flat.double(), torch.arange(18.0)[::2]):
+        whole = rows_cuda._whole(other)
+        assert whole is not None and torch.equal(whole, other.float())
+        assert whole.dtype == torch.float32 and whole.is_contiguous() and whole.data_ptr() % 16 == 0
+
+
 @pytest.mark.parametrize("rms", [False, True])
 def test_norms_are_torchs(rms: bool) -> None:
     torch.manual_seed(0)

@@ -45,7 +45,7 @@ def norm(
     """A norm over rows of `width` channels; a backward pass writes the branch's gradient if its type is not x's."""
     macros = dict(WIDTH=width, RUN=run, LANES=norm_lanes(width, run), RMS=rms, BRANCH=branch is not None)
     types = dict(X_TYPE=x, B_TYPE=branch or x, Y_TYPE=y)
-    return _kernel("norm_forward" if forward else "norm_backward", types, macros | dict(EPSILON=f"{eps!r}f"))
+    return _kernel("norm_forward" if forward else "norm_backward", types, macros | dict(EPSILON=f"{float(eps)!r}f"))
 
 
 def norm_lanes(width: int, run: int) -> int:
@@ -116,10 +116,10 @@ def _unfit(*tensors: Tensor | None) -> bool:
 
 
 def _whole(tensor: Tensor | None) -> Tensor | None:
-    """A parameter as the kernels take it."""
-    if tensor is None or (tensor.dtype == torch.float32 and tensor.is_contiguous()):
+    """A parameter as the kernels take it; one may be a part of a longer tensor, and begin anywhere in it."""
+    if tensor is None or (tensor.dtype == torch.float32 and tensor.is_contiguous() and tensor.data_ptr() % 16 == 0):
         return tensor
-    return tensor.float().contiguous()
+    return tensor.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
 
 
 # Norms.
@@ -128,7 +128,11 @@ def _whole(tensor: Tensor | None) -> Tensor | None:
 def _refuses_norm(tensors: Tensors, options: dict[str, Any]) -> bool:
     x, branch, weight, bias = tensors
     assert x is not None
-    if _unfit(x, branch, weight, bias) or not x.is_contiguous() or x.shape[-1] > MAX_WIDTH:
+    if any(t is not None and t.shape != x.shape[-1:] for t in (weight, bias)):
+        return True  # plain torch says what is wrong
+    if _norm_type(x, options) not in TYPES or _unfit(x, branch, weight, bias):
+        return True
+    if not x.is_contiguous() or x.shape[-1] > MAX_WIDTH:
         return True
     if branch is None:
         return False
@@ -191,9 +195,11 @@ def _norm_backward(kept: Tensors, options: dict[str, Any], grads: Tensors) -> Te
 
 
 def _refuses_conv(tensors: Tensors, options: dict[str, Any]) -> bool:
-    x, weight, _ = tensors
-    assert x is not None and weight is not None
-    return _unfit(*tensors) or weight.shape[2] > TAPS or x.stride(2) != 1
+    x, weight, bias = tensors
+    assert x is not None and weight is not None and bias is not None
+    if x.dim() != 3 or weight.shape[:2] != (2, x.shape[2]) or bias.shape != (2, x.shape[2]):
+        return True  # plain torch says what is wrong
+    return _unfit(*tensors) or weight.dim() != 3 or weight.shape[2] > TAPS or x.stride(2) != 1
 
 
 def _filled(weight: Tensor) -> Tensor:
