@@ -108,6 +108,7 @@ def main(argv: Sequence[str]) -> int:
     rows = [Row("PyTorch", "operator", median_ms(model, images, options.runs))]
     if options.digits:
         rows[0] = rows[0]._replace(accuracy=held_out(classifier, model))
+    width = None if sys.stdout.isatty() else 160  # a table in a file is not folded
     console, failed = Console(stderr=True), False
     for kind in options.format:
         path = options.out / f"{name}{'.int8' if options.int8 else ''}{FORMATS[kind].suffix}"
@@ -122,7 +123,7 @@ def main(argv: Sequence[str]) -> int:
             right = held_out(classifier, done.program.run) if options.digits else None
         rows.append(Row(kind, done.scan, time, done.size, done.difference, right, path.name))
     title = f"{name}: {len(images)} x {images.shape[2]} x {images.shape[3]} pixels, {torch.get_num_threads()} threads"
-    Console().print(table(f"{title}; files in {options.out}", rows))
+    Console(width=width).print(table(f"{title}; files in {options.out}", rows))
     if options.record:
         source = provenance() | {"case": f"export_{name}", "int8": options.int8, "images": list(images.shape)}
         with open(options.record, "a") as file:

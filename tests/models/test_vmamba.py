@@ -331,7 +331,7 @@ def test_every_tensor_between_blocks_is_contiguous_channels_last() -> None:
             x = layer(x)
 
 
-def test_half_precision_autocast_sums_the_routes_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sums_of_routes_cannot_overflow_in_half_precision() -> None:
     model, kinds = small(), []
     mixer = model.stages[0].blocks[0].ss2d
     mixer.out_norm.register_forward_pre_hook(lambda _, inputs: kinds.append(inputs[0].dtype))
@@ -339,8 +339,10 @@ def test_half_precision_autocast_sums_the_routes_in_float32(monkeypatch: pytest.
         model(x := torch.randn(1, 3, 32, 32))
         with torch.autocast("cpu", torch.bfloat16):
             model(x)
+        with torch.autocast("cpu", torch.float16):
+            model(x)
         model.bfloat16()(x.bfloat16())
-    assert kinds == [torch.float32, torch.float32, torch.bfloat16]
+    assert kinds == [torch.float32, torch.bfloat16, torch.float32, torch.bfloat16]
 
 
 def test_the_scan_order_is_an_argument() -> None:

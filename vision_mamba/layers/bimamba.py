@@ -61,6 +61,7 @@ class RouteMamba(nn.Module):
         self.routes = routes = len(scans.get(scan_order))
         self.d_inner = int(expand * dim)
         self.d_state = d_state
+        self.d_conv = d_conv
         self.dt_rank = math.ceil(dim / 16) if dt_rank is None else dt_rank
         self.scale = 1.0 / routes if average else 1.0
         self.norm_columns = norm_columns

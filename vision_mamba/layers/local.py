@@ -173,7 +173,7 @@ class LocalMamba(RouteMamba):
 
     def _convolve(self, x: Tensor, table: Tensor) -> Tensor:
         """SiLU of the causal depthwise convolution along each route: (B, L, D) and (K, S) -> (B, S, K, D)."""
-        taps = int(self.conv_weight.shape[2])  # a tracer's sizes are tensors
+        taps = self.d_conv
         # A first token of zeros stands before every route's first step and at its padding steps.
         x = F.pad(x, (0, 0, 1, 0))
         table = F.pad(table + 1, (taps - 1, 0))

@@ -164,8 +164,8 @@ class DualScan(RouteScan):
 def _plain_table(like: Tensor, order: str, height: int, width: int, class_token: int) -> Tensor:
     if torch.compiler.is_exporting() and any(isinstance(side, torch.SymInt) for side in (height, width)):
         raise ValueError(
-            f"exportable=True: the scan in plain torch is laid out for one grid of tokens, got ({height}, {width}) with "
-            f"a side that may vary; export with fixed height and width, or build the model without exportable=True."
+            f"exportable=True: the scan in plain torch is laid out for one grid of tokens, got ({height}, {width}) "
+            f"with a side that may vary; export with fixed height and width, or build the model without exportable=True."
         )
     # Tracers hand sizes over that are none; here they become those of the example.
     routes = [route(int(height), int(width)) for route in scans.get(order).routes]

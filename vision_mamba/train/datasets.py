@@ -131,4 +131,5 @@ def _images(dataset: Any, name: str, mode: str) -> ImageSet:
     names = [f"{name} {index}" for index in range(len(targets))]
     if hasattr(reader, "tar_state"):
         names = [f"{name}:{inside}" for inside in dataset.filenames()]
+        reader.cache_tarfiles = False  # threads and forked processes would share the position in an open file
     return ImageSet(names, targets, classes, _FromTimm(dataset), mode)
