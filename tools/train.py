@@ -12,11 +12,10 @@ from torch.distributed.elastic.multiprocessing.errors import record
 
 from vision_mamba.train import checkpoint
 from vision_mamba.train.checkpoint import BEST, LAST
-from vision_mamba.train.config import parse
 from vision_mamba.train.engine import Position
 from vision_mamba.train.errors import ConfigError, Interrupted, TrainError
 from vision_mamba.train.journal import SUMMARY, rows
-from vision_mamba.train.options import Config
+from vision_mamba.train.options import READER, Config
 from vision_mamba.train.parallel import local_rank, rank_by_environment
 from vision_mamba.train.progress import Progress, logging_to
 from vision_mamba.train.run import prepare, train
@@ -29,7 +28,7 @@ def main(argv: list[str]) -> int:
     console = Console(stderr=True)
     rank = rank_by_environment()
     try:
-        config = parse(argv, checkpoint.options)
+        config = READER.parse(argv, checkpoint.options)
         begin_from = prepare(config)
     except TrainError as error:
         if rank == 0:  # all processes find the same

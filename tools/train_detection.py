@@ -12,7 +12,7 @@ from pathlib import Path
 from rich.console import Console
 
 from vision_mamba.detection.engine import Position
-from vision_mamba.detection.options import Config, parse
+from vision_mamba.detection.options import READER, Config
 from vision_mamba.detection.run import prepare, train
 from vision_mamba.provenance import provenance
 from vision_mamba.train import checkpoint
@@ -29,7 +29,7 @@ def main(argv: list[str]) -> int:
     console = Console(stderr=True)
     with contextlib.ExitStack() as stack:
         try:
-            config = parse(argv, checkpoint.options)
+            config = READER.parse(argv, checkpoint.options)
             world = stack.enter_context(world_on(models.device(config.device)))
             begin_from = _together(config, world)
         except TrainError as error:

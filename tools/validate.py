@@ -20,7 +20,6 @@ from vision_mamba.provenance import provenance
 from vision_mamba.train import checkpoint, validate
 from vision_mamba.train import model as models
 from vision_mamba.train.bad_images import BadImages
-from vision_mamba.train.config import read_yaml
 from vision_mamba.train.datasets import held_out_images, image_sets
 from vision_mamba.train.errors import ConfigError, TrainError
 from vision_mamba.train.guards import ImageGuard
@@ -28,7 +27,7 @@ from vision_mamba.train.images import ImageSet
 from vision_mamba.train.journal import rows
 from vision_mamba.train.learner import HALVES, Learner
 from vision_mamba.train.loader import evaluation_feed, training_feed
-from vision_mamba.train.options import Config
+from vision_mamba.train.options import READER, Config
 from vision_mamba.train.parallel import World
 from vision_mamba.train.predict import Classifier, load, named
 from vision_mamba.train.progress import Progress, logging_to
@@ -183,7 +182,7 @@ def speeds(classifier: Classifier, given: argparse.Namespace) -> dict[str, Any]:
     config, device, size = config_of(given), classifier.device, classifier.data_config["input_size"]
     if given.throughput:
         told = {name: getattr(config, name) for name in ("dataset", "data_dir", "val_split", "workers", "batch_size")}
-        config = Config(**{**read_yaml(given.throughput), **told})
+        config = Config(**{**READER.read_yaml(given.throughput), **told})
     training, held_out, _ = image_sets(config, classifier.mode)
     if given.dry_run:
         return {"images to train on": len(training), "held out": len(held_out)}

@@ -18,7 +18,7 @@ from vision_mamba.detection.coco import CocoSet, open_split
 from vision_mamba.detection.engine import schedule
 from vision_mamba.detection.loader import GroupedBatches
 from vision_mamba.detection.metrics import measure, results
-from vision_mamba.detection.options import Config, parse, read_yaml
+from vision_mamba.detection.options import READER, Config
 from vision_mamba.detection.transforms import RandomSizeCrop, augmentation
 from vision_mamba.train.errors import ConfigError
 
@@ -132,14 +132,14 @@ def test_the_learning_rate_rises_and_falls() -> None:
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_every_config_is_one(path: Path) -> None:
-    config = Config(**read_yaml(path))
+    config = Config(**READER.read_yaml(path))
     assert timm.is_model(config.model) and config.run_dir.parts[0] == "output"
     assert f"--config {path.relative_to(path.parents[2])}" in path.read_text()
 
 
 def options(tmp_path: Path, text: str, *flags: str) -> Config:
     (tmp_path / "c.yaml").write_text(text)
-    return parse(["--config", str(tmp_path / "c.yaml"), *flags], lambda path: {})
+    return READER.parse(["--config", str(tmp_path / "c.yaml"), *flags], lambda path: {})
 
 
 def test_flags_win_over_the_file(tmp_path: Path) -> None:
@@ -152,15 +152,23 @@ def test_flags_win_over_the_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "text, flags, complaint",
     [
-        ("epchs: 3", (), "c.yaml: unknown key 'epchs'; did you mean 'epochs'?"),
-        ("epochs: many", (), "c.yaml: --epochs: must be a whole number, got 'many'"),
-        ("epochs: 0", (), "must be at least 1, got 0"),
+        ("epchs: 3", (), "c.yaml:1: unknown key 'epchs'; did you mean 'epochs'?"),
+        ("epochs: many", (), "c.yaml:1: epochs must be a whole number, got 'many'"),
+        ("epochs: 0", (), "epochs must be at least 1, got 0"),
+        ("workers: -1", (), "workers must be at least 0, got -1"),
+        ("min_size: [320, 0]", (), "min_size must be at least 1, got [320, 0]"),
+        ("lr: .nan", (), "lr must be a number, got nan"),
         ("amp: 1", (), "amp must be true or false, got 1"),
-        ("detector: yolo", (), "invalid choice: 'yolo'"),
-        ("- 1", (), "must be lines of 'key: value', got list"),
+        ("detector: yolo", (), "detector is 'yolo', which is unknown; did you mean"),
+        ("detector: yolo", (), "Known: faster_rcnn, mask_rcnn, "),
+        ("opt: adamv", (), "opt is 'adamv', which is unknown; did you mean 'adam"),
+        ("- 1", (), "must be lines of 'key: value', got a seq"),
+        ("model_kwargs: !made {}", (), "c.yaml cannot be read: could not determine a constructor for the tag '!made'"),
         ("epochs: 3", ("--epchs", "3"), "unknown flag --epchs; did you mean --epochs?"),
-        ("epochs: 3", ("--lr", "fast"), "--lr: must be a number, got 'fast'"),
-        ("crop_size: [384]", (), "--crop-size must be two numbers"),
+        ("epochs: 3", ("--lr", "fast"), "--lr must be a number, got 'fast'"),
+        ("epochs: 3", ("--detector-kwargs", "a=["), "--detector-kwargs must be words like img_size=32, got 'a=['"),
+        ("epochs: 3", ("--lr",), "--lr: expected one argument."),
+        ("crop_size: [384]", (), "crop_size must be 2 numbers, got [384]"),
     ],
 )
 def test_wrong_options_are_named(tmp_path: Path, text: str, flags: tuple[str, ...], complaint: str) -> None:

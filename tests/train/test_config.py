@@ -14,9 +14,8 @@ from timm import create_model
 from tests.train import timm_options
 from tests.train.runs import ROOT
 from vision_mamba.train import model as models
-from vision_mamba.train.config import parse, read_yaml
 from vision_mamba.train.errors import ConfigError
-from vision_mamba.train.options import FIELDS, OURS_ALONE, Config
+from vision_mamba.train.options import OURS_ALONE, READER, Config
 
 
 def no_checkpoint(path: str) -> dict:
@@ -24,7 +23,7 @@ def no_checkpoint(path: str) -> dict:
 
 
 def parsed(*words: str) -> Config:
-    return parse(words, no_checkpoint)
+    return READER.parse(words, no_checkpoint)
 
 
 def test_a_flag_wins_over_the_file_and_the_file_over_the_default(tmp_path: Path) -> None:
@@ -38,9 +37,11 @@ def test_a_flag_wins_over_the_file_and_the_file_over_the_default(tmp_path: Path)
 
 def test_none_unsets_an_option(tmp_path: Path) -> None:
     file = tmp_path / "a.yaml"
-    file.write_text("aa: rand-m9\nclip_grad: 1.0\n")
-    config = parsed("--config", str(file), "--aa", "none", "--clip-grad", "none")
-    assert config.aa is None and config.clip_grad is None
+    file.write_text("aa: rand-m9\nclip_grad: 1.0\ndrop: none\nsched: none\n")
+    words = ("--aa", "none", "--clip-grad", "none", "--model-kwargs", "none", "--mean", "none", "--resume", "none")
+    config = parsed("--config", str(file), *words)
+    assert [config.aa, config.clip_grad, config.drop, config.model_kwargs, config.mean, config.resume] == [None] * 6
+    assert config.sched == "none" and parsed("--resume", "none") == Config()
 
 
 @pytest.mark.parametrize(
@@ -77,7 +78,7 @@ def test_a_wrong_file_is_refused_with_the_line_and_the_way_out(tmp_path: Path, t
     file = tmp_path / "a.yaml"
     file.write_text(text)
     with pytest.raises(ConfigError, match=message):
-        read_yaml(file)
+        READER.read_yaml(file)
 
 
 @pytest.mark.parametrize(
@@ -87,6 +88,7 @@ def test_a_wrong_file_is_refused_with_the_line_and_the_way_out(tmp_path: Path, t
         (["--batchsize=3"], r"unknown flag --batchsize; did you mean --batch-size\?"),
         (["--lr", "fast"], r"--lr must be a number, got 'fast'"),
         (["--epochs", "many"], r"--epochs must be a whole number, got 'many'"),
+        (["--epochs"], r"--epochs: expected one argument"),
         (["--model-kwargs", "img_size"], r"--model-kwargs must be words like img_size=32, got 'img_size'"),
         (["--config", "nowhere.yaml"], r"config nowhere.yaml cannot be read: .*No such file"),
     ],
@@ -100,8 +102,8 @@ def test_help_names_every_option_and_shows_commands(capsys: pytest.CaptureFixtur
     with pytest.raises(SystemExit, match=r"0"):
         parsed("--help")
     told = capsys.readouterr().out
-    assert all(f"--{name.replace('_', '-')}" in told for name in FIELDS)
-    assert "--resume output/digits_vmamba/last.pth" in told
+    assert all(f"--{name.replace('_', '-')}" in told for name in READER.rules)
+    assert "--resume output/digits_vmamba/last.pth" in told and "--clip-mode {norm,value,agc}" in told
 
 
 FILES = [
@@ -113,7 +115,7 @@ SHARED = [file for file in CONFIGS if file.parent.name != "digits"]  # a data se
 
 @pytest.mark.parametrize("file", CONFIGS, ids=lambda path: path.stem)
 def test_each_config_names_a_model_that_exists(file: Path) -> None:
-    values = read_yaml(file)
+    values = READER.read_yaml(file)
     models.check_name(values["model"])
     if "model_kwargs" in values:
         create_model(values["model"], **values["model_kwargs"])
@@ -124,7 +126,7 @@ def test_each_config_names_a_model_that_exists(file: Path) -> None:
 
 @pytest.mark.parametrize("file", SHARED, ids=lambda path: path.stem)
 def test_each_config_means_the_same_to_timm(file: Path) -> None:
-    values = read_yaml(file)
+    values = READER.read_yaml(file)
     alone = set(values) - set(timm_options.DEFAULTS)
     assert alone <= OURS_ALONE and all(name in file.read_text().split("\n\n")[0] for name in alone)
     for name, default in timm_options.DEFAULTS.items():
@@ -137,7 +139,7 @@ PER_RUN = {"dataset", "output", "device", "lr_base", "decay_epochs"}  # asked fo
 
 
 def test_every_option_is_timms_or_is_listed_as_ours() -> None:
-    assert set(FIELDS) - OURS_ALONE == set(timm_options.DEFAULTS)
+    assert set(READER.rules) - OURS_ALONE == set(timm_options.DEFAULTS)
 
 
 @pytest.mark.skipif("TIMM_TRAIN" not in os.environ, reason="timm's train.py is not in its distributions: name the file")
@@ -146,22 +148,22 @@ def test_timms_own_parser_takes_each_config(monkeypatch: pytest.MonkeyPatch) -> 
         script = runpy.run_path(os.environ["TIMM_TRAIN"])
         monkeypatch.setattr(sys, "argv", ["train.py", "--config", str(file), "--device-modules", "vision_mamba"])
         arguments, _ = script["_parse_args"]()
-        ours = Config(**read_yaml(file)).plain()
-        for name in read_yaml(file):
+        ours = Config(**READER.read_yaml(file)).plain()
+        for name in READER.read_yaml(file):
             assert getattr(arguments, name) == ours[name], f"{file}: {name}"
 
 
 def test_saved_options_give_the_same_run() -> None:
     config = parsed("--scale", "0.5", "1", "--model-kwargs", "img_size=32", "--seed", "7")
     plain = yaml.safe_load(yaml.safe_dump(config.plain()))
-    assert parse(["--resume", "output/run/last.pth"], lambda path: plain) == Config(
+    assert READER.parse(["--resume", "output/run/last.pth"], lambda path: plain) == Config(
         **{**vars(config), "output": "output", "experiment": "run", "resume": "output/run/last.pth"}
     )
 
 
 def test_options_of_a_checkpoint_from_elsewhere_are_checked() -> None:
     with pytest.raises(ConfigError, match=r"options saved in it have the unknown key 'lerning_rate'"):
-        parse(["--resume", "output/run/last.pth"], lambda path: {"lerning_rate": 1})
+        READER.parse(["--resume", "output/run/last.pth"], lambda path: {"lerning_rate": 1})
 
 
 @pytest.mark.parametrize(

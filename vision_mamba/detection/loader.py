@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import signal
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
-import torch
 from torch.utils.data import DataLoader, Sampler
 
 from vision_mamba.detection.coco import CocoSet, Sample
 from vision_mamba.train.errors import DataError
+from vision_mamba.train.loader import worker_init
 from vision_mamba.train.parallel import World
 
 Key = tuple[int, int, int]
@@ -86,13 +85,6 @@ def _loader(images: CocoSet, workers: int, world: World, **order: Any) -> DataLo
         num_workers=workers,
         collate_fn=together,
         pin_memory=world.device.type == "cuda",
-        worker_init_fn=_deaf_to_ctrl_c,
+        worker_init_fn=worker_init,
         persistent_workers=workers > 0,
     )
-
-
-def _deaf_to_ctrl_c(_: int) -> None:
-    """Ctrl-C reaches the whole process group; only the training process may answer it."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    torch.set_num_threads(1)

@@ -18,7 +18,7 @@ from vision_mamba.detection.coco import CocoSet, open_split
 from vision_mamba.detection.engine import LAST, SUMMARY, Position, Trainer
 from vision_mamba.detection.loader import held_out_loader, training_loader
 from vision_mamba.detection.model import DETECTORS, create_detector
-from vision_mamba.detection.options import Config, from_saved
+from vision_mamba.detection.options import READER, Config
 from vision_mamba.detection.transforms import augmentation, preparation
 from vision_mamba.train import checkpoint
 from vision_mamba.train import model as models
@@ -153,7 +153,7 @@ def load(path: str | Path, device: torch.device | str = "cpu") -> tuple[nn.Modul
     """
     content = checkpoint.read(path)
     options = checkpoint.entry(content, "args", path) | {"pretrained": False, "initial_checkpoint": None}
-    config = Config(**from_saved(options, path))
+    config = Config(**READER.from_saved(options, path))
     names = checkpoint.entry(content, "classes", path)
     detector = build(config, len(names))
     checkpoint.load(detector, checkpoint.weights(content, path), path, config.model, content.get("arch"))

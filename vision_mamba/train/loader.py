@@ -70,7 +70,7 @@ class Feed:
             yield images.to(self.device), targets.to(self.device)
 
 
-def _worker_init(_: int) -> None:
+def worker_init(_: int) -> None:
     """Signals reach the whole process group; only the training process may answer the first."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda signum, frame: signal.signal(signum, signal.SIG_DFL))
@@ -143,7 +143,7 @@ def _feed(
         num_workers=workers,
         collate_fn=fast_collate if on_device else default_collate,
         pin_memory=on_device,
-        worker_init_fn=_worker_init,
+        worker_init_fn=worker_init,
         persistent_workers=workers > 0 and not stream,  # a stream's processes learn of the epoch when they start
         generator=torch.Generator().manual_seed(0),  # else every pass would draw from the run's own generator
     )

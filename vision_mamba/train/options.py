@@ -6,14 +6,15 @@ lists the others, which timm's train.py passes over in a config.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from timm.optim import list_optimizers
+
+from vision_mamba.train.config import Reader
+from vision_mamba.train.fields import Options, one_of, option
 
 DATASETS = ("folder", "digits")
 ARCHIVES = ("torch/", "hfds/", "hfids/", "tfds/", "wds/")  # what timm.data reads by name
@@ -24,48 +25,22 @@ OURS_ALONE = frozenset(
 )
 
 
-def _option(
-    section: str,
-    default: Any,
-    help: str,
-    low: float | None = None,
-    high: float | None = None,
-    length: int | None = None,
-    choices: Callable[[], Sequence[str]] | None = None,
-    prefixes: tuple[str, ...] = (),
-    also: tuple[str, ...] = (),
-    bare: Any = None,
-) -> Any:
-    """A field with what its check, its flag and its help need.
-
-    Args:
-        choices, prefixes: the values that text may have, and beginnings of further ones.
-        also: other names that people try. bare: the value of the flag without one.
-    """
-    metadata = {"section": section, "help": help, "low": low, "high": high, "length": length, "choices": choices}
-    return dataclasses.field(default=default, metadata=metadata | {"prefixes": prefixes, "also": also, "bare": bare})
-
-
-def _optimizers() -> list[str]:
+def optimizers() -> list[str]:
     return [str(name) for name in list_optimizers()]
 
 
-def _one_of(*names: str) -> Callable[[], Sequence[str]]:
-    return lambda: names
-
-
-_data = functools.partial(_option, "data")
-_model = functools.partial(_option, "model")
-_teacher = functools.partial(_option, "teacher")
-_optim = functools.partial(_option, "optimizer")
-_sched = functools.partial(_option, "schedule")
-_sizes = functools.partial(_option, "image sizes that change from batch to batch")
-_augment = functools.partial(_option, "augmentation and regularisation")
-_run = functools.partial(_option, "run")
+_data = functools.partial(option, "data")
+_model = functools.partial(option, "model")
+_teacher = functools.partial(option, "teacher")
+_optim = functools.partial(option, "optimizer")
+_sched = functools.partial(option, "schedule")
+_sizes = functools.partial(option, "image sizes that change from batch to batch")
+_augment = functools.partial(option, "augmentation and regularisation")
+_run = functools.partial(option, "run")
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Options):
     """Every option of a training run, with the defaults of timm's train.py or milder ones."""
 
     dataset: str = _data("folder", "folder (class folders or tar files DIR/train, DIR/val), digits (of scikit-learn), "
@@ -109,19 +84,19 @@ class Config:
                                          also=("teacher", "teacher_model"))  # fmt: skip
     kd_checkpoint: str | None = _teacher(None, "file of the teacher's weights, instead of the published")
     kd_distill_type: str = _teacher("logit", "what is taught: outputs, pooled features, or a distillation token",
-                                    choices=_one_of("logit", "feature", "token"))  # fmt: skip
+                                    choices=one_of("logit", "feature", "token"))  # fmt: skip
     distill_loss_weight: float | None = _teacher(None, "weight of the teacher's loss [1]", 0)
     task_loss_weight: float | None = _teacher(None, "weight of the labels' loss [1]; alone, the teacher's is 1 - it", 0)
     kd_temperature: float = _teacher(4.0, "by which outputs are divided before they are compared", 1e-3)
     kd_token_distill_type: str = _teacher("soft", "the token's targets: the teacher's probabilities or its choice",
-                                          choices=_one_of("soft", "hard"))  # fmt: skip
+                                          choices=one_of("soft", "hard"))  # fmt: skip
 
-    opt: str = _optim("adamw", "any optimizer of timm", choices=_optimizers, also=("optimizer",))
+    opt: str = _optim("adamw", "any optimizer of timm", choices=optimizers, also=("optimizer",))
     lr: float | None = _optim(None, "learning rate after the warm-up (by lr_base)", 0, also=("learning_rate",))
     lr_base: float = _optim(5e-4, "learning rate at lr_base_size images a step, where lr is not given", 0)
     lr_base_size: int = _optim(256, "images a step, over all processes, that lr_base is meant for", 1)
     lr_base_scale: str | None = _optim(None, "how it grows with them (sqrt for Adam's kin and LAMB, else linear)",
-                                       choices=_one_of("linear", "sqrt"))  # fmt: skip
+                                       choices=one_of("linear", "sqrt"))  # fmt: skip
     weight_decay: float = _optim(0.05, "not applied to biases, norms and what the model exempts", 0, also=("wd",))
     momentum: float = _optim(0.9, "of optimizers that have one", 0, 1)
     opt_eps: float | None = _optim(None, "epsilon (the optimizer's own)", 0)
@@ -131,7 +106,7 @@ class Config:
     layer_decay_min_scale: float = _optim(0.0, "the least that layer_decay makes of it", 0, 1)
     layer_decay_no_opt_scale: float | None = _optim(None, "layers with less of it are not trained", 0, 1)
     clip_grad: float | None = _optim(None, "limit of the gradient (none)", 0, also=("max_grad_norm",))
-    clip_mode: str = _optim("norm", "what clip_grad limits", choices=_one_of("norm", "value", "agc"))
+    clip_mode: str = _optim("norm", "what clip_grad limits", choices=one_of("norm", "value", "agc"))
     grad_accum_steps: int = _optim(1, "batches whose gradients make one step", 1, also=("accumulation_steps",))
 
     epochs: int = _sched(300, "passes over the training images", 1, also=("num_epochs",))
@@ -156,14 +131,14 @@ class Config:
     train_batch_sizes: tuple[int, ...] | None = _sizes(None, "batch size at each of them (batch_size)")
     train_size_probs: tuple[float, ...] | None = _sizes(None, "how often each is drawn (equally)")
     train_size_schedule: str = _sizes("constant", "progressive moves from the first size to the last over the epochs",
-                                      choices=_one_of("constant", "progressive"))  # fmt: skip
+                                      choices=one_of("constant", "progressive"))  # fmt: skip
     train_size_schedule_spread: float = _sizes(0.65, "progressive: how far around the size of the day, in sizes", 0)
     train_size_random_mix: float = _sizes(0.1, "progressive: share drawn from all sizes", 0, 1)
     train_batches_per_epoch: int | None = _sizes(None, "batches an epoch (as many as the images make)", 1)
 
     no_aug: bool = _augment(False, "train on the images as they are")
     train_crop_mode: str | None = _augment(None, "how training images are cropped (rrc)",
-                                           choices=_one_of("rrc", "rkrc", "rkrr"))  # fmt: skip
+                                           choices=one_of("rrc", "rkrc", "rkrr"))  # fmt: skip
     scale: tuple[float, ...] = _augment(
         (0.08, 1.0), "share of the area that a random crop keeps, least and most", length=2
     )
@@ -178,7 +153,7 @@ class Config:
     aug_repeats: float = _augment(0, "draw each image so often in an epoch, of so many fewer images", 0,
                                   also=("repeated_aug", "num_aug_repeats"))  # fmt: skip
     reprob: float = _augment(0.0, "probability of erasing a random rectangle", 0, 1, also=("re_prob",))
-    remode: str = _augment("pixel", "what an erased rectangle holds", choices=_one_of("pixel", "rand", "const"))
+    remode: str = _augment("pixel", "what an erased rectangle holds", choices=one_of("pixel", "rand", "const"))
     recount: int = _augment(1, "rectangles to erase, at most", 1)
     train_interpolation: str = _augment("random", "how training images are resized: random, bilinear, bicubic")
     mixup: float = _augment(0.0, "alpha of mixup; 0 is off", 0)
@@ -186,7 +161,7 @@ class Config:
     cutmix_minmax: tuple[float, ...] | None = _augment(None, "least and most side of what cutmix cuts", length=2)
     mixup_prob: float = _augment(1.0, "probability of mixing a batch, where mixup or cutmix is on", 0, 1)
     mixup_switch_prob: float = _augment(0.5, "probability of cutmix rather than mixup, where both are on", 0, 1)
-    mixup_mode: str = _augment("batch", "what shares one draw of mixing", choices=_one_of("batch", "pair", "elem"))
+    mixup_mode: str = _augment("batch", "what shares one draw of mixing", choices=one_of("batch", "pair", "elem"))
     mixup_off_epoch: int = _augment(0, "mix no more from this epoch on; 0 always mixes", 0)
     smoothing: float = _augment(0.1, "label smoothing", 0, 1, also=("label_smoothing",))
     bce_loss: bool = _augment(False, "one yes or no a class, instead of one choice among all")
@@ -199,23 +174,25 @@ class Config:
     device: str | None = _run(None, "cpu, cuda, cuda:1, mps (the accelerator if there is one)")
     amp: bool = _run(False, "mixed precision: multiplications in amp_dtype, weights and scan states in float32")
     amp_dtype: str = _run("bfloat16", "bfloat16 needs no loss scaling; float16 gets it",
-                          choices=_one_of("bfloat16", "float16"))  # fmt: skip
+                          choices=one_of("bfloat16", "float16"))  # fmt: skip
     fsdp: bool = _run(False, "share weights, gradients and optimizer out over the processes, block by block")
     sync_bn: bool = _run(False, "batch norms see the images of all processes")
     dist_bn: str = _run("reduce", "how the processes' batch norm statistics meet after an epoch",
-                        choices=_one_of("reduce", "broadcast", ""))  # fmt: skip
+                        choices=one_of("reduce", "broadcast", ""))  # fmt: skip
     seed: int = _run(42, "of weights, order, augmentation and dropout; on a CPU it settles the run bit for bit", 0)
     output: str = _run("output", "folder of all runs", also=("output_dir", "out"))
     experiment: str | None = _run(None, "folder of this run under output (the model's name)", also=("name",))
-    overwrite: bool = _run(False, "replace a run that lies in that folder")
-    resume: str | None = _run(None, "continue from this checkpoint, or 'auto': from the run's last one if it has any")
+    overwrite: bool = _run(False, "replace a run that lies in that folder", kept=False)
+    resume: str | None = _run(
+        None, "continue from this checkpoint, or 'auto': from the run's last one if it has any", kept=False
+    )
     recovery_interval: int = _run(0, "also save every so many steps; 0 saves after each epoch only", 0)
     max_bad_steps: int = _run(10, "stop when more steps of an epoch were left out for NaN or inf", 0)
     log_interval: int = _run(50, "steps between two lines of the log where there is no terminal to draw a bar on", 1)
     log_tensorboard: bool = _run(False, "also write the figures for TensorBoard", also=("tensorboard",))
     log_wandb: bool = _run(False, "also send the figures to Weights & Biases", also=("wandb",))
     wandb_project: str | None = _run(None, "project there")
-    dry_run: bool = _run(False, "build everything, take one step on random images, write nothing")
+    dry_run: bool = _run(False, "build everything, take one step on random images, write nothing", kept=False)
 
     @property
     def run_dir(self) -> Path:
@@ -226,10 +203,22 @@ class Config:
         """Whether images of a batch are mixed."""
         return self.mixup > 0 or self.cutmix > 0 or self.cutmix_minmax is not None
 
-    def plain(self) -> dict[str, Any]:
-        """The options as YAML and checkpoints hold them. How the run began is left out."""
-        options = dataclasses.asdict(self) | {"resume": None, "overwrite": False, "dry_run": False}
-        return {name: list(value) if isinstance(value, tuple) else value for name, value in options.items()}
 
+READER = Reader(
+    Config,
+    "tools/train.py",
+    "Train an image classifier: any model of this package or of timm, on class folders or on digits.",
+    """\
+examples:
+  tools/train.py --config configs/digits/vmamba.yaml                 the handwritten digits, a minute or two on a CPU
+  tools/train.py --config configs/digits/vmamba.yaml --epochs 3 --seed 1 --experiment try
+  tools/train.py --model vim_tiny_patch16_224 --data-dir my_images --batch-size 64 --amp
+  tools/train.py --resume output/digits_vmamba/last.pth              continue an interrupted run, no other flag needed
+  tools/train.py --config configs/digits/vmamba.yaml --resume auto   continue if there is something to continue
+  torchrun --nproc-per-node 8 tools/train.py --config configs/in1k/vmamba_tiny.yaml --data-dir IMAGENET
 
-FIELDS: dict[str, dataclasses.Field] = {field.name: field for field in dataclasses.fields(Config)}
+my_images holds train/<class>/*.jpg and val/<class>/*.jpg. A flag wins over the config file; 'none' unsets an option.
+A run writes output/<experiment>/: last.pth, previous.pth and best.pth (weights, optimizer, position), args.yaml,
+summary.csv (one row an epoch), curves.png, train.log. Ctrl-C saves first and prints the command that continues.
+exit status: 0 done, 1 failed, 2 wrong options, 130 Ctrl-C, 143 SIGTERM.""",
+)
