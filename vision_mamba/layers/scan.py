@@ -165,7 +165,7 @@ def _plain_table(like: Tensor, order: str, height: int, width: int, class_token:
     if torch.compiler.is_exporting() and any(isinstance(side, torch.SymInt) for side in (height, width)):
         raise ValueError(
             f"exportable=True: the scan in plain torch is laid out for one grid of tokens, got ({height}, {width}) "
-            f"with a side that may vary; export with fixed height and width, or build the model without exportable=True."
+            f"with a side that may vary; export with fixed height and width, or build the model without it."
         )
     # Tracers hand sizes over that are none; here they become those of the example.
     routes = [route(int(height), int(width)) for route in scans.get(order).routes]
