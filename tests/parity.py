@@ -76,7 +76,8 @@ def check(case: Case, to_published: ToPublished, filter_fn: FilterFn) -> None:
     assert float(logits.detach().sum()) == pytest.approx(case["sum"], abs=LOGITS * float(logits.detach().abs().sum()))
     if gradients:
         (logits * golden.image(*logits.shape)).sum().backward()
-        found = to_published({n: p.grad for n, p in model.named_parameters()}) | {"input": x.grad}
+        taken: dict[str, Any] = {n: p.grad for n, p in model.named_parameters()}
+        found: dict[str, Any] = {**to_published(taken), "input": x.grad}
         for name, expected in gradients.items():
             assert error(spread(found[name], 8), expected["values"]) <= LOGITS, name
             assert float(found[name].norm()) == pytest.approx(expected["norm"], rel=LOGITS), name

@@ -54,7 +54,7 @@ def test_its_table_of_models_is_the_record() -> None:
 def test_every_fixture_has_a_record_of_its_difference() -> None:
     recorded = parity.read()
     for case in parity.cases():
-        size = "x".join(map(str, case.get("input", case.get("image"))))
+        size = "x".join(map(str, parity.shape(case)))
         assert recorded[case["model"]]["inputs"][size] <= LOGITS, case["model"]
     assert {name: record["relative_difference"] for name, record in recorded.items()} == count.measured()
 

@@ -57,7 +57,7 @@ def main(argv: list[str]) -> int:
         difference = convert.write(source, model, given.folder)
     except TrainError as error:
         sys.stderr.write(f"error: {error}\n")
-        return 2 if isinstance(error, ConfigError) else 1
+        return error.status
     sys.stdout.write(f"logits read back differ by {difference:.2g} of the largest\n")
     sys.stdout.write(f"load with: timm.create_model('local-dir:{given.folder}', pretrained=True)\n")
     return 0

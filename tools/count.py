@@ -46,6 +46,7 @@ def count(name: str) -> dict[str, Any]:
         model = timm.create_model(name).eval()
         size = timm.data.resolve_data_config(model=model)["input_size"]
         model(torch.empty(1, *size))
+    card = timm.get_pretrained_cfg(name)
     scans = {str(op): flops for op, flops in counter.get_flop_counts()["Global"].items() if "vision_mamba" in str(op)}
     return {
         "case": name,
@@ -53,7 +54,7 @@ def count(name: str) -> dict[str, Any]:
         "params": sum(parameter.numel() for parameter in model.parameters()),
         "flops": counter.get_total_flops(),
         "scan_flops": sum(scans.values()),
-        "license": timm.get_pretrained_cfg(name).license,
+        "license": card and card.license,
         "cards": [_card(name.partition(".")[2], card) for name, card in get_arch_pretrained_cfgs(name).items()],
     }
 

@@ -21,16 +21,11 @@ from vision_mamba.export import FORMATS, ExportError, Request, export_model, med
 from vision_mamba.export.formats import SCANS, VARIES, listed
 from vision_mamba.export.write import relative
 from vision_mamba.provenance import provenance
+from vision_mamba.text import positive
 from vision_mamba.train import model as models
 from vision_mamba.train.errors import CheckpointError, ConfigError, TrainError
 from vision_mamba.train.images import digits
 from vision_mamba.train.predict import Classifier, accuracy, load
-
-
-def positive(text: str) -> int:
-    if not text.isdecimal() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {text!r}")
-    return int(text)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -98,7 +93,7 @@ def main(argv: Sequence[str]) -> int:
         size = image_size(options.img_size, config)
     except TrainError as error:
         sys.stderr.write(f"error: {error}\n")
-        return 2 if isinstance(error, ConfigError) else 1
+        return error.status
     about = {"model": name, "image_size": size, "vary": options.vary}
     about |= {"classes": classifier.classes, "preprocessing": config}
     about |= {"vision_mamba": __version__, "torch": torch.__version__, "timm": timm.__version__}

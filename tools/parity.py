@@ -41,6 +41,11 @@ def cases(folder: Path = FIXTURES) -> Iterator[dict[str, Any]]:
         yield from (case for case in found if not case["model"].startswith("test_"))
 
 
+def shape(case: dict[str, Any]) -> list[int]:
+    """Of the images that the case's logits are for."""
+    return case["input"] if "input" in case else case["image"]
+
+
 def difference(case: dict[str, Any]) -> float:
     """How far the logits of our model are from those of the case."""
     with torch.device("meta"):  # all its weights come from the state dict
@@ -52,7 +57,7 @@ def difference(case: dict[str, Any]) -> float:
     state = {name: tensor * case["scaled"].get(name, 1.0) for name, tensor in state.items()}
     model.load_state_dict(family.checkpoint_filter_fn({"state_dict": state}, model), assign=True)
     with torch.no_grad():
-        logits = model(golden.image(*case.get("input", case.get("image"))))
+        logits = model(golden.image(*shape(case)))
     return _error(logits, case["logits"])
 
 
@@ -72,7 +77,7 @@ def measure(names: Callable[[str], bool]) -> dict[str, dict[str, Any]]:
             record = found.setdefault(
                 name, provenance("cpu", *COVERED) | {"timm": timm.__version__, "case": name, "inputs": {}}
             )
-            size = "x".join(map(str, case.get("input", case.get("image"))))
+            size = "x".join(map(str, shape(case)))
             off = difference(case)
             record["inputs"][size] = max(off, record["inputs"].get(size, 0.0))
             record["relative_difference"] = max(record["inputs"].values())

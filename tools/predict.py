@@ -13,18 +13,13 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from vision_mamba.text import positive
 from vision_mamba.train import model as models
 from vision_mamba.train.bad_images import unreadable, without_unreadable
 from vision_mamba.train.errors import ConfigError, DataError, TrainError
 from vision_mamba.train.images import ImageSet, digits, files
 from vision_mamba.train.predict import Classifier, Prediction, accuracy, load, named
 from vision_mamba.train.progress import Progress
-
-
-def positive(text: str) -> int:
-    if not text.isdecimal() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {text!r}")
-    return int(text)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -84,7 +79,7 @@ def main(argv: list[str]) -> int:
             write_png(arguments.png, results, arguments.rows)
     except TrainError as error:
         sys.stderr.write(f"error: {error}\n")
-        return 2 if isinstance(error, ConfigError) else 1
+        return error.status
     what = "held-out accuracy" if arguments.digits else "accuracy"
     for classifier, _, predictions in results:
         if (percent := accuracy(predictions)) is not None:

@@ -13,10 +13,10 @@ from torch.distributed.elastic.multiprocessing.errors import record
 from vision_mamba.train import checkpoint
 from vision_mamba.train.checkpoint import BEST, LAST
 from vision_mamba.train.engine import Position
-from vision_mamba.train.errors import ConfigError, Interrupted, TrainError
+from vision_mamba.train.errors import Interrupted, TrainError
 from vision_mamba.train.journal import SUMMARY, rows
 from vision_mamba.train.options import READER, Config
-from vision_mamba.train.parallel import local_rank, rank_by_environment
+from vision_mamba.train.parallel import launcher, rank_by_environment
 from vision_mamba.train.progress import Progress, logging_to
 from vision_mamba.train.run import prepare, train
 
@@ -33,7 +33,7 @@ def main(argv: list[str]) -> int:
     except TrainError as error:
         if rank == 0:  # all processes find the same
             sys.stderr.write(f"error: {error}\n")
-        return status_of(error)
+        return error.status
     log = None if config.dry_run or rank else config.run_dir / "train.log"
     level, mark = (logging.WARNING, f"process {rank}: ") if rank else (logging.INFO, "")
     with logging_to(console, log, level, mark):
@@ -45,10 +45,10 @@ def main(argv: list[str]) -> int:
             if rank == 0:
                 command = [*launcher(), sys.argv[0], "--resume", stopped.checkpoint]
                 _log.warning("%s\ncontinue with: %s", stopped, shlex.join(command))
-            return status_of(stopped)
+            return stopped.status
         except TrainError as error:
             _log.error("error: %s", error)
-            return status_of(error)
+            return error.status
         except KeyboardInterrupt:
             _log.error("stopped before the first step, or a second time; what was saved before is untouched")
             return 130
@@ -83,18 +83,6 @@ def conclude(config: Config, result: Position, console: Console) -> None:
     validate = ["python", "tools/validate.py", "--checkpoint", str(run_dir / BEST), *data]
     longer = [*launcher(), sys.argv[0], "--resume", str(run_dir / LAST), "--epochs", str(2 * config.epochs)]
     _log.info("validate with: %s\ntrain longer with: %s", shlex.join(validate), shlex.join(longer))
-
-
-def launcher() -> list[str]:
-    """What this was started with."""
-    return ["python"] if local_rank() is None else ["torchrun", "--nproc-per-node", "N"]
-
-
-def status_of(error: TrainError) -> int:
-    """The exit status that --help promises."""
-    if isinstance(error, Interrupted):
-        return 128 + error.signum
-    return 2 if isinstance(error, ConfigError) else 1
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from vision_mamba.provenance import provenance
 from vision_mamba.train import checkpoint
 from vision_mamba.train import model as models
 from vision_mamba.train.errors import ConfigError, Interrupted, TrainError
-from vision_mamba.train.parallel import World, world_on
+from vision_mamba.train.parallel import World, launcher, world_on
 from vision_mamba.train.progress import Progress, logging_to
 
 COVERED = ("vision_mamba", "csrc", "configs", "tools/train_detection.py")  # what a result depends on, and the data
@@ -34,7 +34,7 @@ def main(argv: list[str]) -> int:
             begin_from = _together(config, world)
         except TrainError as error:
             sys.stderr.write(f"error: {error}\n")
-            return status_of(error)
+            return error.status
         quiet = not world.primary
         file = None if quiet else config.run_dir / "train.log"
         stack.enter_context(logging_to(Console(quiet=True) if quiet else console, file))
@@ -42,12 +42,12 @@ def main(argv: list[str]) -> int:
         try:
             result = train(config, begin_from, progress, world)
         except Interrupted as stopped:
-            command = ["python", sys.argv[0], "--resume", stopped.checkpoint]
+            command = [*launcher(), sys.argv[0], "--resume", stopped.checkpoint]
             _log.warning("%s\ncontinue with: %s", stopped, shlex.join(command))
-            return status_of(stopped)
+            return stopped.status
         except TrainError as error:
             _log.error("error: %s", error)
-            return status_of(error)
+            return error.status
         except KeyboardInterrupt:
             _log.error("stopped before the first step, or a second time; what was saved before is untouched")
             return 130
@@ -94,13 +94,6 @@ def report(config: Config, result: Position, world: World) -> None:
     }
     with open(config.record, "a", encoding="utf-8") as file:
         file.write(json.dumps(line) + "\n")
-
-
-def status_of(error: TrainError) -> int:
-    """The exit status that --help promises."""
-    if isinstance(error, Interrupted):
-        return 128 + error.signum
-    return 2 if isinstance(error, ConfigError) else 1
 
 
 if __name__ == "__main__":

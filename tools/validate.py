@@ -110,7 +110,7 @@ def main(argv: list[str]) -> int:
                 found.append({"model": label} | measured(classifier, given))
     except TrainError as error:
         sys.stderr.write(f"error: {error}\n")
-        return 2 if isinstance(error, ConfigError) else 1
+        return error.status
     console.print(drawn(found))
     if given.throughput is not None and not given.dry_run:
         for row in found:

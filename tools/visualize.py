@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vision_mamba import scans
+from vision_mamba.text import positive
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -40,12 +41,6 @@ def order(name: str) -> scans.ScanOrder:
         return scans.get(name)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from error
-
-
-def positive(text: str) -> int:
-    if not text.isdecimal() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {text!r}")
-    return int(text)
 
 
 def load(path: Path | None):

@@ -1,7 +1,8 @@
-"""How messages name things: the known name that was probably meant, and long lists cut short."""
+"""Words that people type and read: the known name that was probably meant, long lists cut short, numbers of flags."""
 
 from __future__ import annotations
 
+import argparse
 import difflib
 from collections.abc import Iterable
 
@@ -24,3 +25,14 @@ def shortened(names: Iterable[object], limit: int = 5) -> str:
     listed = [str(name) for name in names]
     more = f", ... and {len(listed) - limit:,} more" if len(listed) > limit else ""
     return ", ".join(listed[:limit]) + more
+
+
+def positive(text: str) -> int:
+    """The value of a flag that takes a whole number of at least 1, as argparse's `type`.
+
+    >>> positive("12")
+    12
+    """
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {text!r}")
+    return int(text)

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 
 class TrainError(Exception):
-    """The message says where, the rule, what was found and the way out."""
+    """The message says where, the rule, what was found and the way out; `status` is what a tool exits with."""
+
+    status = 1
 
 
 class ConfigError(TrainError):
     """An option is unknown, of the wrong type or impossible."""
+
+    status = 2
 
 
 class DataError(TrainError):
@@ -28,4 +32,4 @@ class Interrupted(TrainError):
 
     def __init__(self, signum: int, checkpoint: str) -> None:
         super().__init__(f"stopped by signal {signum}; the run is saved in {checkpoint}")
-        self.signum, self.checkpoint = signum, checkpoint
+        self.signum, self.checkpoint, self.status = signum, checkpoint, 128 + signum

@@ -76,6 +76,11 @@ def local_rank() -> int | None:
     return world_info_from_env()[0] if is_distributed_env() else None
 
 
+def launcher() -> list[str]:
+    """The words of a command that start a program as this one was started."""
+    return ["python"] if local_rank() is None else ["torchrun", "--nproc-per-node", "N"]
+
+
 @contextlib.contextmanager
 def world_on(device: torch.device) -> Iterator[World]:
     """Meet the other processes that torchrun or SLURM started, and part from them at the end."""
