@@ -50,6 +50,22 @@ def test_a_step_that_is_not_finite_is_left_out_and_counted(
     assert steps == 2 * STEPS - 2, "the optimizer saw nothing of them"
 
 
+def test_statistics_of_a_step_that_is_left_out_are_too(drawn: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    done = 0
+
+    def spoiled(self: Any, images: torch.Tensor, targets: torch.Tensor) -> dict[str, torch.Tensor]:
+        nonlocal done
+        done += 1
+        return forward(self, images * float("nan") if done == 2 else images, targets)
+
+    monkeypatch.setattr(ClassificationTask, "forward", spoiled)
+    model = {"model": "test_efficientvmamba", "model_kwargs": {"dims": [8, 8, 8, 8]}}
+    config = runs.config(drawn, epochs=1, **model)
+    assert runs.fit(config).left_out_before == 1
+    weights = runs.weights(config.run_dir)
+    assert any(name.endswith("running_mean") for name in weights) and finite(weights)
+
+
 def test_too_many_of_them_end_the_run_with_the_last_good_checkpoint_named(
     drawn: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

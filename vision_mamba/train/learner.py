@@ -79,6 +79,7 @@ class Learner:
             config.reprob, mode=config.remode, max_count=config.recount, device=str(world.device)
         )
         self.mixup = mixing(config, model.num_classes)  # type: ignore[arg-type]
+        self._buffers: list[tuple[Tensor, Tensor]] = []  # of the model, and what they held before the step
 
     @property
     def _groups(self) -> list[dict[str, Any]]:
@@ -109,6 +110,7 @@ class Learner:
         if self.mixup is not None:
             self.mixup.mixup_enabled = not self.config.mixup_off_epoch or epoch < self.config.mixup_off_epoch
         self.optimizer.zero_grad()
+        self._buffers = [(own, own.detach().clone()) for own in self.model.buffers()]
         losses = []
         for number, (images, targets) in enumerate(group):
             seed_step(self.config.seed, self.world.rank, epoch, batch + number)
@@ -152,7 +154,10 @@ class Learner:
         self.task.update_ema(self.done(epoch, batch))
 
     def discard(self) -> None:
-        """Leave the weights as they are."""
+        """Leave the weights as they are, and the statistics of batch norms as they were before the forward pass."""
+        with torch.no_grad():
+            for own, before in self._buffers:
+                own.copy_(before)
         self.optimizer.zero_grad()
         self.scaler.update()
 
