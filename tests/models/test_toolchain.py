@@ -57,7 +57,11 @@ def test_scripted_feature_pyramid_equals_eager(name: str) -> None:
         expected = model.forward_intermediates(x, indices=list(indices), intermediates_only=True)
         getter = FeatureGetterNet(model, out_indices=indices).eval()
         torch.testing.assert_close(getter(x), expected)
-        torch.testing.assert_close(torch.jit.script(getter)(x), expected)
+        scripted, file = torch.jit.script(getter), io.BytesIO()
+        torch.testing.assert_close(scripted(x), expected)
+        torch.jit.save(scripted, file)  # whose text is read again by other rules
+        file.seek(0)
+        torch.testing.assert_close(torch.jit.load(file)(x), expected)
 
 
 @small_model

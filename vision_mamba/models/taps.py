@@ -1,5 +1,6 @@
 """Which maps a model is asked for, and in which order it gives them."""
 
+import torch
 from timm.models._features import feature_take_indices
 from torch import Tensor
 
@@ -14,7 +15,7 @@ def take_indices(levels: int, indices: int | list[int] | None) -> tuple[list[int
     Returns: non-negative indices in the order asked for, and the largest.
     Raises: ValueError for no index, AssertionError for one out of range.
     """
-    if not isinstance(indices, int) and indices is not None and len(indices) == 0:
+    if not torch.jit.is_scripting() and isinstance(indices, (list, tuple)) and not indices:
         raise ValueError(
             "indices of the maps to take (out_indices) are empty; name some, the last n by a number, or None for all."
         )
