@@ -183,6 +183,9 @@ def test_a_folder_that_cannot_be_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(ExportError, match="cannot be written: "):
         export_model("torchscript", Request(create("test_vim", depth=1), (64, 64)), tmp_path / "file" / "model")
+    (tmp_path / "model.pt").mkdir()
+    with pytest.raises(ExportError, match=r"model\.pt cannot be written: "):
+        export_model("torchscript", Request(create("test_vim", depth=1), (64, 64)), tmp_path / "model.pt")
 
 
 @pytest.mark.parametrize("result", [torch.tensor([float("nan"), 1.0]), torch.ones(3)])

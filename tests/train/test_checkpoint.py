@@ -103,9 +103,13 @@ def test_a_truncated_checkpoint_is_told_with_its_size(trained: Path, share: floa
 
 
 def test_a_file_of_another_kind(tmp_path: Path) -> None:
-    for name, content in (("text.pth", b"hello there"), ("text.safetensors", b"hello there")):
+    for name, content in (
+        ("text.pth", b"hello there"),
+        ("text.safetensors", b"hello there"),
+        ("b.pth", b"bad words\n\n"),
+    ):
         (tmp_path / name).write_bytes(content)
-        with pytest.raises(CheckpointError, match=rf"{name} \(11 bytes\)"):
+        with pytest.raises(CheckpointError, match=rf"{name} \(11 bytes\) is not a PyTorch file, or damaged"):
             checkpoint.read(tmp_path / name)
 
 

@@ -170,6 +170,10 @@ def test_a_converted_checkpoint_is_loaded_by_timm_and_says_the_same(
     assert len(first) == 3 and [each["top"] for each in again] == [each["top"] for each in first]
     status, _, err = run(capsys, convert, checkpoint, folder)
     assert status == 2 and "exists; replace it with --overwrite" in err
+    assert run(capsys, convert, checkpoint, folder, "--overwrite")[0] == 0
+    (folder / "thesis.tex").write_text("years of work")
+    status, _, err = run(capsys, convert, checkpoint, folder, "--overwrite")
+    assert status == 1 and "holds thesis.tex" in err and (folder / "thesis.tex").exists()
 
 
 class Stranger:

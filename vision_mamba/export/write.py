@@ -74,7 +74,10 @@ def export_model(name: str, request: Request, path: str | Path) -> Exported:
                 f"{name}: what was written differs from the model by {difference:.1e} of its largest output, more than "
                 f"{PARITY:.0e}; nothing was put at {path}."
             )
-        os.replace(draft, path)
+        try:
+            os.replace(draft, path)
+        except OSError as error:  # a folder of that name, for one
+            raise ExportError(f"{name}: {path} cannot be written: {error.strerror or error}.") from error
     return Exported(path, path.stat().st_size, scan, difference, program)
 
 

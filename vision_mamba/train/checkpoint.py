@@ -141,8 +141,10 @@ def read(path: str | Path, trust: bool = False) -> dict[str, Any]:
             what = "is empty"
         elif _begins_like(path, b"PK\x03\x04") and not zipfile.is_zipfile(path):
             what = "is truncated: it begins like a PyTorch file and has no end"
-        else:
+        elif isinstance(error, OSError):
             what = f"cannot be read: {_first_line(error)}"
+        else:
+            what = f"is not a PyTorch file, or damaged: {_first_line(error)}"
         raise CheckpointError(f"checkpoint {size} {what}. Take an earlier one, or copy it again.") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"checkpoint {path} holds a {type(content).__name__}; a dict of tensors was expected.")

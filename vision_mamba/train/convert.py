@@ -17,9 +17,13 @@ from timm.models import save_for_hf
 from torch import Tensor, nn
 
 from vision_mamba.models.checkpoint import unwrap
+from vision_mamba.text import shortened
 from vision_mamba.train import checkpoint
 from vision_mamba.train import model as models
 from vision_mamba.train.errors import CheckpointError, ConfigError
+
+#: What a model's folder holds, and may be replaced with it.
+_FILES = {"config.json", "model.safetensors", "pytorch_model.bin", "README.md", ".gitattributes"}
 
 
 @dataclass(frozen=True)
@@ -119,8 +123,13 @@ def write(source: Source, model: nn.Module, folder: Path) -> float:
     """Write the folder whole or not at all, after timm has loaded it and come to the same logits.
 
     Returns: the largest difference of a logit, over the largest logit.
-    Raises: CheckpointError if it cannot be written or does not do the same.
+    Raises: CheckpointError if it cannot be written or does not do the same, or would replace what is no such folder.
     """
+    strange = sorted({entry.name for entry in folder.iterdir()} - _FILES) if folder.is_dir() else []
+    if strange:
+        raise CheckpointError(
+            f"{folder} is not replaced: it holds {shortened(strange)}, which no model's folder does; name another."
+        )
     arguments = {key: value for key, value in source.arguments.items() if key != "num_classes"}
     if source.classes:
         _card(model)["label_names"] = source.classes
