@@ -134,6 +134,7 @@ def test_its_cards_say_where_the_weights_are() -> None:
     [
         (dict(depths=(1, 2)), "must name as many stages, got 4, 2, 4 and 4"),
         (dict(num_heads=(5, 2, 2, 3)), "num_heads must divide the 32 inner channels, got 5"),
+        (dict(d_conv=2), "d_conv must be odd, got 2"),
     ],
 )
 def test_impossible_arguments_are_refused(arguments: dict[str, tuple[int, ...]], message: str) -> None:

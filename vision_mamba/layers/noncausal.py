@@ -26,11 +26,11 @@ class NonCausalSSD(nn.Module):
         num_heads: heads, of which the inner width is a multiple.
         d_state: N, states of a channel.
         expand: inner width over C.
-        d_conv: side of the depthwise convolution.
+        d_conv: side of the depthwise convolution, odd.
         norm_eps: epsilon of the norm behind the sum.
 
     Shape: (B, H, W, C) -> (B, H, W, C).
-    Raises: ValueError if the heads do not divide the inner width.
+    Raises: ValueError if the heads do not divide the inner width, or d_conv is even.
     Reference: Shi et al. 2024, VSSD, arXiv:2407.18559, section 3.2.
 
     >>> NonCausalSSD(32, num_heads=2, d_state=8)(torch.randn(2, 5, 7, 32)).shape
@@ -61,6 +61,8 @@ class NonCausalSSD(nn.Module):
             raise ValueError(
                 f"NonCausalSSD: num_heads must divide the {d_inner} inner channels, got {num_heads}; choose a divisor."
             )
+        if d_conv % 2 == 0:
+            raise ValueError(f"NonCausalSSD: d_conv must be odd, got {d_conv}; an even kernel would move the map.")
         self.parts = [d_inner, d_state, d_state]  # x, B, C
         self.in_proj = nn.Linear(dim, d_inner + sum(self.parts) + num_heads, bias=False, **dd)
         mixed = sum(self.parts)
