@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from tests.ops import fused_cases
 from vision_mamba import ops
@@ -48,6 +49,14 @@ def test_runs_kernels_in_eager_mode_alone(monkeypatch: pytest.MonkeyPatch) -> No
     with ops.use_backend("eager"):
         monkeypatch.setattr(rows_cuda, "_conv_forward", None)
         torch.testing.assert_close(ops.conv_both_ways(x, weight, bias), exact)
+
+
+@pytest.mark.gpu
+def test_on_gpu_tangents_are_not_dropped() -> None:
+    x, z = torch.randn(2, 3, 4, device="cuda"), torch.randn(2, 3, 4, device="cuda")
+    with forward_ad.dual_level():
+        tangent = forward_ad.unpack_dual(ops.gated(forward_ad.make_dual(x, torch.ones_like(x)), z)).tangent
+    torch.testing.assert_close(tangent, F.silu(z))
 
 
 @pytest.mark.gpu

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from vision_mamba.ops.operator import _as_in_memory
 from vision_mamba.ops.registry import forced
@@ -75,6 +76,7 @@ def _by_kernels(tensors: Tensors) -> bool:
         return False
     return (
         forced() in (None, "cuda")
+        and forward_ad._current_level < 0  # kernels see no tangents, and would drop them without a word
         and torch._C._len_torch_dispatch_stack() == 0
         and torch._C._functorch.peek_interpreter_stack() is None
         and all(t is None or (t.device == first.device and _as_in_memory(t)) for t in tensors)
