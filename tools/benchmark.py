@@ -20,7 +20,6 @@ import json
 import sys
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import timm
@@ -33,6 +32,7 @@ from torch import Tensor, nn
 
 import vision_mamba  # noqa: F401  # registers the models
 from vision_mamba.provenance import provenance
+from vision_mamba.text import destination
 
 MODES, PASSES = ("eager", "compile", "graph"), ("infer", "train")
 DTYPES = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -183,7 +183,7 @@ def table(rows: list[dict[str, Any]]) -> Table:
     return shown
 
 
-def write_csv(rows: list[dict[str, Any]], path: Path) -> None:
+def write_csv(rows: list[dict[str, Any]], path: str) -> None:
     """timm's columns: infer_samples_per_sec and so on."""
     lines: dict[tuple[Any, ...], dict[str, Any]] = {}
     for row in rows:
@@ -201,13 +201,13 @@ def write_csv(rows: list[dict[str, Any]], path: Path) -> None:
         ):
             line[f"{row['pass']}_{key}"] = value
     columns = list(dict.fromkeys(key for line in lines.values() for key in line))
-    with path.open("w", newline="") as file:
+    with open(path, "w", newline="") as file:
         writer = csv.DictWriter(file, columns)
         writer.writeheader()
         writer.writerows(lines.values())
 
 
-def draw(rows: list[dict[str, Any]], path: Path) -> None:
+def draw(rows: list[dict[str, Any]], path: str) -> None:
     """Images a second against the image's side, one line a model, pass and mode; bars where there is one side."""
     import matplotlib
 
@@ -258,9 +258,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--channels-last", action="store_true", help="for timm's convolutional models")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--seconds", type=float, default=2.0, help="of a figure (default: 2)")
-    parser.add_argument("--out", type=Path, help="append the records to this file, one JSON line a figure")
-    parser.add_argument("--csv", type=Path, help="write a table in timm's columns")
-    parser.add_argument("--png", type=Path, help="draw images a second")
+    parser.add_argument("--out", type=destination, help="append the records to this file, one JSON line a figure")
+    parser.add_argument("--csv", type=destination, help="write a table in timm's columns")
+    parser.add_argument("--png", type=destination, help="draw images a second")
     chosen = parser.parse_args()
     names: list[str] = []
     for pattern in chosen.models:
@@ -285,8 +285,7 @@ def main() -> int:
         rows.append(source | benchmark(chosen, case))
         console.print(*case, rows[-1].get("error") or f"{rows[-1]['ms'][1]} ms", highlight=False)
         if chosen.out:
-            chosen.out.parent.mkdir(parents=True, exist_ok=True)
-            with chosen.out.open("a") as file:
+            with open(chosen.out, "a") as file:
                 file.write(json.dumps(rows[-1]) + "\n")
     Console(width=None if sys.stdout.isatty() else 160).print(table(rows))
     if chosen.csv:

@@ -21,7 +21,7 @@ from vision_mamba.export import FORMATS, ExportError, Request, export_model, med
 from vision_mamba.export.formats import SCANS, VARIES, listed
 from vision_mamba.export.write import relative
 from vision_mamba.provenance import provenance
-from vision_mamba.text import positive
+from vision_mamba.text import destination, positive
 from vision_mamba.train import model as models
 from vision_mamba.train.errors import CheckpointError, ConfigError, TrainError
 from vision_mamba.train.images import digits
@@ -74,7 +74,7 @@ exit status: 0 all written, 1 one or more not, with the reason, 2 wrong options.
     )
     file.add_argument("--int8", action="store_true", help="weights of linear layers in int8, by torchao")
     file.add_argument("--digits", action="store_true", help="classify the held-out digits by each file as well")
-    file.add_argument("--record", metavar="FILE", help="append what was measured, as lines of JSON")
+    file.add_argument("--record", type=destination, metavar="FILE", help="append what was measured, as lines of JSON")
     times = parser.add_argument_group("times")
     times.add_argument("--batch-size", type=positive, default=1, metavar="N", help="images a call [1]")
     times.add_argument("--runs", type=positive, default=10, metavar="N", help="calls to take the median of [10]")

@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from vision_mamba.provenance import provenance
+from vision_mamba.text import destination
 from vision_mamba.train import checkpoint, validate
 from vision_mamba.train import model as models
 from vision_mamba.train.bad_images import BadImages
@@ -90,8 +91,10 @@ exit status: 0 done, 1 failed, 2 wrong options.""",
     parser.add_argument("--skip-bad-images", type=int, default=0, metavar="N", help="pass over so many unreadable [0]")
     parser.add_argument("--throughput", nargs="?", const="", metavar="CONFIG", help="speeds, augmenting as that config")
     parser.add_argument("--batches", type=int, default=20, metavar="N", help="batches a speed is taken over [20]")
-    parser.add_argument("--csv", metavar="FILE", help="write the table as well")
-    parser.add_argument("--json", metavar="FILE", help="append a line for each model, with where it comes from")
+    parser.add_argument("--csv", type=destination, metavar="FILE", help="write the table as well")
+    parser.add_argument(
+        "--json", type=destination, metavar="FILE", help="append a line for each model, with where it comes from"
+    )
     parser.add_argument("--dry-run", action="store_true", help="build models and find images, measure nothing")
     return parser
 

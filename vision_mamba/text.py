@@ -1,10 +1,13 @@
-"""Words that people type and read: the known name that was probably meant, long lists cut short, numbers of flags."""
+"""Words that people type and read: the known name that was probably meant, long lists cut short, values of flags."""
 
 from __future__ import annotations
 
 import argparse
 import difflib
+import errno
+import os
 from collections.abc import Iterable
+from pathlib import Path
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
@@ -36,3 +39,20 @@ def positive(text: str) -> int:
     if not text.isdecimal() or int(text) == 0:
         raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {text!r}")
     return int(text)
+
+
+def destination(text: str) -> str:
+    """The value of a flag that names a file to write, as argparse's `type`: its folder is made if there is none.
+
+    Found out before the work is done whose result it is for.
+    """
+    path = Path(text)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        if not os.access(path if path.exists() else path.parent, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    except OSError as error:
+        raise argparse.ArgumentTypeError(f"{text} cannot be written: {error.strerror}") from error
+    return text

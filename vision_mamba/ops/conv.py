@@ -27,7 +27,9 @@ def _shifted_conv_both_ways(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     shifted = [padded[:, j : j + length] for j in range(2 * taps - 1)]
     y0 = bias[0] + sum(weight[0, :, j] * shifted[j] for j in range(taps))
     y1 = bias[1] + sum(weight[1, :, j] * shifted[2 * taps - 2 - j] for j in range(taps))
-    return F.silu(torch.stack((y0, y1), 2)).to(x.dtype)
+    # As torch's convolution does, which autocast casts.
+    dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else x.dtype
+    return F.silu(torch.stack((y0, y1), 2)).to(dtype)
 
 
 def plain_gated(y: Tensor, z: Tensor) -> Tensor:

@@ -179,7 +179,11 @@ class Trainer:
             if even and self._asked(stop):
                 break
         self._stop_if(self._asked(stop), stop)
-        self.images.judge(round(world.total(self.images.look())[0]))
+        try:
+            self.images.judge(round(world.total(self.images.look())[0]))
+        except TrainError:
+            self.save()  # the epoch is trained, if not measured
+            raise
         return dict(evaluator.compute(distributed=world.size > 1))
 
     def _finish_epoch(self, measured: dict[str, float], label: str) -> None:

@@ -199,6 +199,8 @@ def _refuses_conv(tensors: Tensors, options: dict[str, Any]) -> bool:
     assert x is not None and weight is not None and bias is not None
     if x.dim() != 3 or weight.shape[:2] != (2, x.shape[2]) or bias.shape != (2, x.shape[2]):
         return True  # plain torch says what is wrong
+    if torch.is_autocast_enabled("cuda") and x.dtype != torch.get_autocast_dtype("cuda"):
+        return True  # torch's convolution casts, and so does its result
     return _unfit(*tensors) or weight.dim() != 3 or weight.shape[2] > TAPS or x.stride(2) != 1
 
 
