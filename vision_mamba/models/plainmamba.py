@@ -18,11 +18,12 @@ from timm.layers import ConvNormAct, LayerNorm, trunc_normal_
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import Tensor, nn
 
+from vision_mamba.layers.embed import PatchGrid
 from vision_mamba.layers.init import init_in_float32_
 from vision_mamba.layers.plain import PlainMixer
 from vision_mamba.models import vim
 from vision_mamba.models.checkpoint import rename, unwrap
-from vision_mamba.models.vim import Block, PatchGrid, VisionMamba
+from vision_mamba.models.vim import Block, VisionMamba
 
 __all__ = ["PlainMamba"]
 
