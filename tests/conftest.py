@@ -11,7 +11,7 @@ from vision_mamba import ops
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Tests marked gpu are deselected where there is no accelerator; nothing else is ever left out."""
+    """Tests marked gpu are deselected where there is no accelerator; those of extras skip themselves without them."""
     if torch.accelerator.is_available():
         return
     without = [item for item in items if item.get_closest_marker("gpu")]
