@@ -56,7 +56,8 @@ def test_one_model_that_fails_does_not_end_the_others(tmp_path: Path, monkeypatc
     failed, good = map(json.loads, out.read_text().splitlines())
     assert failed["error"] == "RuntimeError: no such luck" and "ms" not in failed
     assert good["ms"]
-    assert run(monkeypatch, "test_vim", *common) == 1
+    assert run(monkeypatch, "test_vim", *common, "--png", tmp_path / "none.png") == 1
+    assert not (tmp_path / "none.png").exists(), "there is nothing to draw"
 
 
 @pytest.mark.parametrize(
