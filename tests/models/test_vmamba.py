@@ -362,6 +362,8 @@ def test_the_scan_order_is_an_argument() -> None:
         (dict(scan_order="cros"), "did you mean 'cross'"),
         (dict(depths=(1, 2)), "dims and depths must name as many stages, got 4 and 2"),
         (dict(patch_size=3), "patch_size must be even, got 3; take stem='patch'"),
+        (dict(d_conv=2), "SS2D: d_conv must be odd, got 2"),
+        (M2 | dict(d_conv=4), "SSD2D: d_conv must be odd, got 4"),
         (M2 | dict(dt_rank=3), "SSD2D: the heads must divide the 16 inner channels, got 3; choose another dt_rank"),
     ],
 )

@@ -37,7 +37,7 @@ class SS2D(nn.Module):
         d_state: N, states of a channel.
         ssm_ratio: D / C, inner width over outer width.
         dt_rank: R, rank of the step sizes; C / 16 rounded up by default.
-        d_conv: side of the depthwise convolution's kernel; 1 for no convolution.
+        d_conv: side of the depthwise convolution's kernel, odd; 1 for no convolution.
         conv_bias: give the convolution a bias.
         act_layer: activation of u and z.
         gate: multiply by silu(z), as in VMamba's first version.
@@ -51,6 +51,7 @@ class SS2D(nn.Module):
         proj_drop: dropout behind out_proj.
 
     Shape: (B, H, W, C) -> (B, H, W, C).
+    Raises: ValueError for an even kernel.
     Reference: Liu et al. 2024, VMamba, arXiv:2401.10166, sections 4.2 and 4.3.
 
     >>> SS2D(32)(torch.randn(2, 5, 7, 32)).shape
@@ -79,6 +80,8 @@ class SS2D(nn.Module):
     ) -> None:
         super().__init__()
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
+        if d_conv % 2 == 0:
+            raise ValueError(f"{type(self).__name__}: d_conv must be odd, got {d_conv}; an even kernel would move the map.")
         self.d_inner = d_inner = int(ssm_ratio * dim)
         self.d_state = d_state
         self.dt_rank = math.ceil(dim / 16) if dt_rank is None else dt_rank

@@ -138,11 +138,13 @@ def visits(route: Route, height: int, width: int) -> Tensor:
     [[0, 1, 3, 2], [0, 1, 2, 4]]
     """
     tokens = route(height, width)
-    change = F.pad(tokens[1:] - tokens[:-1], (1, 0))
+    # The end of a row and the start of the next have numbers that follow each other, but are no neighbours.
+    rows, columns = tokens // width, tokens % width
+    down, right = (F.pad(place[1:] - place[:-1], (1, 0)) for place in (rows, columns))
+    on_grid = F.pad((tokens[1:] >= 0) & (tokens[:-1] >= 0), (1, 0))
     moves = torch.zeros_like(tokens)
-    # In a grid of one column the next token is below, not to the right.
-    for number, distance in enumerate((1, -1, -width, width), 1):
-        moves = torch.where(change == distance, number, moves)
+    for number, (across, along) in enumerate(((0, 1), (0, -1), (-1, 0), (1, 0)), 1):
+        moves = torch.where(on_grid & (down == across) & (right == along), number, moves)
     found = torch.stack((torch.arange(tokens.shape[0]), moves))
     # Padding lands in front of the tokens, where it is cut off.
     places = torch.full((2, height * width + 1), -1)
