@@ -62,6 +62,7 @@ class Config(Options):
     min_size: tuple[int, ...] = _augment((800,), "shorter side of an image; in training one of these by chance", 1)
     max_size: int = _augment(1333, "limit of the longer side", 1)
     hflip: float = _augment(0.5, "probability of mirroring left to right", 0, 1)
+    photometric: bool = _augment(False, "change brightness, contrast, saturation, hue and channels by chance")
     crop_size: tuple[int, ...] | None = _augment(None, "least and greatest side of a random crop of every other image, "
                                                  "before it is resized (none)", 1, length=2)  # fmt: skip
     crop_min_size: tuple[int, ...] = _augment((400, 500, 600), "shorter side of an image before that crop", 1)

@@ -43,7 +43,8 @@ def augmentation(config: Config) -> v2.Transform:
     An object of which a crop leaves nothing is dropped.
     """
     resize = v2.RandomShortestSize(list(config.min_size), config.max_size)
-    steps: list[v2.Transform] = [v2.RandomHorizontalFlip(config.hflip)]
+    steps: list[v2.Transform] = [v2.RandomPhotometricDistort()] if config.photometric else []
+    steps.append(v2.RandomHorizontalFlip(config.hflip))
     if config.crop_size is None:
         steps.append(resize)
     else:
