@@ -69,6 +69,15 @@ def test_segments(causal: bool, steps: int, monkeypatch: pytest.MonkeyPatch, poi
     assert_matches(SsdCase(grid=(1, steps), batch=1, heads=2, groups=1, channels=3, state=True, causal=causal))
 
 
+def test_the_rounding_of_states_does_not_add_up() -> None:
+    """Summed over all steps, an error of 2^-12 of each state comes to more than that of a half-precision result."""
+    call = make_call(SsdCase(grid=(1, 40), batch=1, heads=2, groups=1, channels=16, states=16, dtypes=(F16,) * 4))
+    call = call._replace(dt=call.dt - 4)
+    found, reference = run(call, "triton"), run(ssd_cases.double(call), "reference")
+    for name in ("dA", "dD", "ddt_bias"):
+        assert relative_rms(found[name], reference[name]) <= 1e-5, name
+
+
 def test_only_by_name() -> None:
     call = make_call(SsdCase())
     assert registry.get("triton").unavailable(call.x.device) is None

@@ -16,7 +16,6 @@ from tests.ops.ssd_cases import BF16, F16, F32, F64, SsdCase, make_call, run
 from tests.tolerances import RELATIVE_RMS, relative_rms
 from vision_mamba.ops import BackendError
 from vision_mamba.ops.backends import ssd_triton
-from vision_mamba.ops.ssd_call import SLACK, SUMMED
 from vision_mamba.ops.ssd_operator import registry
 
 HERE = Path(__file__).parent
@@ -29,7 +28,7 @@ def gpu() -> torch.device:
 
 
 def assert_matches(case: SsdCase) -> None:
-    """To the bound of the type of the factors, or of the result where that is coarser; sums over all tokens to more."""
+    """To the bound of the type of the factors, or of the result where that is coarser."""
     call = make_call(case, device=gpu())
     types = {call.x.dtype, call.B.dtype, call.C.dtype}
     factors = next(dtype for dtype in (F32, F16, BF16) if dtype in types)
@@ -37,7 +36,6 @@ def assert_matches(case: SsdCase) -> None:
     assert found.keys() == reference.keys()
     for name, tensor in reference.items():
         bound, error = max(RELATIVE_RMS[factors], RELATIVE_RMS[found[name].dtype]), relative_rms(found[name], tensor)
-        bound *= SLACK if name.removeprefix("d") in SUMMED else 1
         assert error <= bound, f"{name}: {error:.2e} is over {bound:.0e}"
 
 
@@ -102,6 +100,22 @@ def test_bitwise_deterministic() -> None:
 def test_long_and_alone() -> None:
     """One sequence, cut into segments."""
     assert_matches(SsdCase(grid=(1, 2500), batch=1, heads=2, groups=1, channels=32, states=32, dtypes=(BF16,) * 4))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [BF16, F16, F32], ids=str)
+@pytest.mark.parametrize("shape", [(2, 196, 12, 64, 64), (1, 16384, 4, 64, 128)], ids=str)
+def test_sizes_of_models(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    """Small steps, so that states last long and the gradients of A, D and the bias sum many terms that cancel."""
+    batch, tokens, heads, channels, states = shape
+    case = SsdCase((1, tokens), batch, heads, channels, 1, states, dtypes=(dtype,) * 4)
+    call = make_call(case, device=gpu())
+    call = call._replace(dt=call.dt - 2, dt_bias=0.1 * call.dt_bias)  # type: ignore[operator]
+    found, exact = run(call, "triton"), run(ssd_cases.double(call), "eager")
+    for name, tensor in exact.items():
+        assert relative_rms(found[name], tensor) <= max(RELATIVE_RMS[dtype], RELATIVE_RMS[found[name].dtype]), name
+        if name in ("dA", "dD", "ddt_bias"):
+            assert relative_rms(found[name], tensor) <= 2e-4, f"{name}: the rounding of states adds up"
 
 
 @pytest.mark.gpu

@@ -72,8 +72,7 @@ def ssd(
     Raises: ValueError if an argument breaks the contract; BackendError if the named backend refuses, with its reason.
     Numerics: state, step sizes and sums in float32; bitwise deterministic. `eager` holds every result to the bound of
         its type in tests/tolerances.py. On matrix units (`triton`) products take their factors in the widest type of
-        x, B and C, and all results are held to the bound of that; the gradients of A, D and dt_bias, sums over all
-        tokens in which terms cancel, to four times that.
+        x, B and C, and all results are held to the bound of that.
     Reference: Dao and Gu 2024, Mamba-2, arXiv:2405.21060, section 6; Shi et al. 2024, VSSD, arXiv:2407.18559.
 
     >>> x, dt, A = torch.randn(2, 10, 4, 8), torch.rand(2, 10, 4), -torch.rand(4)

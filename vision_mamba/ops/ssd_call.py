@@ -106,11 +106,6 @@ class SsdCall(NamedTuple):
 GRADIENTS = ("x", "dt", "A", "B", "C", "D", "dt_bias", "initial_state")
 
 
-#: Those that are sums over all tokens, in which terms cancel. On matrix units, where factors are rounded, they may be
-#: off by this many times the bound of the factors' type.
-SUMMED, SLACK = ("A", "D", "dt_bias"), 4
-
-
 def check(call: SsdCall) -> None:
     """Raise ValueError if a call breaks the contract; by shapes and kinds, no value is read."""
     _check(call, ("routes",))

@@ -187,13 +187,13 @@ class Route:
         )  # fmt: skip
 
     def walk(
-        self, x: Tensor, adjoint: bool, before: Tensor | None, each: Tensor | None, after: Tensor | None,
-        decay: Tensor | None,
+        self, x: Tensor, adjoint: bool, before: Tensor | None, each: tuple[Tensor | None, Tensor | None],
+        after: Tensor | None, decay: Tensor | None,
     ) -> None:  # fmt: skip
-        """Launch `states`: of x and B, or of dy and C backwards."""
+        """Launch `states`: of x and B, or of dy and C backwards. `each` takes states in two parts, rounded and rest."""
         B, plan = self.C if adjoint else self.B, self.plan
         kernels().states[plan.grid](
-            x, *self.prepared, self.A, B, self.indices, before, each, after, decay, *self.sizes, plan.segments,
+            x, *self.prepared, self.A, B, self.indices, before, *each, after, decay, *self.sizes, plan.segments,
             plan.chunks, *x.stride(), *B.stride(), *_state_strides(before), *_state_strides(after), **plan.shared,
             DESCENDING=self.descending, ADJOINT=adjoint, **plan.options["walk"],
         )  # fmt: skip
@@ -206,7 +206,7 @@ class Route:
         shape = (call.batch, call.heads, plan.segments, call.states, call.channels)
         added, before = x.new_empty((2, *shape), dtype=torch.float32)
         decay = added.new_empty(shape[:3])
-        self.walk(x, adjoint, None, None, added, decay)
+        self.walk(x, adjoint, None, (None, None), added, decay)
         kernels().carry[(call.batch * call.heads, -(-call.states * call.channels // _CARRIED))](
             added, decay, start, before, end, call.heads, plan.segments, 0 if start is None else start.stride(0),
             0 if end is None else end.stride(0), P=call.channels, N=call.states, ADJOINT=adjoint, BLOCK=_CARRIED,

@@ -44,8 +44,8 @@ def launch(call: SsdCall, dy: Tensor | None, dlast: Tensor | None) -> tuple[Tens
     return tuple(_like(getattr(call, name), found[name]) for name in GRADIENTS)
 
 
-def _states(r: Route, dy: Tensor, dlast: Tensor | None, dinitial: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The state before each chunk and the gradient of that after it, (B, H, chunks, N, P)."""
+def _states(r: Route, dy: Tensor, dlast: Tensor | None, dinitial: Tensor | None) -> tuple[Tensor | None, ...]:
+    """States before each chunk, gradients of those after it, and what both are rounded by, (B, H, chunks, N, P)."""
     call, plan = r.call, r.plan
     shape = (call.batch, call.heads, plan.segments * plan.chunks, call.states, call.channels)
     if not call.causal:
@@ -53,14 +53,15 @@ def _states(r: Route, dy: Tensor, dlast: Tensor | None, dinitial: Tensor | None)
         if dinitial is not None:
             dinitial.copy_(g)
         h, g = (t.mT.contiguous().unsqueeze(2).expand(shape) for t in (r.total(r.x, False, r.initial), g))
-        return h, g
+        return h, g, None, None
     # In the type that they are multiplied in.
-    kind = torch.bfloat16 if plan.shared["FACTORS"] == "bfloat16" else torch.float32
-    h, g = call.x.new_empty((2, *shape), dtype=kind)
-    r.walk(r.x, False, r.enter(r.x, False, r.initial, None), h, None, None)
+    rounded = plan.shared["FACTORS"] == "bfloat16"
+    parts = call.x.new_empty((4 if rounded else 2, *shape), dtype=torch.bfloat16 if rounded else torch.float32)
+    h, g, h_rest, g_rest = parts if rounded else (*parts, None, None)
+    r.walk(r.x, False, r.enter(r.x, False, r.initial, None), (h, h_rest), None, None)
     before = r.enter(dy, True, dlast, dinitial)
-    r.walk(dy, True, before, g, dinitial if plan.segments == 1 else None, None)
-    return h, g
+    r.walk(dy, True, before, (g, g_rest), dinitial if plan.segments == 1 else None, None)
+    return h, g, h_rest, g_rest
 
 
 def _launch_route(
@@ -69,7 +70,7 @@ def _launch_route(
     """Write the gradients of one route's tensors; returns those of its parameters."""
     call, plan = r.call, r.plan
     dx, ddt, dB, dC = results
-    h, g = _states(r, dy, dlast, dinitial)
+    h, g, *rests = _states(r, dy, dlast, dinitial)
     chunks = -(-call.steps // plan.tile.steps)
     rows = call.x.new_empty((3 if call.causal else 1, call.batch, call.heads, plan.padded), dtype=torch.float32)
     parts = rows.new_empty((3, call.batch, call.heads, chunks))
@@ -86,7 +87,7 @@ def _launch_route(
     sizes = (call.steps, call.tokens, chunks, plan.padded)
     strides = (*r.x.stride(), *r.B.stride(), *r.C.stride())
     kernels.inputs[(call.batch * call.heads * chunks,)](
-        r.x, *r.prepared, r.A, r.B, r.C, r.D, r.indices, dy, h, g, dx, rows, carried, dD,
+        r.x, *r.prepared, r.A, r.B, r.C, r.D, r.indices, dy, h, g, *rests, dx, rows, carried, dD,
         call.heads, per_group, *sizes, *strides, *r.skip, *dy.stride(), *dx.stride(), *h.stride()[:3], rows.stride(0),
         **shared, **plan.options["inputs"], ADD=add, EACH_CHANNEL=r.D is not None and r.D.dim() == 2,
     )  # fmt: skip

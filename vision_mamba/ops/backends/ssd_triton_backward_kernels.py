@@ -28,16 +28,38 @@ from vision_mamba.ops.backends.ssd_triton_kernels import (
     load_rows,
     load_state,
     multiply,
+    multiply_both,
     route,
+    split,
     store_rows,
     triangle,
 )
 from vision_mamba.ops.backends.triton_kernels import _slope, _softplus
 
 
+@triton.jit
+def load_both(p_state, p_rest, o_state, o_n, o_c, N: tl.constexpr, P: tl.constexpr, FACTORS: tl.constexpr):
+    """A state (N, P) in the two parts of `split`, which are kept apart if there is a p_rest."""
+    b_h = load_state(p_state + o_state, o_n, o_c, P, 1, N, P)
+    if p_rest is not None:
+        b_high, b_rest = b_h, load_state(p_rest + o_state, o_n, o_c, P, 1, N, P)
+    else:
+        b_high, b_rest = split(b_h, FACTORS)
+    return b_high, b_rest
+
+
+@triton.jit
+def join(b_high, b_rest):
+    b_h = b_high.to(tl.float32)
+    if b_rest is not None:
+        b_h += b_rest.to(tl.float32)
+    return b_h
+
+
 @triton.jit(do_not_specialize=SIZES)
 def inputs(
-    p_x, p_s, p_c, p_low, p_A, p_B, p_C, p_D, p_indices, p_dy, p_h, p_g, p_dx, p_rows, p_carried, p_dD,
+    p_x, p_s, p_c, p_low, p_A, p_B, p_C, p_D, p_indices, p_dy, p_h, p_g, p_h_rest, p_g_rest,
+    p_dx, p_rows, p_carried, p_dD,
     heads, per_group, steps, tokens, chunks, padded,
     s_xb, s_xl, s_xh, s_xc, s_Bb, s_Bl, s_Bg, s_Bn, s_Cb, s_Cl, s_Cg, s_Cn, s_Dh, s_Dc,
     s_dyb, s_dyl, s_dyh, s_dyc, s_dxb, s_dxl, s_dxh, s_dxc, s_hb, s_hh, s_ht, s_row,
@@ -47,7 +69,7 @@ def inputs(
 ):  # fmt: skip
     """dx, sums of chunks for dD, and rows: <x, z>, what adds to da after a step, and what adds up to it.
 
-    h and g are (B, H, chunks, N, P) with strides over the first three.
+    h and g are (B, H, chunks, N, P) with strides over the first three, and what they are rounded by, if they are.
     """
     i_h = (tl.program_id(0) % heads).to(tl.int64)
     i_t = tl.program_id(0) // heads % chunks
@@ -58,7 +80,7 @@ def inputs(
     i_step = (i_b * heads + i_h) * padded + i_t * T
     o_state = i_b * s_hb + i_h * s_hh + i_t * s_ht
     b_B = load_rows(p_B + i_b * s_Bb + i_g * s_Bg, o_l, m_l, o_n, s_Bl, s_Bn, N, BLOCK_N)  # (T, N)
-    b_g = load_state(p_g + o_state, o_n, o_c, P, 1, N, P)  # (N, P)
+    b_g, b_g_rest = load_both(p_g, p_g_rest, o_state, o_n, o_c, N, P, FACTORS)  # (N, P)
     b_x = load_rows(p_x + i_b * s_xb + i_h * s_xh, o_l, m_l, o_c, s_xl, s_xc, P, BLOCK_P)  # (T, P)
     b_dy = load_rows(p_dy + i_b * s_dyb + i_h * s_dyh, o_l, m_l, o_c, s_dyl, s_dyc, P, BLOCK_P)  # (T, P)
     b_s = tl.load(p_s + i_step + o_t)
@@ -69,16 +91,16 @@ def inputs(
             tl.store(p_dD + i_part * P + o_c, tl.sum(b_e, 0), mask=o_c < P)
         else:
             tl.store(p_dD + i_part, tl.sum(tl.sum(b_e, 1)))
-    b_z = multiply(b_B, b_g, tl.zeros((T, BLOCK_P), tl.float32), FACTORS)
+    b_z = multiply_both(b_B, b_g, b_g_rest, tl.zeros((T, BLOCK_P), tl.float32), FACTORS)
     p_rows += i_step + o_t
     if CAUSAL:
         b_C = load_rows(p_C + i_b * s_Cb + i_g * s_Cg, o_l, m_l, o_n, s_Cl, s_Cn, N, BLOCK_N)  # (T, N)
-        b_h = load_state(p_h + o_state, o_n, o_c, P, 1, N, P)  # (N, P)
-        carried = tl.exp2(tl.load(p_c + i_step + T - 1)) * tl.sum(b_h.to(tl.float32) * b_g.to(tl.float32))
+        b_h, b_h_rest = load_both(p_h, p_h_rest, o_state, o_n, o_c, N, P, FACTORS)  # (N, P)
+        carried = tl.exp2(tl.load(p_c + i_step + T - 1)) * tl.sum(join(b_h, b_h_rest) * join(b_g, b_g_rest))
         tl.store(p_carried + i_part, carried)
         b_z *= left(p_c, p_low, i_step, T)[:, None]
         b_own = tl.sum(b_x.to(tl.float32) * b_z, 1)
-        b_y = multiply(b_C, b_h, tl.zeros((T, BLOCK_P), tl.float32), FACTORS)
+        b_y = multiply_both(b_C, b_h, b_h_rest, tl.zeros((T, BLOCK_P), tl.float32), FACTORS)
         b_until = tl.sum(b_dy.to(tl.float32) * b_y, 1) * tl.exp2(tl.load(p_c + i_step + o_t))
         tl.store(p_rows + s_row, b_s * b_own)
         b_S = multiply(b_B, tl.trans(b_C), tl.zeros((T, T), tl.float32), FACTORS)

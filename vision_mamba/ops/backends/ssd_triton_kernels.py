@@ -14,7 +14,9 @@ are too few to fill the GPU; then `states` finds what each segment adds, and `ca
 Precision: sums and states are float32. Factors of a product have the widest type of x, B and C: bfloat16; float16 as
 tf32, rounded here since the unit would cut, with the range of float32; float32 in three tf32 products. For the latter
 two c is summed in float64 and kept as two float32, so that c_i - c_j has all its digits however long the sums are; for
-bfloat16 the digits of one float32 are enough, since a decay below 2^-256 counts as that.
+bfloat16 the digits of one float32 are enough, since a decay below 2^-256 counts as that. States for the backward pass
+are summed and kept in two parts, the rounded one and the rest: the gradient of A is a sum over all steps in which the
+rounding errors of one state would add up, since they are the same for every step of a chunk.
 
 Names: p_ pointer, b_ block loaded, o_ offsets, m_ mask, i_ index; sizes are words; s_xl is the stride of x along its
 tokens (b batch, l tokens, h heads, c channels, g groups, n states, s segments). One launch is one route.
@@ -48,6 +50,30 @@ def multiply(b_a, b_b, b_sum, FACTORS: tl.constexpr):
             b_sum = tl.dot(_tf32(b_a), _tf32(b_b), b_sum, input_precision="tf32")
     else:
         b_sum = tl.dot(b_a.to(tl.float32), b_b.to(tl.float32), b_sum, input_precision=FACTORS)
+    return b_sum
+
+
+@triton.jit
+def split(b, FACTORS: tl.constexpr):
+    """A float32 factor as a product takes it, and the rest of it; None where a product takes it whole."""
+    b_rest = None
+    if FACTORS == "bfloat16":
+        b_high = b.to(tl.bfloat16)
+        b_rest = b - b_high.to(tl.float32)
+    elif FACTORS == "float16":
+        b_high = _tf32(b)
+        b_rest = b - b_high
+    else:
+        b_high = b
+    return b_high, b_rest
+
+
+@triton.jit
+def multiply_both(b_a, b_high, b_rest, b_sum, FACTORS: tl.constexpr):
+    """b_sum + b_a (b_high + b_rest), in two products; b_a is of a type that is not rounded."""
+    b_sum = multiply(b_a, b_high, b_sum, FACTORS)
+    if b_rest is not None:
+        b_sum = multiply(b_a, b_rest, b_sum, FACTORS)
     return b_sum
 
 
@@ -209,13 +235,13 @@ def forward(
 
 @triton.jit(do_not_specialize=SIZES)
 def states(
-    p_x, p_s, p_c, p_low, p_A, p_B, p_indices, p_before, p_each, p_after, p_decay,
+    p_x, p_s, p_c, p_low, p_A, p_B, p_indices, p_before, p_each, p_rest, p_after, p_decay,
     heads, per_group, steps, tokens, segments, chunks,
     s_xb, s_xl, s_xh, s_xc, s_Bb, s_Bl, s_Bg, s_Bn, s_hb, s_hh, s_hs, s_hn, s_hc, s_ab, s_ah, s_as, s_an, s_ac,
     P: tl.constexpr, N: tl.constexpr, T: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr,
     CAUSAL: tl.constexpr, DESCENDING: tl.constexpr, ADJOINT: tl.constexpr, FACTORS: tl.constexpr,
 ):  # fmt: skip
-    """States alone: before each chunk into `each`, after the segment into `after`, and the segment's decay.
+    """States alone: before each chunk into `each` and `rest`, after the segment into `after`, and the segment's decay.
 
     ADJOINT walks backwards with g = dL/dh, from x = dy and B = C: g = exp(c_T) g' + sum_i exp(c_i) C_i dy_i^T. What it
     writes into `each` is then the gradient of the state after each chunk.
@@ -236,8 +262,11 @@ def states(
         i_t = i_s * chunks + (chunks - 1 - i if ADJOINT else i)
         i_step = ((i_b * heads + i_h) * segments * chunks + i_t) * T
         if p_each is not None:
-            p_tile = p_each + ((i_b * heads + i_h) * segments * chunks + i_t) * (N * P)
-            store_state(p_tile, b_h.to(p_each.dtype.element_ty), o_n, o_c, P, 1, N, P)
+            o_tile = ((i_b * heads + i_h) * segments * chunks + i_t) * (N * P)
+            store_state(p_each + o_tile, b_h.to(p_each.dtype.element_ty), o_n, o_c, P, 1, N, P)
+            if p_rest is not None:
+                _, b_rest = split(b_h, FACTORS)
+                store_state(p_rest + o_tile, b_rest.to(p_rest.dtype.element_ty), o_n, o_c, P, 1, N, P)
         o_l, m_l, m_t = route(p_indices, i_t * T, steps, tokens, DESCENDING, T)
         b_x = load_rows(p_x, o_l, m_l, o_c, s_xl, s_xc, P, BLOCK_P)  # (T, P)
         b_B = load_rows(p_B, o_l, m_l, o_n, s_Bl, s_Bn, N, BLOCK_N)  # (T, N)
@@ -253,7 +282,8 @@ def states(
             b_w = tl.where(m_t, 1.0, 0.0)
             if not ADJOINT:
                 b_w = -tl.load(p_s + i_step + o_t) * tl.load(p_A + i_h).to(tl.float32)
-        b_h = multiply(tl.trans(b_B), b_x.to(tl.float32) * b_w[:, None], b_h, FACTORS)
+        b_high, b_rest = split(b_x.to(tl.float32) * b_w[:, None], FACTORS)
+        b_h = multiply_both(tl.trans(b_B), b_high, b_rest, b_h, FACTORS)
     if p_after is not None:
         store_state(p_after + i_b * s_ab + i_h * s_ah + i_s * s_as, b_h, o_n, o_c, s_an, s_ac, N, P)
     if p_decay is not None:
