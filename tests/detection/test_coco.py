@@ -15,6 +15,7 @@ from PIL import Image
 from tests.detection import drawn
 from tools import make_digits_coco
 from vision_mamba.detection.coco import encoded, open_split
+from vision_mamba.detection.metrics import measure
 from vision_mamba.train.errors import DataError
 
 Lists = dict[str, Any]
@@ -57,6 +58,34 @@ FAULTS: dict[str, tuple[Callable[[Lists], None], str]] = {
     "unknown image": (lambda lists: change(lists, 0, image_id=99), "annotation 1: image_id 99 is not among the images"),
     "empty box": (lambda lists: change(lists, 1, bbox=[4, 4, 0, 9]), r"annotation 2: its box \[4, 4, 0, 9\] is empty"),
     "outside": (lambda lists: change(lists, 1, bbox=[40, 4, 20, 9]), "lies outside the image, which is 48 x 64"),
+    "text": (
+        lambda lists: change(lists, 0, bbox=["1", "2", "3", "4"]),
+        "annotation 1: has bbox .* must be four numbers",
+    ),
+    "a list for a number": (
+        lambda lists: change(lists, 0, category_id=[3]),
+        "has category_id .* must be a whole number",
+    ),
+    "a word for a flag": (
+        lambda lists: change(lists, 1, iscrowd="no"),
+        "annotation 2: has iscrowd 'no', which must be",
+    ),
+    "odd polygon": (
+        lambda lists: change(lists, 0, segmentation=[[1, 2, 3, 4, 5]]),
+        "must be polygons, each a list of 3",
+    ),
+    "mask of another size": (
+        lambda lists: change(lists, 0, segmentation={"size": [5, 5], "counts": [25]}),
+        r"of size \[5, 5\], the image of \[64, 48\]",
+    ),
+    "mask too short": (
+        lambda lists: change(lists, 0, segmentation={"size": [64, 48], "counts": [25]}),
+        "counts that are no run lengths of the image",
+    ),
+    "no object at all": (
+        lambda lists: lists["annotations"].__setitem__(0, None),
+        r"annotations\[0\]: must be an object",
+    ),
     "no box": (lambda lists: change(lists, 0, bbox=[1, 2]), "must be four numbers x, y, width, height"),
     "not a number": (lambda lists: change(lists, 0, bbox=[1, 2, 3, float("nan")]), "must be four numbers"),
     "no mask": (lambda lists: change(lists, 2, segmentation=[]), "annotation 3: its segmentation is empty"),
@@ -93,6 +122,27 @@ def test_a_box_that_sticks_out_by_a_rounding_is_cut(root: Path, lists: Lists) ->
     assert open_split(root, "train")[0][1]["boxes"][0].tolist() == [0, 2, 19.5, 64]
 
 
+@pytest.mark.parametrize("numbers", [(0, 1, 2, 3, 4), (5, 5, 5, 5, 5), ("a", None, "b", "c", "d")])
+def test_the_numbers_of_annotations_do_not_matter(root: Path, lists: Lists, numbers: tuple) -> None:
+    """pycocotools counts an object of number 0 as not found."""
+    for place, number in enumerate(numbers):
+        change(lists, place, id=number)
+    drawn.write(root, "train", lists)
+    images = open_split(root, "train")
+    found = [
+        {"image_id": one["image_id"], "category_id": one["category_id"], "bbox": one["bbox"], "score": 1.0}
+        for one in lists["annotations"]
+    ]
+    assert measure(images, found, masks=False)["AP"] == 1.0
+
+
+def test_a_mask_that_cannot_be_drawn_is_named(root: Path, lists: Lists) -> None:
+    change(lists, 0, segmentation={"size": [64, 48], "counts": "damaged"})
+    drawn.write(root, "train", lists)
+    with pytest.raises(DataError, match=r"with box \[8, 40, 18, 18\] on 10.png \(image_id 10\) cannot be drawn"):
+        open_split(root, "train", masks=True)[0]
+
+
 def test_crowds_are_not_learned(root: Path, lists: Lists) -> None:
     lists["annotations"] = [one for one in lists["annotations"] if one["image_id"] != 10]
     crowd = encoded(np.ones((64, 48), bool))
@@ -119,6 +169,13 @@ def test_a_file_of_another_size_or_kind_is_named(root: Path) -> None:
     [("", "cannot be read"), ("[]", "must hold the lists"),
      ('{"images": [], "annotations": []}', "categories is missing"),
      ('{"images": [{"id": 1}], "annotations": [], "categories": []}', r"images\[0\] has no file_name, width, height"),
+     ('{"images": [7], "annotations": [], "categories": []}', r"images\[0\] must be an object with id, .* got 7"),
+     ('{"images": [{"id": 1, "file_name": 2, "width": 3, "height": 4}], "annotations": [], "categories": []}',
+      r"images\[0\] has file_name 2, which must be text"),
+     ('{"images": [{"id": 1, "file_name": "2", "width": "3", "height": 4}], "annotations": [], "categories": []}',
+      r"images\[0\] has width '3', which must be a whole number above 0"),
+     ('{"images": [], "annotations": [], "categories": [{"id": 1, "name": "a"}, {"id": 1, "name": "b"}]}',
+      r"categories\[1\] has the id 1, as another one before it"),
      ('{"images": [], "annotations": [], "categories": []}', "no image with an object")],
 )  # fmt: skip
 def test_an_annotation_file_that_is_none_is_named(root: Path, text: str, complaint: str) -> None:

@@ -1,10 +1,9 @@
-"""Images with annotated objects in the format of COCO: reading them, and naming what is wrong with them."""
+"""Images with annotated objects in the format of COCO, as a data set."""
 
 from __future__ import annotations
 
 import contextlib
 import io
-import json
 import logging
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
@@ -22,12 +21,11 @@ from torch.utils.data import Dataset
 from torchvision import tv_tensors
 from torchvision.transforms.v2.functional import pil_to_tensor
 
-from vision_mamba.text import shortened
+from vision_mamba.detection import annotations as files
 from vision_mamba.train.errors import DataError
 from vision_mamba.train.seeds import seeded
 
 _log = logging.getLogger("vision_mamba.detection")
-_EDGE = 1.0  # pixels that a box may stick out of its image: published annotations are rounded
 
 Sample = tuple[Any, dict[str, Any]]
 
@@ -104,10 +102,20 @@ class CocoSet(Dataset):
             "labels": torch.tensor([self._labels[one["category_id"]] for one in objects], dtype=torch.int64),
         }
         if self.masks:
-            layers = [self.index.annToMask(one) for one in objects]
+            layers = [self._mask(one) for one in objects]
             stacked = np.stack(layers) if layers else np.zeros((0, *size), np.uint8)
             target["masks"] = tv_tensors.Mask(torch.from_numpy(stacked))
         return target
+
+    def _mask(self, one: dict[str, Any]) -> np.ndarray:
+        try:
+            return self.index.annToMask(one)
+        except Exception as error:  # damaged run lengths raise several types
+            entry = self.index.imgs[one["image_id"]]
+            raise DataError(
+                f"the segmentation of the object with box {one['bbox']} on {entry['file_name']} (image_id "
+                f"{one['image_id']}) cannot be drawn: {error}"
+            ) from error
 
     def __getitem__(self, number: int) -> Sample:
         picture, target = tv_tensors.Image(pil_to_tensor(self.picture(number))), self.target(number)
@@ -150,14 +158,11 @@ def open_split(
     for path, there in ((annotations, annotations.is_file()), (folder, folder.is_dir())):
         if not there:
             raise DataError(f"{path} does not exist; {layout}.")
-    content = _content(annotations)
+    content = files.read(annotations)
     absent = {entry["id"]: f"image {folder / entry['file_name']} (id {entry['id']}) does not exist"
               for entry in content["images"] if not (folder / entry["file_name"]).is_file()}  # fmt: skip
-    wrong = dict(faults(content, masks))
-    complaints = [
-        *absent.values(),
-        *(f"annotation {content['annotations'][i]['id']}: {why}" for i, why in wrong.items()),
-    ]
+    wrong = dict(files.faults(content, masks))
+    complaints = [*absent.values(), *wrong.values()]
     if complaints and not skip_bad:
         listed = "\n  ".join(complaints[:10])
         more = f"\n  ... and {len(complaints) - 10:,} more" if len(complaints) > 10 else ""
@@ -175,32 +180,18 @@ def open_split(
     return _set(content, folder, annotations, masks, keep_empty)
 
 
-def _content(path: Path) -> dict[str, Any]:
-    """The three lists of an annotation file."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise DataError(f"{path} cannot be read: {error}") from error
-    needed = {"images": ("id", "file_name", "width", "height"), "categories": ("id", "name"),
-              "annotations": ("id", "image_id", "category_id", "bbox")}  # fmt: skip
-    for name, keys in needed.items():
-        if not isinstance(content, dict) or not isinstance(content.get(name), list):
-            raise DataError(f"{path} must hold the lists images, annotations and categories; {name} is missing.")
-        for place, entry in enumerate(content[name]):
-            if missing := [key for key in keys if key not in entry]:
-                raise DataError(f"{path}: {name}[{place}] has no {', '.join(missing)}.")
-    return content
-
-
 def _set(content: dict[str, Any], folder: Path, annotations: Path, masks: bool, keep_empty: bool) -> CocoSet:
+    # Numbered anew from 1: pycocotools takes objects of equal numbers for one, and number 0 for not found.
+    content["annotations"] = [
+        {"iscrowd": 0, "area": one["bbox"][2] * one["bbox"][3], **one, "id": number}
+        for number, one in enumerate(content["annotations"], 1)
+    ]
     with quiet():
         index = COCO()
         index.dataset = content
         index.createIndex()
     objects: dict[int, list[dict[str, Any]]] = defaultdict(list)
     for one in content["annotations"]:
-        one.setdefault("iscrowd", 0)
-        one.setdefault("area", one["bbox"][2] * one["bbox"][3])
         if not one["iscrowd"]:
             objects[one["image_id"]].append(one)
     images = [entry["id"] for entry in content["images"] if keep_empty or objects[entry["id"]]]
@@ -208,36 +199,6 @@ def _set(content: dict[str, Any], folder: Path, annotations: Path, masks: bool, 
         raise DataError(f"{annotations} has no image with an object; there is nothing to learn or to measure.")
     categories = sorted(entry["id"] for entry in content["categories"])
     return CocoSet(folder, index, images, {image: objects[image] for image in images}, categories, masks)
-
-
-def faults(content: dict[str, Any], masks: bool) -> Iterator[tuple[int, str]]:
-    """Annotations that cannot be learned from: their place in the list, and why."""
-    sizes = {entry["id"]: (entry["width"], entry["height"]) for entry in content["images"]}
-    categories = {entry["id"] for entry in content["categories"]}
-    for place, one in enumerate(content["annotations"]):
-        if one["image_id"] not in sizes:
-            yield place, f"image_id {one['image_id']} is not among the images"
-        elif one["category_id"] not in categories:
-            known = shortened(sorted(categories))
-            yield place, f"category_id {one['category_id']} is not among the categories ({known})"
-        elif why := _fault_of_box(one["bbox"], *sizes[one["image_id"]]):
-            yield place, f"{why} (image_id {one['image_id']})"
-        elif masks and not one.get("segmentation"):
-            yield (
-                place,
-                f"its segmentation is empty (image_id {one['image_id']}); detectors without masks need none",
-            )
-
-
-def _fault_of_box(box: Any, width: int, height: int) -> str | None:
-    if not isinstance(box, list) or len(box) != 4 or not np.isfinite(box).all():
-        return f"its box must be four numbers x, y, width, height, got {box}"
-    x, y, wide, high = box
-    if wide <= 0 or high <= 0:
-        return f"its box {box} is empty: width and height must be above 0"
-    if x < -_EDGE or y < -_EDGE or x + wide > width + _EDGE or y + high > height + _EDGE:
-        return f"its box {box} lies outside the image, which is {width} x {height}"
-    return None
 
 
 @contextlib.contextmanager
