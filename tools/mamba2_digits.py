@@ -1,16 +1,18 @@
 """Mamba-2 without a first token, on digits, trained in bfloat16: does it stay stable, and what does it learn?
 
     python tools/mamba2_digits.py                  # minutes on a CPU; results/mamba2_digits.jsonl
-    python tools/mamba2_digits.py --device cuda --steps 500
+    python tools/mamba2_digits.py --device cuda --precisions bfloat16 float32
 
 Two mixers in residual blocks read the 64 pixels of an 8 x 8 digit (scikit-learn's, 1,797 of them, a quarter held out)
 as a sequence; their mean is classified. Five hundred steps of AdamW under bfloat16 autocast, all else at its default.
 A line of the record is one direction: losses on the way, the largest norm of a gradient, and how many digits are right.
+In float32 the same model sees the same batches, to compare with.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import logging
 import math
@@ -45,8 +47,8 @@ def build(direction: str) -> SequenceClassifier:
     )
 
 
-def train(direction: str, steps: int, device: torch.device, data: Data) -> dict[str, Any]:
-    """Train one model in bfloat16; what came of it."""
+def train(direction: str, half: bool, steps: int, device: torch.device, data: Data) -> dict[str, Any]:
+    """Train one model, in bfloat16 if asked; what came of it."""
     torch.manual_seed(0)
     images, test_images, labels, test_labels = (part.to(device) for part in data)
     model = build(direction).to(device)
@@ -60,7 +62,7 @@ def train(direction: str, steps: int, device: torch.device, data: Data) -> dict[
     largest = 0.0
     for step in range(steps):
         chosen = torch.randint(len(images), (SETTING["batch"],)).to(device)
-        with torch.autocast(device.type, torch.bfloat16):
+        with torch.autocast(device.type, torch.bfloat16, enabled=half):
             loss = F.cross_entropy(model(images[chosen]).float(), labels[chosen])
         optimizer.zero_grad()
         loss.backward()
@@ -71,10 +73,11 @@ def train(direction: str, steps: int, device: torch.device, data: Data) -> dict[
         if not math.isfinite(losses[-1] + norm):
             raise ArithmeticError(f"{direction}: loss {losses[-1]}, norm of the gradient {norm} at step {step}")
         largest = max(largest, norm)
-    with torch.no_grad(), torch.autocast(device.type, torch.bfloat16):
+    with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=half):
         right = (model(test_images).argmax(1) == test_labels).float().mean().item()
     every = max(1, steps // 10)
     return {
+        "dtype": "bfloat16 autocast" if half else "float32",
         "direction": direction,
         "steps": steps,
         "losses": [round(sum(losses[i : i + every]) / len(losses[i : i + every]), 4) for i in range(0, steps, every)],
@@ -87,6 +90,7 @@ def main() -> int:
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
     parser.add_argument("--directions", nargs="+", choices=list(DIRECTIONS), default=["both", "none"])
+    parser.add_argument("--precisions", nargs="+", choices=["bfloat16", "float32"], default=["bfloat16"])
     parser.add_argument("--steps", type=int, default=500)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--out", type=Path, default=RECORD)
@@ -94,11 +98,12 @@ def main() -> int:
     logging.basicConfig(format="%(message)s", level=logging.INFO, stream=sys.stderr)
     device, data = torch.device(chosen.device), load()
     torch.set_num_threads(1)  # threads cost more than they bring to models this small
-    common = provenance(device) | {"case": "mamba2_digits", "setting": SETTING, "dtype": "bfloat16 autocast"}
+    common = provenance(device) | {"case": "mamba2_digits", "setting": SETTING}
     records = []
-    for direction in chosen.directions:
-        records.append(common | train(direction, chosen.steps, device, data))
-        log.info("%s: losses %s, %.1f%% right", direction, records[-1]["losses"], 100 * records[-1]["accuracy"])
+    for direction, precision in itertools.product(chosen.directions, chosen.precisions):
+        found = train(direction, precision == "bfloat16", chosen.steps, device, data)
+        records.append(common | found)
+        log.info("%s, %s: losses %s, %.1f%% right", direction, precision, found["losses"], 100 * found["accuracy"])
     chosen.out.parent.mkdir(parents=True, exist_ok=True)
     chosen.out.write_text("".join(json.dumps(record) + "\n" for record in records))
     return 0
