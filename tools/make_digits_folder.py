@@ -1,4 +1,4 @@
-"""Make an image set of class folders that can be as large as one likes: a handwritten digit on a photograph, of 10 classes.
+"""Make class folders with as many images as one likes: each a handwritten digit on a part of a photograph.
 
     python tools/make_digits_folder.py --out output/digits_folder --train 100000 --val 5000
     python tools/train.py --config configs/digits/photographs.yaml --data-dir output/digits_folder

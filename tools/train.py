@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import shlex
 import sys
+from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
@@ -12,8 +13,9 @@ from torch.distributed.elastic.multiprocessing.errors import record
 
 from vision_mamba.train import checkpoint
 from vision_mamba.train.checkpoint import BEST, LAST
+from vision_mamba.train.command import finished
 from vision_mamba.train.engine import Position
-from vision_mamba.train.errors import Interrupted, TrainError
+from vision_mamba.train.errors import TrainError
 from vision_mamba.train.journal import SUMMARY, rows
 from vision_mamba.train.options import READER, Config
 from vision_mamba.train.parallel import launcher, rank_by_environment
@@ -37,24 +39,15 @@ def main(argv: list[str]) -> int:
     log = None if config.dry_run or rank else config.run_dir / "train.log"
     level, mark = (logging.WARNING, f"process {rank}: ") if rank else (logging.INFO, "")
     with logging_to(console, log, level, mark):
-        try:
-            result = train(config, begin_from, Progress(console, config.log_interval))
-            if rank == 0 and not config.dry_run:
-                conclude(config, result, console)
-        except Interrupted as stopped:
-            if rank == 0:
-                command = [*launcher(), sys.argv[0], "--resume", stopped.checkpoint]
-                _log.warning("%s\ncontinue with: %s", stopped, shlex.join(command))
-            return stopped.status
-        except TrainError as error:
-            _log.error("error: %s", error)
-            return error.status
-        except KeyboardInterrupt:
-            _log.error("stopped before the first step, or a second time; what was saved before is untouched")
-            return 130
-    if rank == 0 and not config.dry_run:
+        return finished(lambda: run(config, begin_from, console, rank == 0 and not config.dry_run))
+
+
+def run(config: Config, begin_from: Path | None, console: Console, concluding: bool) -> None:
+    """Train, and say what came out if `concluding`."""
+    result = train(config, begin_from, Progress(console, config.log_interval))
+    if concluding:
+        conclude(config, result, console)
         sys.stdout.write(f"{config.model} held-out accuracy {result.metric:.2f} %\n")
-    return 0
 
 
 def conclude(config: Config, result: Position, console: Console) -> None:

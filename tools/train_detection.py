@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import logging
-import shlex
 import sys
 from pathlib import Path
 
@@ -17,12 +15,12 @@ from vision_mamba.detection.run import prepare, train
 from vision_mamba.provenance import provenance
 from vision_mamba.train import checkpoint
 from vision_mamba.train import model as models
-from vision_mamba.train.errors import ConfigError, Interrupted, TrainError
-from vision_mamba.train.parallel import World, launcher, world_on
+from vision_mamba.train.command import finished
+from vision_mamba.train.errors import ConfigError, TrainError
+from vision_mamba.train.parallel import World, world_on
 from vision_mamba.train.progress import Progress, logging_to
 
 COVERED = ("vision_mamba", "csrc", "configs", "tools/train_detection.py")  # what a result depends on, and the data
-_log = logging.getLogger("vision_mamba.detection")
 
 
 def main(argv: list[str]) -> int:
@@ -39,21 +37,14 @@ def main(argv: list[str]) -> int:
         file = None if quiet else config.run_dir / "train.log"
         stack.enter_context(logging_to(Console(quiet=True) if quiet else console, file))
         progress = Progress(Console(quiet=True) if quiet else console, config.log_interval)
-        try:
-            result = train(config, begin_from, progress, world)
-        except Interrupted as stopped:
-            command = [*launcher(), sys.argv[0], "--resume", stopped.checkpoint]
-            _log.warning("%s\ncontinue with: %s", stopped, shlex.join(command))
-            return stopped.status
-        except TrainError as error:
-            _log.error("error: %s", error)
-            return error.status
-        except KeyboardInterrupt:
-            _log.error("stopped before the first step, or a second time; what was saved before is untouched")
-            return 130
-        if world.primary:
-            report(config, result, world)
-    return 0
+        return finished(lambda: run(config, begin_from, progress, world))
+
+
+def run(config: Config, begin_from: Path | None, progress: Progress, world: World) -> None:
+    """Train, and say what came out."""
+    result = train(config, begin_from, progress, world)
+    if world.primary:
+        report(config, result, world)
 
 
 def _together(config: Config, world: World) -> Path | None:

@@ -94,13 +94,18 @@ def flags(config: Config) -> list[str]:
     return words
 
 
+def environment(**more: str) -> dict[str, str]:
+    """The variables of a process that runs this checkout on one thread, like the tests."""
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", **more}
+
+
 def start(*words: str) -> subprocess.Popen[str]:
-    """tools/train.py in a process of its own, on one thread like the tests."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+    """tools/train.py in a process of its own."""
     return subprocess.Popen(
         [sys.executable, "tools/train.py", *words],
         cwd=ROOT,
-        env=environment,
+        env=environment(),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

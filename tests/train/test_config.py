@@ -98,6 +98,14 @@ def test_a_wrong_flag_is_refused(words: list[str], message: str) -> None:
         parsed(*words)
 
 
+def test_each_switch_can_be_turned_on_and_off() -> None:
+    switches = [name for name, rule in READER.rules.items() if rule.kind is bool]
+    assert "no_aug" in switches and "amp" in switches
+    for name in switches:
+        flag = name.replace("_", "-")
+        assert getattr(parsed(f"--{flag}"), name) is True and getattr(parsed(f"--no-{flag}"), name) is False
+
+
 def test_help_names_every_option_and_shows_commands(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match=r"0"):
         parsed("--help")

@@ -119,8 +119,11 @@ def test_sharing_out_wants_several_processes(drawn: Path) -> None:
 
 def test_a_process_that_dies_ends_the_job_with_its_traceback(drawn: Path) -> None:
     words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=0"]
-    words += ["tests/train/parallel_worker.py", *runs.flags(runs.config(drawn, batch_size=2, recovery_interval=1))]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "FAULT": f"1 {STEPS - 1}"}
+    words += [
+        "tests/train/parallel_worker.py",
+        *runs.flags(runs.config(drawn, batch_size=2, workers=1, recovery_interval=1)),
+    ]
+    environment = runs.environment(FAULT=f"1 {STEPS - 1}")
     started = time.monotonic()
     done = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode != 0 and time.monotonic() - started < 200

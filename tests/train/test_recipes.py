@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import tarfile
 from collections import Counter
 from pathlib import Path
@@ -18,7 +19,7 @@ from vision_mamba.train.checkpoint import DAMAGED, LAST, PREVIOUS
 from vision_mamba.train.errors import CheckpointError, ConfigError
 from vision_mamba.train.learner import learning_rate
 from vision_mamba.train.options import Config
-from vision_mamba.train.sampler import epoch_batches
+from vision_mamba.train.sampler import batch_after, epoch_batches, images_before
 
 PLAIN: dict[str, Any] = {"drop_path": 0.0, "mixup": 0.0, "no_aug": True, "epochs": 1}
 
@@ -107,8 +108,12 @@ def test_a_stream_stops_and_goes_on_as_if_nothing_had_been(drawn: Path) -> None:
     interrupted(runs.config(drawn, **options), STEPS - 1)
     runs.fit(runs.config(drawn, resume="auto", **options))
     assert runs.same(runs.weights(drawn / "output" / "run"), whole)
-    with pytest.raises(ConfigError, match=r"--dataset wds/drawn is a stream, which needs --num-classes N"):
-        runs.fit(runs.config(drawn, experiment="other", **{**options, "num_classes": None}))
+    for wrong, told in (
+        ({"num_classes": None}, "which needs --num-classes N"),
+        ({"train_img_sizes": (32, 64)}, "which knows neither --train-img-sizes nor --aug-repeats"),
+    ):
+        with pytest.raises(ConfigError, match=f"--dataset wds/drawn is a stream, {told}"):
+            runs.fit(runs.config(drawn, experiment="other", **{**options, **wrong}))
 
 
 def test_repeated_augmentation_draws_fewer_images_more_often() -> None:
@@ -183,7 +188,34 @@ def test_another_batch_size_goes_on_at_the_same_image(drawn: Path, caplog: pytes
     interrupted(runs.config(drawn), 2)
     with caplog.at_level("WARNING", "vision_mamba.train"):
         runs.fit(runs.config(drawn, batch_size=2, resume="auto"))
-    assert "8 images of the epoch were seen in 1 processes, batches of 4; going on at batch 4 of now" in caplog.text
+    assert "8 images of the epoch were seen in 2 batches of 1 processes; going on at batch 4 of now" in caplog.text
+
+
+def test_sizes_that_change_go_on_at_the_same_image(drawn: Path, caplog: pytest.LogCaptureFixture) -> None:
+    sizes = {"train_img_sizes": (32, 64), "train_batch_sizes": (4, 2), "train_size_schedule": "progressive"}
+    then, now = runs.config(drawn, **sizes), runs.config(drawn, train_batch_sizes=(2,), train_img_sizes=(32,))
+    interrupted(then, 2)
+    batches = epoch_batches(then, 12)
+    batches.at(0, 0)
+    seen = sum(len(batch) for batch in list(batches)[:2])
+    assert seen != 2 * then.batch_size, "the first option is not what they had"
+    with caplog.at_level("WARNING", "vision_mamba.train"):
+        runs.fit(dataclasses.replace(now, resume="auto"))
+    assert (
+        f"{seen} images of the epoch were seen in 2 batches of 1 processes; going on at batch {seen // 2}"
+        in caplog.text
+    )
+
+
+def test_images_before_a_batch_and_the_batch_after_them_belong_together() -> None:
+    sizes = {"train_img_sizes": (32, 64, 96), "train_batch_sizes": (8, 4, 2), "train_size_schedule": "progressive"}
+    config, plain = Config(batch_size=8, epochs=4, seed=1, **sizes), Config(batch_size=4, seed=1)
+    for epoch in range(4):
+        for batch in range(len(epoch_batches(config, 100, 0, 2))):
+            seen = images_before(batch, epoch, config, 100, 2)
+            assert batch_after(seen, epoch, config, 100, 2) == batch
+            other = images_before(batch_after(seen, epoch, plain, 100, 1), epoch, plain, 100, 1)
+            assert 0 <= min(seen, 100) - other < 4, "its batches hold 4"
 
 
 def test_figures_for_tensorboard_where_it_is_installed(drawn: Path) -> None:

@@ -57,8 +57,9 @@ def whole(drawn: Path) -> tuple[Position, Path]:
 
 
 def rows(run_dir: Path) -> list[dict[str, str]]:
+    """What was written down of the epochs, but for how fast they went."""
     with open(run_dir / "summary.csv", newline="") as file:
-        return list(csv.DictReader(file))
+        return [{name: row[name] for name in row if name != "train_images_per_s"} for row in csv.DictReader(file)]
 
 
 @pytest.mark.parametrize(

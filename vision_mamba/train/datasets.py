@@ -51,6 +51,10 @@ def image_sets(config: Config, mode: str) -> tuple[Images, Images, list[str]]:
             raise ConfigError(f"--dataset {config.dataset} is a stream, which needs --num-classes N.")
         if config.workers == 0:
             raise ConfigError(f"--dataset {config.dataset} is a stream, which needs --workers 1 or more.")
+        if config.train_img_sizes is not None or config.aug_repeats:
+            raise ConfigError(
+                f"--dataset {config.dataset} is a stream, which knows neither --train-img-sizes nor --aug-repeats."
+            )
         return train_set, held_out, [str(number) for number in range(config.num_classes)]
     return train_set, held_out, list(train_set.classes)
 

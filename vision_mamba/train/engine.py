@@ -68,6 +68,7 @@ class Trainer:
         self.images, self.journal, self.extras = images, journal, extras
         self.finite = FiniteGuard(self.config.max_bad_steps)
         self.position = Position()
+        self.rate: float | None = None  # images a second of the epoch in progress, loading included, evaluation not
         self._saved_at = time.perf_counter()
 
     @property
@@ -109,11 +110,14 @@ class Trainer:
         position, interval = self.position, self.config.recovery_interval
         self.training.at(position.epoch, position.batch)
         self.learner.task.train()
-        asked = False
+        asked, self.rate = False, None
+        seen, began = 0, time.perf_counter()
         for group in _groups(stop.until_asked(self.training), self.config.grad_accum_steps):
             loss, norm = self.learner.gradients(group, position.epoch, position.batch)
             asked = self._step(len(group), loss, norm, stop)
             images = self.world.size * sum(len(targets) for _, targets in group)
+            seen += images
+            self.rate = seen / (time.perf_counter() - began)
             bar.advance(images, len(group), loss=position.loss_sum / max(1, position.trained), lr=self.learner.lr)
             if asked or (self.world.size == 1 and stop.signum is not None):
                 break
@@ -197,7 +201,7 @@ class Trainer:
                 label, accuracy, position.best_metric, position.best_epoch, self.run_dir / BEST,
             )  # fmt: skip
         train_loss = position.loss_sum / max(1, position.trained)
-        self.journal.epoch(position.epoch, {"loss": train_loss}, measured, self.learner.lr)
+        self.journal.epoch(position.epoch, {"loss": train_loss, "images_per_s": self.rate}, measured, self.learner.lr)
         position.metric, position.left_out_before = accuracy, position.left_out_before + position.left_out
         position.epoch, position.batch, position.left_out = position.epoch + 1, 0, 0
         position.trained, position.loss_sum = 0, 0.0

@@ -103,6 +103,13 @@ _KINDS: dict[Any, tuple[str, Callable[[Any], Any], str | None]] = {
 }
 
 
+class _Switch(argparse.BooleanOptionalAction):
+    """--flag and --no-flag, also where the flag itself begins with no-, as --no-aug does."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        setattr(namespace, self.dest, option_string == self.option_strings[0])
+
+
 class Rule:
     """What a field of a Config says, its type resolved: kind float and optional of `float | None`."""
 
@@ -168,7 +175,7 @@ class Rule:
         shown = "" if self.default in (None, (), "") or self.kind is bool else f" [{_shown(self.default)}]"
         arguments: dict[str, Any] = {"help": self.told["help"].replace("%", "%%") + shown}
         if self.kind is bool:
-            arguments |= {"action": argparse.BooleanOptionalAction}
+            arguments |= {"action": _Switch}
         else:
             arguments |= {"metavar": f"{{{','.join(self._names)}}}" if self._names else _KINDS[self.kind][2]}
         if typing.get_origin(self.kind) in (tuple, dict):

@@ -48,11 +48,11 @@ class Journal:
         if self.writes:
             trim_summary(str(self.summary), epoch)
 
-    def epoch(self, epoch: int, training: dict[str, float], held_out: dict[str, float], lr: float) -> None:
+    def epoch(self, epoch: int, training: dict[str, float | None], held_out: dict[str, float], lr: float) -> None:
         """Write down an epoch. A disk that is full costs the row, not the run."""
         if not self.writes:
             return
-        figures = {f"train_{name}": value for name, value in training.items()}
+        figures = {f"train_{name}": value for name, value in training.items() if value is not None}
         figures |= {f"eval_{name}": value for name, value in held_out.items()} | {"lr": lr}
         try:
             update_summary(epoch, training, held_out, str(self.summary), lr=lr)

@@ -26,9 +26,10 @@ from vision_mamba.train.images import ImageSet
 from vision_mamba.train.journal import Journal
 from vision_mamba.train.learner import Learner
 from vision_mamba.train.loader import evaluation_feed, training_feed
-from vision_mamba.train.options import Config
+from vision_mamba.train.options import READER, Config
 from vision_mamba.train.parallel import World, local_rank, rank_by_environment, world_on
 from vision_mamba.train.progress import Progress
+from vision_mamba.train.sampler import batch_after, images_before
 
 _log = logging.getLogger("vision_mamba.train")
 
@@ -154,17 +155,27 @@ def _resume(trainer: Trainer, path: Path) -> None:
             _log.warning("--%s was %s so far, is %s from here on", name.replace("_", "-"), was, now.get(name))
     if (images := checkpoint.entry(content, "images", path)) != extras["images"]:
         _log.warning("the data had %d images so far, has %d from here on", images, extras["images"])
-    processes = content.get("processes", 1)
-    if position.batch and (processes, saved["batch_size"]) != (trainer.world.size, now["batch_size"]):
-        seen = position.batch * processes * saved["batch_size"]
-        position.batch = seen // (trainer.world.size * now["batch_size"])
-        position.trained, position.loss_sum = 0, 0.0
-        _log.warning(
-            "%d images of the epoch were seen in %d processes, batches of %d; going on at batch %d of now",
-            seen, processes, saved["batch_size"], position.batch,
-        )  # fmt: skip
+    _go_on_at_the_same_image(trainer, Config(**READER.from_saved(saved, str(path))), images, content["processes"])
     where = f"after epoch {position.epoch}" + (f" and {position.batch} batches" if position.batch else "")
     _log.info("%s %s: %s", "finished" if trainer.done else "continuing", where, path)
+
+
+def _go_on_at_the_same_image(trainer: Trainer, saved: Config, images: int, processes: int) -> None:
+    """Enter an epoch after as many images as were seen of it, if batches or processes have changed.
+
+    Args:
+        saved, images, processes: options, number of images and of processes so far.
+    """
+    position, now = trainer.position, (trainer.config, trainer.extras["images"], trainer.world.size)
+    seen = images_before(position.batch, position.epoch, saved, images, processes)
+    if seen == images_before(position.batch, position.epoch, *now):
+        return
+    batch = batch_after(seen, position.epoch, *now)
+    _log.warning(
+        "%d images of the epoch were seen in %d batches of %d processes; going on at batch %d of now",
+        seen, position.batch, processes, batch,
+    )  # fmt: skip
+    position.batch, position.trained, position.loss_sum = batch, 0, 0.0
 
 
 def _step_on_noise(trainer: Trainer) -> None:

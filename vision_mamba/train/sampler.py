@@ -106,3 +106,21 @@ def epoch_batches(config: Config, length: int, rank: int = 0, processes: int = 1
         sizes, given = len(config.train_img_sizes), len(scheduled.batch_sizes)
         raise ConfigError(f"--train-batch-sizes must be as many as --train-img-sizes, {sizes}, got {given}.")
     return EpochBatches(order, scheduled)
+
+
+def images_before(batch: int, epoch: int, config: Config, length: int, processes: int) -> int:
+    """Images that all processes together see in an epoch before a batch."""
+    return sum(itertools.islice(_together(epoch, config, length, processes), batch))
+
+
+def batch_after(images: int, epoch: int, config: Config, length: int, processes: int) -> int:
+    """The batch of an epoch before which all processes together see at most so many images."""
+    seen = itertools.accumulate(_together(epoch, config, length, processes))
+    return sum(1 for _ in itertools.takewhile(lambda total: total <= images, seen))
+
+
+def _together(epoch: int, config: Config, length: int, processes: int) -> Iterator[int]:
+    """How many images all processes together have in each batch of an epoch."""
+    batches = epoch_batches(config, length, 0, processes)
+    batches.at(epoch, 0)
+    return (processes * len(batch) for batch in batches)
