@@ -259,7 +259,16 @@ def test_an_empty_batch() -> None:
         (lambda: Mamba(32, dt_init="uniform"), "Mamba: dt_init must be one of random, constant, got 'uniform'"),
         (lambda: Mamba(32, dt_min=0.2), "Mamba: steps must start from 0 < dt_min <= dt_max, got 0.2 and 0.1"),
         (lambda: Mamba(32, groups=3), "Mamba: groups must divide the 64 inner channels, got 3; choose a divisor"),
-        (lambda: Mamba(32, groups=0), "Mamba: groups must divide the 64 inner channels, got 0"),
+        (lambda: Mamba(32, groups=0), "Mamba: groups must be a whole number from 1, got 0"),
+        (lambda: Mamba(32, expand=0.01), "Mamba: groups must divide the 0 inner channels"),
+        (lambda: Mamba(32, dt_rank="auto"), "Mamba: dt_rank must be a whole number from 1, got 'auto'"),  # type: ignore
+        (lambda: Mamba(32, d_conv=0), "Mamba: d_conv must be a whole number from 1, got 0"),
+        (lambda: Mamba(32)(torch.zeros(5, 32)), r"Mamba: x must be \(batch, tokens, 32\) .*, got \(5, 32\)"),
+        (lambda: Mamba(32)(torch.zeros(2, 0, 32)), r"with a token at least, got \(2, 0, 32\)"),
+        (
+            lambda: Mamba(32, d_state=4)(torch.zeros(2, 3, 32), Mamba(32, d_state=4).allocate_inference_cache(1)),
+            r"states of \[64, 4\], \[64, 4\] for a batch of 2, got \(1, 64, 4\), \(1, 64, 4\); make it by allocate",
+        ),
         (
             lambda: Mamba(32).step(torch.zeros(2, 3, 32), *Mamba(32).allocate_inference_cache(2)),
             r"Mamba.step: x must be one token \(batch, 1, 32\), got \(2, 3, 32\); give more of them to forward",

@@ -229,6 +229,13 @@ def test_torchs_tools() -> None:
         (lambda: Mamba2(32, d_ssm=128), "Mamba2: headdim must divide d_ssm, .* got headdim 64 and d_ssm 128"),
         (lambda: Mamba2(32, headdim=16, ngroups=3), "Mamba2: ngroups must divide the 4 heads, got 3"),
         (lambda: Mamba2(32, A_init_range=(0, 1)), "Mamba2: A_init_range must be .* got \\(0, 1\\)"),
+        (lambda: Mamba2(32, headdim=0), "Mamba2: headdim must be a whole number from 1, got 0"),
+        (lambda: Mamba2(32, dt_limit=(1, 0)), r"Mamba2: dt_limit must be .* got \(1, 0\)"),
+        (lambda: small()(torch.zeros(2, 3, 7, dtype=F64)), r"Mamba2: x must be \(batch, tokens, 8\)"),
+        (
+            lambda: small()(torch.zeros(2, 3, 8, dtype=F64), small().allocate_inference_cache(2)[::-1]),
+            "Mamba2: the cache must hold .*; make it by allocate_inference_cache",
+        ),
         (lambda: Mamba2(32, dt_min=0.2), "Mamba2: steps must start from 0 < dt_min <= dt_max, got 0.2 and 0.1"),
         (lambda: Mamba2(32, direction="up"), "Mamba2: direction must be one of causal, reversed, both, none, got 'up'"),
         (

@@ -72,6 +72,7 @@ def test_scalar_is_scipys(method: str, a: float) -> None:
 def test_numbers_are_scalars() -> None:
     A, B = discretize(-1.0, 1.0, 0.5, "euler")
     assert (A.item(), B.item()) == (0.5, 0.5)
+    assert discretize(-1, 1, 0.5, "euler") == (A, B)
 
 
 @pytest.mark.parametrize("method", METHODS)

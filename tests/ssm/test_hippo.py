@@ -103,10 +103,10 @@ def test_every_diagonal_is_stable(name: str) -> None:
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: hippo_legs(0), "hippo_legs: states must be at least 1, got 0"),
+        (lambda: hippo_legs(0), "hippo_legs: states must be a whole number from 1, got 0"),
         (lambda: diagonal("hippo", 4), "diagonal: name must be one of legs, lin, inv, real, random, got 'hippo'"),
         (lambda: diagonal("lin", 5), "diagonal: states must be even.*got 5"),
-        (lambda: diagonal("lin", 0), "diagonal: states must be at least 1, got 0"),
+        (lambda: diagonal("lin", 0), "diagonal: states must be a whole number from 1, got 0"),
     ],
 )
 def test_refusals(call, message: str) -> None:

@@ -117,6 +117,10 @@ def test_a_frozen_model_stays_as_it_starts() -> None:
         (lambda: S4D(4, 8, method="euler"), "S4D: method must be one of zoh, bilinear, which are stable"),
         (lambda: S4D(4, 8, dt_min=0.2, dt_max=0.1), "S4D: steps must start from 0 < dt_min <= dt_max, got 0.2 and 0.1"),
         (lambda: S4D(4, 8)(torch.zeros(2, 4, 9)), r"S4D: x must be \(batch, tokens, 4\), got \(2, 4, 9\)"),
+        (
+            lambda: S4D(4, 8)(torch.zeros(1, 2, 4), S4D(4, 8).allocate_inference_cache(3)),
+            r"S4D: the state must be \(batch, channels, pairs\) = \(1, 4, 4\), got \(3, 4, 4\)",
+        ),
         (lambda: S4D(4, 8).step(torch.zeros(2, 2, 4), torch.zeros(2, 4, 4)), "S4D.step: x must be one token"),
     ],
 )

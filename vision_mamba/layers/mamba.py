@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -18,6 +19,27 @@ def init_dt_constant_(weight: Tensor, rank: int, scale: float = 1.0) -> Tensor:
 
 #: How the projection to step sizes starts, by the published names.
 DT_INITS: dict[str, Callable[..., Tensor]] = {"random": init_dt_weight_, "constant": init_dt_constant_}
+
+
+def require_sizes(where: str, **sizes: object) -> None:
+    """Raise ValueError unless all are whole numbers from 1."""
+    for name, size in sizes.items():
+        if not isinstance(size, Integral) or size < 1:
+            raise ValueError(f"{where}: {name} must be a whole number from 1, got {size!r}.")
+
+
+def require_tokens(
+    where: str, x: Tensor, width: int, cache: tuple[Tensor, ...] | None, states: list[list[int]]
+) -> None:
+    """Raise ValueError unless x is (B, L, width) with a token at least, and a cache has states (B, *sizes) for it."""
+    if x.dim() != 3 or x.shape[2] != width or x.shape[1] < 1:
+        raise ValueError(f"{where}: x must be (batch, tokens, {width}) with a token at least, got {tuple(x.shape)}.")
+    if cache is not None and [list(state.shape) for state in cache] != [[x.shape[0], *sizes] for sizes in states]:
+        found = ", ".join(str(tuple(state.shape)) for state in cache)
+        raise ValueError(
+            f"{where}: the cache must hold (batch, ...) states of {', '.join(map(str, states))} for a batch of "
+            f"{x.shape[0]}, got {found}; make it by allocate_inference_cache({x.shape[0]})."
+        )
 
 
 class StepProjection(nn.Linear):
@@ -81,7 +103,8 @@ class Mamba(nn.Module):
             channel a group of its own, which costs as much more memory traffic as there are channels in a group.
 
     Shape: (B, L, E) -> (B, L, E).
-    Raises: ValueError for an unknown dt_init, a range of steps that is none, or groups that do not divide D.
+    Raises: ValueError for sizes or a range of steps that are none, an unknown dt_init, groups that do not divide D, and
+        for tokens or a cache that do not fit.
     Numerics: A_log, D and the bias of the steps are float32 at least, and so are states and sums, by the operator.
     Reference: Gu and Dao 2023, arXiv:2312.00752, section 3.4.
 
@@ -116,6 +139,8 @@ class Mamba(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        dt_rank = math.ceil(d_model / 16) if dt_rank is None else dt_rank
+        require_sizes("Mamba", d_model=d_model, d_state=d_state, d_conv=d_conv, dt_rank=dt_rank, groups=groups)
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         # Half precision is too coarse for what is exponentiated or summed over a whole sequence.
         wide: dict[str, Any] = {
@@ -124,8 +149,8 @@ class Mamba(nn.Module):
         }
         self.d_model, self.d_state, self.d_conv = d_model, d_state, d_conv
         self.d_inner = d_inner = int(expand * d_model)
-        self.dt_rank = math.ceil(d_model / 16) if dt_rank is None else dt_rank
-        if groups < 1 or d_inner % groups:
+        self.dt_rank = dt_rank
+        if d_inner < 1 or d_inner % groups:
             raise ValueError(
                 f"Mamba: groups must divide the {d_inner} inner channels, got {groups}; choose a divisor, or another "
                 f"d_model or expand."
@@ -158,6 +183,8 @@ class Mamba(nn.Module):
 
     def forward(self, x: Tensor, cache: tuple[Tensor, Tensor] | None = None) -> Tensor:
         """The whole sequence, or its next part: a cache is continued from, and left at the last token."""
+        states = [[self.d_inner, self.d_conv], [self.d_inner, self.d_state]]
+        require_tokens("Mamba", x, self.d_model, cache, states)
         x, z = self.in_proj(x).chunk(2, -1)
         x = F.silu(self._convolve(x, None if cache is None else cache[0]))
         dt, B, C = self.x_proj(x).split(self.widths, -1)

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vision_mamba.layers.init import init_dt_bias_
+from vision_mamba.layers.mamba import require_sizes, require_tokens
 from vision_mamba.ops import ssd
 from vision_mamba.ops.ssd import DIRECTIONS
 
@@ -94,7 +95,8 @@ class Mamba2(nn.Module):
         chunk_size: tokens that the scan multiplies at once; the backend's choice by default.
 
     Shape: (B, L, E) -> (B, L, E).
-    Raises: ValueError for widths that do not divide, ranges that are none, and an unknown direction.
+    Raises: ValueError for sizes and ranges that are none, widths that do not divide, an unknown direction,
+        and for tokens or a cache that do not fit.
     Numerics: A_log, D and dt_bias are float32 at least, and so are states and sums, and the norm.
     Reference: Dao and Gu 2024, Mamba-2, arXiv:2405.21060, section 7.
 
@@ -134,6 +136,7 @@ class Mamba2(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        require_sizes("Mamba2", d_model=d_model, d_state=d_state, d_conv=d_conv, headdim=headdim, ngroups=ngroups)
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         # Half precision is too coarse for what is exponentiated or summed over a whole sequence.
         float_type = torch.promote_types(dtype or torch.get_default_dtype(), torch.float32)
@@ -148,12 +151,14 @@ class Mamba2(nn.Module):
                 f"headdim {headdim} and d_ssm {self.d_ssm}; choose another headdim, d_model or expand."
             )
         self.nheads = self.d_ssm // headdim
-        if ngroups < 1 or self.nheads % ngroups:
+        if self.nheads % ngroups:
             raise ValueError(f"Mamba2: ngroups must divide the {self.nheads} heads, got {ngroups}; choose a divisor.")
-        if not 0 < A_init_range[0] <= A_init_range[1]:
+        if len(A_init_range) != 2 or not 0 < A_init_range[0] <= A_init_range[1]:
             raise ValueError(f"Mamba2: A_init_range must be (low, high) with 0 < low <= high, got {A_init_range}.")
         if not 0 < dt_min <= dt_max:
             raise ValueError(f"Mamba2: steps must start from 0 < dt_min <= dt_max, got {dt_min} and {dt_max}.")
+        if len(dt_limit) != 2 or not dt_limit[0] < dt_limit[1]:
+            raise ValueError(f"Mamba2: dt_limit must be (lowest, highest) with lowest < highest, got {dt_limit}.")
         if direction not in DIRECTIONS:
             raise ValueError(f"Mamba2: direction must be one of {', '.join(DIRECTIONS)}, got {direction!r}.")
         self._start = (A_init_range, dt_min, dt_max, dt_init_floor, conv_init)
@@ -187,6 +192,8 @@ class Mamba2(nn.Module):
                 f"Mamba2: a cache continues a causal sequence, but direction is {self.direction!r}; give it the whole "
                 f"sequence."
             )
+        states = [[self.conv1d.in_channels, self.d_conv], [self.nheads, self.headdim, self.d_state]]
+        require_tokens("Mamba2", x, self.d_model, cache, states)
         gate, value, z, xBC, dt = self.in_proj(x).split(self.widths, -1)
         xBC = F.silu(self._convolve(xBC, None if cache is None else cache[0]))
         x, B, C = xBC.split([self.d_ssm, *[self.ngroups * self.d_state] * 2], -1)

@@ -84,6 +84,10 @@ def ssd(
     if direction not in DIRECTIONS:
         raise ValueError(f"ssd: direction must be one of {', '.join(DIRECTIONS)}, got {direction!r}.")
     causal, routes, descending = DIRECTIONS[direction]
+    if not isinstance(dt_limit, tuple | list) or len(dt_limit) != 2:
+        raise ValueError(f"ssd: dt_limit must be (lowest, highest), got {dt_limit!r}.")
+    if indices is None and not merge:
+        raise ValueError("ssd: merge=False keeps the routes of an index table apart; give indices, or leave it out.")
     low, high = dt_limit
     call = SsdCall(
         x, dt, A, B, C, D, indices, dt_bias, initial_state, causal, descending, dt_softplus, float(low),

@@ -176,7 +176,7 @@ def _check_numbers(call: SsdCall) -> None:
     low, high = call.dt_min, math.inf if call.dt_max is None else call.dt_max
     if not low < high:
         raise ValueError(f"{WHERE}: dt_limit must be (lowest, highest) with lowest < highest, got ({low}, {high}).")
-    if call.chunk is not None and call.chunk < 1:
+    if call.chunk is not None and (not isinstance(call.chunk, int) or call.chunk < 1):
         raise ValueError(f"{WHERE}: chunk must be a number of tokens from 1, or None for the best, got {call.chunk}.")
     if not 0 <= call.descending <= call.routes or (call.descending and call.indices is not None):
         raise ValueError(

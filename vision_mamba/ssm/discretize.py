@@ -42,7 +42,7 @@ def discretize(
     """
     if method not in _DIAGONAL:
         raise ValueError(f"discretize: method must be one of {', '.join(_DIAGONAL)}, got {method!r}.")
-    A, B = torch.as_tensor(A), torch.as_tensor(B)
+    A, B = (torch.as_tensor(float(t) if isinstance(t, int) else t) for t in (A, B))
     for name, tensor in (("A", A), ("B", B)):
         if not (tensor.is_floating_point() or tensor.is_complex()):
             raise ValueError(f"discretize: {name} must be float or complex, got {tensor.dtype}; use {name}.float().")

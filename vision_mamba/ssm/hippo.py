@@ -147,5 +147,5 @@ def diagonal(name: str, states: int) -> tuple[Tensor, Tensor]:
 
 
 def _check_states(where: str, states: int) -> None:
-    if states < 1:
-        raise ValueError(f"{where}: states must be at least 1, got {states}.")
+    if states < 1 or states != int(states):
+        raise ValueError(f"{where}: states must be a whole number from 1, got {states}.")

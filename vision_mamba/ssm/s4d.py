@@ -118,6 +118,7 @@ class S4D(nn.Module):
         """The next token (B, 1, D) by the recurrence; returns its output and the state, which is updated in place."""
         if x.dim() != 3 or x.shape[1] != 1:
             raise ValueError(f"S4D.step: x must be one token (batch, 1, {self.dim}), got {tuple(x.shape)}.")
+        self._check("S4D.step", x, ssm_state)
         A, B, C = self.discrete()
         # A copy of the state, since backward may want what is overwritten.
         h = A * ssm_state.clone() + B * x.transpose(1, 2).to(B.real.dtype)
@@ -133,8 +134,7 @@ class S4D(nn.Module):
         return (torch.zeros(shape, dtype=real.to_complex(), device=self.C.device),)
 
     def _run(self, x: Tensor, cache: tuple[Tensor] | None) -> Tensor:
-        if x.dim() != 3 or x.shape[2] != self.dim or x.shape[1] < 1:
-            raise ValueError(f"S4D: x must be (batch, tokens, {self.dim}), got {tuple(x.shape)}.")
+        self._check("S4D", x, None if cache is None else cache[0])
         length = x.shape[1]
         if cache is None:
             return fft_convolve(x, self.kernel(length))
@@ -148,6 +148,16 @@ class S4D(nn.Module):
         last = table[-1] * state + B * torch.einsum("ldn,bld->bdn", table[:-1].flip(0), inputs)
         cache[0].copy_(last.detach())
         return y
+
+    def _check(self, where: str, x: Tensor, state: Tensor | None) -> None:
+        if x.dim() != 3 or x.shape[2] != self.dim or x.shape[1] < 1:
+            raise ValueError(f"{where}: x must be (batch, tokens, {self.dim}), got {tuple(x.shape)}.")
+        expected = (x.shape[0], self.dim, self.d_state // 2)
+        if state is not None and state.shape != expected:
+            raise ValueError(
+                f"{where}: the state must be (batch, channels, pairs) = {expected}, got {tuple(state.shape)}; make it "
+                f"by allocate_inference_cache({x.shape[0]}), which returns a tuple."
+            )
 
     def _mix(self, y: Tensor, x: Tensor) -> Tensor:
         y = F.gelu(y + self.D.to(y.dtype) * x.to(y.dtype))
