@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from vision_mamba.detection.model import DETECTORS, Pyramid, create_detector
 
-SMALL = dict(channels=32, head_channels=32, min_size=64, max_size=96)
+SMALL = dict(channels=64, head_channels=32, min_size=64, max_size=96)
 HEADS = {  # what each detector learns
     "faster_rcnn": {"loss_objectness", "loss_rpn_box_reg", "loss_classifier", "loss_box_reg"},
     "mask_rcnn": {"loss_objectness", "loss_rpn_box_reg", "loss_classifier", "loss_box_reg", "loss_mask"},
@@ -51,6 +51,22 @@ def test_every_weight_gets_a_gradient_and_detections_lie_in_the_image(detector: 
             assert one["masks"].shape[1:] == (1, height, width)
 
 
+@pytest.mark.parametrize("detector", DETECTORS)
+def test_boxes_are_no_coarser_under_autocast(detector: str) -> None:
+    """Where the pixels that bfloat16 has are 4 apart."""
+    every = {"box_score_thresh" if detector in ("faster_rcnn", "mask_rcnn") else "score_thresh": 0.0}
+    torch.manual_seed(0)
+    model = create_detector(detector, "test_vmamba", classes=2, detector_kwargs=every, **SMALL).eval()
+    seen: list[torch.dtype] = []
+    model.backbone.register_forward_hook(lambda module, args, levels: seen.extend(x.dtype for x in levels.values()))
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        (found,) = model([torch.rand(3, 32, 800)])
+    right = found["boxes"][:, 2]
+    right = right[(right > 512) & (right < 800)]
+    assert torch.bfloat16 in seen and len(right) and (right != right.bfloat16().float()).float().mean() > 0.5
+    assert found["scores"].dtype == torch.float32
+
+
 @pytest.mark.parametrize("backbone", ["test_vmamba", "test_localvmamba", "test_vim", "test_resnet"])
 def test_levels_have_the_strides_asked_for(backbone: str) -> None:
     pyramid = Pyramid(backbone, (8, 16, 32), 16)
@@ -87,8 +103,9 @@ def test_what_the_backbone_exempts_is_exempt_under_its_longer_name() -> None:
 def test_sizes_that_contradict_each_other_are_refused() -> None:
     with pytest.raises(ValueError, match=r"test_vmamba has no map of stride 2; it has \(4, 8, 16, 32\)"):
         Pyramid("test_vmamba", (2, 4))
-    with pytest.raises(ValueError, match="need a multiple of 32 channels, got 20"):
-        create_detector("fcos", "test_vmamba", classes=2, channels=20)
+    for channels in (20, 32):
+        with pytest.raises(ValueError, match=f"a multiple of 32 channels, 64 or more, got {channels}"):
+            create_detector("fcos", "test_vmamba", classes=2, channels=channels)
 
 
 @pytest.mark.parametrize("backbone, millions", [("vmamba_tiny_s1l8", 49.755), ("vmamba_tiny_s2l5", 50.212)])

@@ -13,6 +13,7 @@ import timm
 import torch
 from timm.layers import LayerNorm2d
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 from torchvision.models import detection
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.faster_rcnn import TwoMLPHead
@@ -103,7 +104,10 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Detector:
-    """A detector of torchvision: its class and arguments, on which strides, what is above them, its anchors' scale."""
+    """A detector of torchvision: its class and arguments, on which strides, what is above them, its anchors' scale.
+
+    `predictors` are its modules that give offsets of boxes, scores and masks.
+    """
 
     kind: type[nn.Module]
     build: Callable[..., dict[str, Any]]  # pyramid, sizes -> its arguments
@@ -111,6 +115,7 @@ class Detector:
     extra: Callable[[int], nn.Module]
     extra_levels: int
     anchor_scale: float
+    predictors: tuple[str, ...]
     masks: bool = False
 
 
@@ -145,8 +150,10 @@ def _retinanet(pyramid: Pyramid, sizes: Sizes) -> dict[str, Any]:
 
 
 def _fcos(pyramid: Pyramid, sizes: Sizes) -> dict[str, Any]:
-    if pyramid.out_channels % 32:
-        raise ValueError(f"fcos: its group norms need a multiple of 32 channels, got {pyramid.out_channels}.")
+    if pyramid.out_channels % 32 or pyramid.out_channels < 64:  # a group of one channel says nothing of one pixel
+        raise ValueError(
+            f"fcos: its 32 group norms need a multiple of 32 channels, 64 or more, got {pyramid.out_channels}."
+        )
     points = tuple((round(sizes.anchor_scale * stride),) for stride in sizes.levels)
     return dict(num_classes=sizes.classes, anchor_generator=AnchorGenerator(points, ((1.0,),) * len(points)))
 
@@ -158,13 +165,24 @@ def _p6p7(channels: int) -> nn.Module:
 _TWO_STAGE: dict[str, Any] = dict(
     strides=(4, 8, 16, 32), extra=lambda channels: LastLevelMaxPool(), extra_levels=1, anchor_scale=8.0
 )
-_ONE_STAGE: dict[str, Any] = dict(strides=(8, 16, 32), extra=_p6p7, extra_levels=2)
+_ONE_STAGE: dict[str, Any] = dict(strides=(8, 16, 32), extra=_p6p7, extra_levels=2, predictors=("head",))
+_BOXES = ("rpn.head", "roi_heads.box_predictor")
+_MASKS = (*_BOXES, "roi_heads.mask_predictor")
 DETECTORS = {
-    "faster_rcnn": Detector(detection.FasterRCNN, _faster_rcnn, **_TWO_STAGE),
-    "mask_rcnn": Detector(detection.MaskRCNN, _mask_rcnn, **_TWO_STAGE, masks=True),
+    "faster_rcnn": Detector(detection.FasterRCNN, _faster_rcnn, **_TWO_STAGE, predictors=_BOXES),
+    "mask_rcnn": Detector(detection.MaskRCNN, _mask_rcnn, **_TWO_STAGE, predictors=_MASKS, masks=True),
     "retinanet": Detector(detection.RetinaNet, _retinanet, **_ONE_STAGE, anchor_scale=4.0),
     "fcos": Detector(detection.FCOS, _fcos, **_ONE_STAGE, anchor_scale=1.0),
 }
+
+
+def _widened(module: nn.Module, arguments: Any, outputs: Any) -> Any:
+    """A forward hook: float32 of what autocast has narrowed.
+
+    torchvision casts anchors and boxes to the type of the offsets, and in bfloat16 the pixels beyond 1,024 are 8 apart.
+    """
+    narrow = (torch.float16, torch.bfloat16)
+    return tree_map(lambda value: value.float() if getattr(value, "dtype", None) in narrow else value, outputs)
 
 
 def create_detector(
@@ -199,7 +217,7 @@ def create_detector(
     Returns: a module as torchvision's: losses by name in training, boxes, labels, scores (and masks) in evaluation.
     Raises: ValueError for sizes that contradict each other.
 
-    >>> model = create_detector("fcos", "test_vmamba", classes=2, channels=32).eval()
+    >>> model = create_detector("fcos", "test_vmamba", classes=2, channels=64).eval()
     >>> sorted(model([torch.rand(3, 64, 80)])[0])
     ['boxes', 'labels', 'scores']
     """
@@ -221,4 +239,7 @@ def create_detector(
         size_divisible=math.lcm(32, pyramid.strides[-1]),
         _skip_resize=True,  # in training, where the transforms do it, boxes and masks included
     )
-    return kind.kind(pyramid, **(kind.build(pyramid, sizes) | image | further))
+    model = kind.kind(pyramid, **(kind.build(pyramid, sizes) | image | further))
+    for name in kind.predictors:
+        model.get_submodule(name).register_forward_hook(_widened)
+    return model
