@@ -78,6 +78,13 @@ def test_the_rounding_of_states_does_not_add_up() -> None:
         assert relative_rms(found[name], reference[name]) <= 1e-5, name
 
 
+@pytest.mark.parametrize("skip", ["heads", "channels"])
+def test_wide_heads_in_parts(skip: str, monkeypatch: pytest.MonkeyPatch, poisoned: None) -> None:
+    monkeypatch.setattr(ssd_triton, "_MAX_CHANNELS", 4)
+    types = (F16,) * 4 if skip == "heads" else (F32,) * 4
+    assert_matches(SsdCase(grid=(1, 18), channels=9, heads=2, groups=2, state=True, skip=skip, dtypes=types))
+
+
 def test_only_by_name() -> None:
     call = make_call(SsdCase())
     assert registry.get("triton").unavailable(call.x.device) is None

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -20,6 +19,11 @@ from vision_mamba.ops.ssd_operator import registry
 
 HERE = Path(__file__).parent
 GPU_CASES = ssd_cases.options() + ssd_cases.shapes() + ssd_cases.types() + ssd_cases.layouts()
+WIDE = [
+    SsdCase(channels=192, states=16, heads=2, groups=1, dtypes=(BF16,) * 4, grid=(1, 70)),
+    SsdCase(channels=130, states=5, skip="channels", state=True, routes=2, descending=1, heads=2, groups=2),
+    SsdCase(channels=128, states=129, heads=2, groups=1, state=True, grid=(1, 40)),
+]
 TILES = [(dtype, states) for dtype in (BF16, F16, F32) for states in (16, 64, 128, 256)]
 
 
@@ -53,10 +57,15 @@ def test_says_why_it_can_not_run() -> None:
     with pytest.raises(BackendError, match=r"ssd: backend 'triton' refuses this call: its tensors are on cpu"):
         run(make_call(SsdCase()), "triton")
     assert "float64" in str(ssd_triton.BACKEND.refuses(make_call(SsdCase(dtypes=(F64,) * 4))))
-    assert "129 channels, over 128" in str(ssd_triton.BACKEND.refuses(make_call(SsdCase(channels=129))))
-    wide = SsdCase(channels=65, states=129, grid=(1, 2), heads=2)
-    assert "float32 states of 129 x 65 do not fit" in str(ssd_triton.BACKEND.refuses(make_call(wide)))
-    assert ssd_triton.BACKEND.refuses(make_call(replace(wide, dtypes=(BF16,) * 4))) is None
+    assert ssd_triton.BACKEND.refuses(make_call(SsdCase(channels=300, states=256, grid=(1, 2), heads=2))) is None
+
+
+def test_wide_heads_are_run_in_parts() -> None:
+    """Equal parts, as few as fit into a processor."""
+    for channels, states, dtype, parts in [(128, 256, BF16, 1), (129, 3, BF16, 3), (384, 3, F32, 3), (131, 3, F32, 131),
+                                           (65, 129, F32, 5), (128, 129, F32, 2), (65, 129, BF16, 1)]:  # fmt: skip
+        case = SsdCase(channels=channels, states=states, grid=(1, 2), heads=1, groups=1, dtypes=(dtype,) * 4)
+        assert ssd_triton.parts_of(make_call(case)) == parts
 
 
 @pytest.mark.parametrize("steps", [1, 5, 64, 197, 16384])
@@ -76,7 +85,7 @@ def test_a_plan_covers_the_route(steps: int, batch: int, monkeypatch: pytest.Mon
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("case", GPU_CASES, ids=str)
+@pytest.mark.parametrize("case", GPU_CASES + WIDE, ids=str)
 def test_matches_the_reference(case: SsdCase, poisoned: None) -> None:
     assert_matches(case)
 

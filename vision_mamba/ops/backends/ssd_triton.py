@@ -137,14 +137,34 @@ def _options(launch: Launch, limited: bool) -> dict[str, int]:
 def _refuses(call: SsdCall) -> str | None:
     if call.x.dtype == torch.float64:
         return "float64 is computed by 'eager' and 'reference' alone; convert with .float()."
-    if call.channels > _MAX_CHANNELS:
-        return f"heads have {call.channels} channels, over {_MAX_CHANNELS}; use more and narrower heads."
-    if call.states > 128 and call.channels > 64 and torch.float32 in _factors(call):
-        return (
-            f"float32 states of {call.states} x {call.channels} do not fit into a processor; use narrower heads "
-            f"or half precision."
-        )
     return None
+
+
+def parts_of(call: SsdCall) -> int:
+    """In how many heads side by side a head is run, since the state of one has to fit into a processor."""
+    most = 64 if call.states > 128 and torch.float32 in _factors(call) else _MAX_CHANNELS
+    return next(n for n in range(-(-call.channels // most), call.channels + 1) if call.channels % n == 0)
+
+
+def split_heads(call: SsdCall, parts: int) -> SsdCall:
+    """The same scan with every head as `parts` narrower ones, which share its decay; views but for what a head has."""
+
+    def narrower(t: Tensor, axis: int) -> Tensor:
+        """The axes of heads and of channels: (..., H, P, ...) -> (..., H parts, P / parts, ...)."""
+        return t.unflatten(axis + 1, (parts, -1)).flatten(axis, axis + 1)
+
+    def each(t: Tensor) -> Tensor:
+        return t.repeat_interleave(parts, -1)
+
+    D, bias, state = call.D, call.dt_bias, call.initial_state
+    return call._replace(
+        x=narrower(call.x, -2 % call.x.dim()),
+        dt=each(call.dt.float()),  # float32, since gradients of the parts are added
+        A=each(call.A),
+        D=None if D is None else narrower(D, 1) if D.dim() == 3 else each(D),
+        dt_bias=None if bias is None else each(bias),
+        initial_state=None if state is None else narrower(state, 2),
+    )
 
 
 @functools.cache
@@ -237,6 +257,10 @@ def _state_strides(state: Tensor | None) -> tuple[int, ...]:
 
 
 def _forward(call: SsdCall, save: bool) -> tuple[Tensor, Tensor, Tensor]:
+    if (parts := parts_of(call)) > 1:
+        y, last, kept = _forward(split_heads(call, parts), save)
+        y = y.unflatten(-2, (-1, parts)).flatten(-2)
+        return y, last.unflatten(2, (-1, parts)).flatten(3, 4) if call.return_last_state else last, kept
     y, last = call.new_output(), call.new_last_state()
     if not contract.visits_all(call):
         y.zero_()

@@ -7,13 +7,15 @@ from torch import Tensor
 
 from vision_mamba.ops import contract
 from vision_mamba.ops.backends import ssd_triton_backward_kernels as kernels
-from vision_mamba.ops.backends.ssd_triton import Route, _padded, _processors
+from vision_mamba.ops.backends.ssd_triton import Route, _padded, _processors, parts_of, split_heads
 from vision_mamba.ops.backends.triton import _like, _on
 from vision_mamba.ops.ssd_call import GRADIENTS, SsdCall
 
 
 def launch(call: SsdCall, dy: Tensor | None, dlast: Tensor | None) -> tuple[Tensor | None, ...]:
     """Every gradient, in the order of GRADIENTS, from those of y and of the last state."""
+    if (parts := parts_of(call)) > 1:
+        return _launch_split(call, parts, dy, dlast)
     tensors = (call.x, call.dt, call.B, call.C)
     dx, ddt, dB, dC = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in tensors)
     if not contract.visits_all(call):
@@ -42,6 +44,25 @@ def launch(call: SsdCall, dy: Tensor | None, dlast: Tensor | None) -> tuple[Tens
         parts = [part for each in sums if (part := each[name]) is not None]
         found[name] = (parts[0].unsqueeze(0) if len(parts) == 1 else torch.stack(parts)) if parts else None
     return tuple(_like(getattr(call, name), found[name]) for name in GRADIENTS)
+
+
+def _launch_split(call: SsdCall, parts: int, dy: Tensor | None, dlast: Tensor | None) -> tuple[Tensor | None, ...]:
+    """The same where a head is run in parts: what they share has the sum of their gradients."""
+    if dy is not None:
+        dy = dy.unflatten(-1, (parts, -1)).flatten(-3, -2)
+    if dlast is not None:
+        dlast = dlast.unflatten(3, (parts, -1)).flatten(2, 3)
+    found = dict(zip(GRADIENTS, launch(split_heads(call, parts), dy, dlast), strict=True))
+
+    def whole(name: str) -> Tensor | None:
+        gradient, like = found[name], getattr(call, name)
+        if gradient is None:
+            return None
+        if gradient.numel() > like.numel():
+            gradient = gradient.unflatten(-1, (-1, parts)).sum(-1)
+        return _like(like, gradient.reshape(like.shape))
+
+    return tuple(whole(name) for name in GRADIENTS)
 
 
 def _states(r: Route, dy: Tensor, dlast: Tensor | None, dinitial: Tensor | None) -> tuple[Tensor | None, ...]:
