@@ -50,8 +50,8 @@ lint: $(VENV)/.test ## ruff and mypy
 	$(PY) -m mypy vision_mamba tools
 
 .PHONY: test-timm
-test-timm: $(VENV)/.test ## timm's own model tests, unmodified, on the models of this package
-	$(PY) tools/test_timm.py
+test-timm: $(VENV)/.test ## timm's own model tests, unmodified, on the small models; ALL=1: on every model, hours
+	$(PY) tools/test_timm.py $(if $(ALL),,--models 'test_*')
 
 .PHONY: bench
 bench: $(VENV)/.test ## time the operators on this machine

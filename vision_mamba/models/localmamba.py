@@ -16,7 +16,6 @@ import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import trunc_normal_
 from timm.models import (
-    build_model_with_cfg,
     generate_default_cfgs,
     register_model,
     register_model_deprecations,
@@ -25,6 +24,7 @@ from torch import Tensor, nn
 
 from vision_mamba.layers.init import init_in_float32_
 from vision_mamba.models import vim, vmamba
+from vision_mamba.models.builder import build
 from vision_mamba.models.pyramid import build_pyramid
 from vision_mamba.models.vim import VisionMamba
 from vision_mamba.models.vmamba import VMamba
@@ -156,6 +156,7 @@ default_cfgs = generate_default_cfgs(
         "localvim_tiny_patch16_midcls_224.in1k": _cfg(
             _RELEASE + "local_vim_tiny_middle_cls_token.ckpt", notes=("top-1 77.8",)
         ),
+        "localvim_tiny_patch16_nosearch_224.untrained": _cfg(),
         "localvim_small_patch16_224.untrained": _cfg(notes=("top-1 81.1",)),
         "localvim_small_patch16_midcls_224.untrained": _cfg(),
         "localvmamba_tiny.untrained": _pyramid_cfg(notes=("top-1 82.7",)),
@@ -171,14 +172,7 @@ default_cfgs = generate_default_cfgs(
 
 
 def _create_localvim(variant: str, pretrained: bool = False, **kwargs: Any) -> LocalVim:
-    return build_model_with_cfg(
-        LocalVim,
-        variant,
-        pretrained,
-        pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg=dict(out_indices=kwargs.pop("out_indices", 3), feature_cls="getter"),
-        **kwargs,
-    )
+    return build(LocalVim, variant, pretrained, checkpoint_filter_fn, dict(out_indices=3), **kwargs)
 
 
 def _create_localvmamba(variant: str, pretrained: bool = False, **kwargs: Any) -> VMamba:
@@ -211,6 +205,13 @@ def localvim_tiny_patch16_midcls_224(pretrained: bool = False, **kwargs: Any) ->
     """LocalVim-T with Vim's class token in the middle; 77.8 top-1 as published."""
     model_args = dict(_MIDDLE, embed_dim=192, scan_order=_LOCALVIM)
     return _create_localvim("localvim_tiny_patch16_midcls_224", pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def localvim_tiny_patch16_nosearch_224(pretrained: bool = False, **kwargs: Any) -> LocalVim:
+    """LocalVim-T before the search: every block along rows and windows of 2, both ways; in the published code alone."""
+    model_args = dict(_PLAIN, embed_dim=192, scan_order="local_2")
+    return _create_localvim("localvim_tiny_patch16_nosearch_224", pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
@@ -275,6 +276,7 @@ register_model_deprecations(
     {
         "local_vim_tiny": "localvim_tiny_patch16_224.in1k",
         "local_vim_tiny_middle_cls_token": "localvim_tiny_patch16_midcls_224.in1k",
+        "local_vim_tiny_wo_search": "localvim_tiny_patch16_nosearch_224",
         "local_vim_small": "localvim_small_patch16_224",
         "local_vssm_tiny": "localvmamba_tiny",
         "local_vssm_small": "localvmamba_small.in1k",

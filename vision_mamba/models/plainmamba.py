@@ -15,13 +15,14 @@ import torch
 import torch.nn.functional as F
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import ConvNormAct, LayerNorm, trunc_normal_
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from vision_mamba.layers.embed import PatchGrid
 from vision_mamba.layers.init import init_in_float32_
 from vision_mamba.layers.plain import PlainMixer
 from vision_mamba.models import vim
+from vision_mamba.models.builder import build
 from vision_mamba.models.checkpoint import rename, unwrap
 from vision_mamba.models.vim import Block, VisionMamba
 
@@ -283,14 +284,7 @@ default_cfgs = generate_default_cfgs(
 
 
 def _create(variant: str, pretrained: bool = False, **kwargs: Any) -> PlainMamba:
-    return build_model_with_cfg(
-        PlainMamba,
-        variant,
-        pretrained,
-        pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg=dict(out_indices=kwargs.pop("out_indices", 3), feature_cls="getter"),
-        **kwargs,
-    )
+    return build(PlainMamba, variant, pretrained, checkpoint_filter_fn, dict(out_indices=3), **kwargs)
 
 
 @register_model

@@ -6,10 +6,11 @@ from typing import Any, cast
 
 import torch
 from timm.layers import ClassifierHead, calculate_drop_path_rates, get_device_dtype, trunc_normal_
-from timm.models import build_model_with_cfg, checkpoint_seq
+from timm.models import checkpoint_seq
 from timm.models._input import update_model_input_size
 from torch import Tensor, nn
 
+from vision_mamba.models.builder import build
 from vision_mamba.models.taps import in_asked_order, take_indices
 
 
@@ -223,13 +224,5 @@ def build_pyramid(
     model: type[nn.Module], variant: str, pretrained: bool, filter_fn: Callable[..., Any], **kwargs: Any
 ) -> Any:
     """timm's builder, for a model whose features are those of all its stages."""
-    return build_model_with_cfg(
-        model,
-        variant,
-        pretrained,
-        pretrained_filter_fn=filter_fn,
-        feature_cfg=dict(
-            out_indices=kwargs.pop("out_indices", (0, 1, 2, 3)), feature_cls="getter", flatten_sequential=True
-        ),
-        **kwargs,
-    )
+    features = dict(out_indices=(0, 1, 2, 3), flatten_sequential=True)
+    return build(model, variant, pretrained, filter_fn, features, **kwargs)

@@ -13,12 +13,13 @@ from typing import Any
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import trunc_normal_
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model, register_model_deprecations
+from timm.models import generate_default_cfgs, register_model, register_model_deprecations
 from torch import Tensor, nn
 
 from vision_mamba.layers.bimamba import BiMamba
 from vision_mamba.layers.init import init_in_float32_
 from vision_mamba.models import vim
+from vision_mamba.models.builder import build
 from vision_mamba.models.checkpoint import unwrap
 from vision_mamba.models.localmamba import LocalVim
 from vision_mamba.models.vim import to_published as to_published
@@ -76,26 +77,36 @@ def _cfg(file: str = "", **kwargs: Any) -> dict[str, Any]:
     }
 
 
+_448, _576 = dict(input_size=(3, 448, 448)), dict(input_size=(3, 576, 576))
+
 default_cfgs = generate_default_cfgs(
     {
         "videomamba_tiny_patch16_224.in1k": _cfg("videomamba_t16_in1k_res224.pth", notes=("top-1 76.9",)),
         "videomamba_small_patch16_224.in1k": _cfg("videomamba_s16_in1k_res224.pth", notes=("top-1 81.2",)),
         "videomamba_middle_patch16_224.dist_in1k": _cfg("videomamba_m16_in1k_res224.pth", notes=("top-1 82.8",)),
         "videomamba_base_patch16_224.dist_in1k": _cfg("videomamba_b16_in1k_res224.pth", notes=("top-1 82.7",)),
+        # Trained further at 448 pixels, and from there at 576.
+        "videomamba_tiny_patch16_448.in1k": _cfg("videomamba_t16_in1k_res224to448.pth", **_448, notes=("top-1 79.3",)),
+        "videomamba_tiny_patch16_576.in1k": _cfg(
+            "videomamba_t16_in1k_res224to448to576.pth", **_576, notes=("top-1 79.6",)
+        ),
+        "videomamba_small_patch16_448.in1k": _cfg("videomamba_s16_in1k_res224to448.pth", **_448, notes=("top-1 83.2",)),
+        "videomamba_small_patch16_576.in1k": _cfg(
+            "videomamba_s16_in1k_res224to448to576.pth", **_576, notes=("top-1 83.5",)
+        ),
+        "videomamba_middle_patch16_448.dist_in1k": _cfg(
+            "videomamba_m16_in1k_res224to448.pth", **_448, notes=("top-1 83.8",)
+        ),
+        "videomamba_middle_patch16_576.dist_in1k": _cfg(
+            "videomamba_m16_in1k_res224to448to576.pth", **_576, notes=("top-1 84.0",)
+        ),
         "test_videomamba.untrained": _cfg(input_size=(3, 160, 160), crop_pct=0.95),
     }
 )
 
 
 def _create(variant: str, pretrained: bool = False, **kwargs: Any) -> VideoMamba:
-    return build_model_with_cfg(
-        VideoMamba,
-        variant,
-        pretrained,
-        pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg=dict(out_indices=kwargs.pop("out_indices", 3), feature_cls="getter"),
-        **kwargs,
-    )
+    return build(VideoMamba, variant, pretrained, checkpoint_filter_fn, dict(out_indices=3), **kwargs)
 
 
 _ARCHITECTURE: dict[str, Any] = dict(class_token="head", average_routes=False)
@@ -127,6 +138,48 @@ def videomamba_base_patch16_224(pretrained: bool = False, **kwargs: Any) -> Vide
     """VideoMamba-B; 82.7 top-1 as published."""
     model_args = dict(_ARCHITECTURE, embed_dim=768)
     return _create("videomamba_base_patch16_224", pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def videomamba_tiny_patch16_448(pretrained: bool = False, **kwargs: Any) -> VideoMamba:
+    """VideoMamba-Ti at 448 pixels; 79.3 top-1 as published."""
+    model_args = dict(_ARCHITECTURE, embed_dim=192, img_size=448)
+    return _create("videomamba_tiny_patch16_448", pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def videomamba_tiny_patch16_576(pretrained: bool = False, **kwargs: Any) -> VideoMamba:
+    """VideoMamba-Ti at 576 pixels; 79.6 top-1 as published."""
+    model_args = dict(_ARCHITECTURE, embed_dim=192, img_size=576)
+    return _create("videomamba_tiny_patch16_576", pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def videomamba_small_patch16_448(pretrained: bool = False, **kwargs: Any) -> VideoMamba:
+    """VideoMamba-S at 448 pixels; 83.2 top-1 as published."""
+    model_args = dict(_ARCHITECTURE, embed_dim=384, img_size=448)
+    return _create("videomamba_small_patch16_448", pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def videomamba_small_patch16_576(pretrained: bool = False, **kwargs: Any) -> VideoMamba:
+    """VideoMamba-S at 576 pixels; 83.5 top-1 as published."""
+    model_args = dict(_ARCHITECTURE, embed_dim=384, img_size=576)
+    return _create("videomamba_small_patch16_576", pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def videomamba_middle_patch16_448(pretrained: bool = False, **kwargs: Any) -> VideoMamba:
+    """VideoMamba-M at 448 pixels; 83.8 top-1 as published."""
+    model_args = dict(_ARCHITECTURE, embed_dim=576, depth=32, img_size=448)
+    return _create("videomamba_middle_patch16_448", pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def videomamba_middle_patch16_576(pretrained: bool = False, **kwargs: Any) -> VideoMamba:
+    """VideoMamba-M at 576 pixels; 84.0 top-1 as published."""
+    model_args = dict(_ARCHITECTURE, embed_dim=576, depth=32, img_size=576)
+    return _create("videomamba_middle_patch16_576", pretrained, **dict(model_args, **kwargs))
 
 
 @register_model

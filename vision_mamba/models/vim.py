@@ -23,12 +23,9 @@ from timm.layers import (
     get_norm_layer,
     global_pool_nlc,
     lecun_normal_,
-    resample_patch_embed,
-    to_2tuple,
     trunc_normal_,
 )
 from timm.models import (
-    build_model_with_cfg,
     checkpoint,
     generate_default_cfgs,
     register_model,
@@ -38,12 +35,14 @@ from timm.models._input import update_model_input_size
 from torch import Tensor, nn
 
 from vision_mamba.layers.bimamba import BiMamba
-from vision_mamba.layers.embed import PatchGrid, StridedPatchEmbed, count_patches
+from vision_mamba.layers.embed import PatchGrid, StridedPatchEmbed
 from vision_mamba.layers.init import init_in_float32_
 from vision_mamba.layers.local import LocalMamba
-from vision_mamba.layers.norm import NORMS, RMSNorm, before_product
+from vision_mamba.layers.norm import NORMS, RMSNorm, add_norm, before_product, joins_stream
 from vision_mamba.layers.tokens import CLASS_TOKENS, class_first, insert_class, resample_pos_embed, rotation
+from vision_mamba.models.builder import build
 from vision_mamba.models.checkpoint import require_all_used, unwrap
+from vision_mamba.models.patches import fit_patches, take_out_rotations
 from vision_mamba.models.taps import in_asked_order, take_indices
 
 __all__ = ["VisionMamba"]
@@ -79,6 +78,9 @@ class Block(nn.Module):
     def forward(self, x: Tensor, height: int, width: int, turns: Tensor | None = None) -> Tensor:
         if turns is not None:
             x = apply_rot_embed(x, turns[0], turns[1])
+        if not torch.jit.is_scripting() and joins_stream(x, self.norm):
+            y, x = add_norm(self.norm, x, None)
+            return x + self.drop_path(self.ls(self.mixer(y, height, width)))
         return x + self.drop_path(self.ls(self.mixer(self.norm(x), height, width)))
 
 
@@ -490,57 +492,13 @@ def checkpoint_filter_fn(
     """
     state = unwrap(state_dict)
     if model.rope:
-        _check_rotations(state, model)
+        take_out_rotations(state, model)
     names = partial(published_names, class_token=model.class_token) if names is None else names
     if not any(name.startswith("blocks.") for name in state):
         state = _from_published(state, model.state_dict(), names)
     require_all_used(state, model, "head")
-    kernel = state["patch_embed.proj.weight"]
-    fineness = model.patch_embed.fineness
-    patch = (kernel.shape[2] * fineness, kernel.shape[3] * fineness)
-    if model.pos_embed is not None:
-        grid = _source_grid(state["pos_embed"], patch, model)
-        size = model.patch_embed.grid_size
-        if size != grid:
-            _log.info("position embedding resampled from the checkpoint's grid %s to %s", grid, size)
-        state["pos_embed"] = resample_pos_embed(state["pos_embed"], size, grid, model.class_token)
-    if patch != model.patch_embed.patch_size:
-        sides = [side // fineness for side in model.patch_embed.patch_size]
-        state["patch_embed.proj.weight"] = resample_patch_embed(kernel, sides)
+    fit_patches(state, model)
     return state
-
-
-def _check_rotations(state: dict[str, Tensor], model: VisionMamba) -> None:
-    """Take a published file's tables of rotations out of it, if they are what this model computes."""
-    tables = ("rope.freqs_sin", "rope.freqs_cos")
-    if not all(name in state for name in tables):
-        return
-    theirs = torch.stack([state.pop(name) for name in tables]).float()
-    side = math.isqrt(theirs.shape[1])
-    ours = rotation(theirs, [side, side], [side, side], "none")
-    if ours.shape != theirs.shape or not torch.allclose(ours, theirs, atol=1e-4):
-        raise ValueError(
-            f"{type(model).__name__}: the checkpoint's {' and '.join(tables)} are not the rotary embedding of a square "
-            f"grid and {model.embed_dim} channels, which this model has; without them, the rest may load."
-        )
-
-
-def _source_grid(pos_embed: Tensor, patch: tuple[int, int], model: VisionMamba) -> tuple[int, int]:
-    """Grid that a checkpoint's position embedding is for: that of the image size it came with, or else a square."""
-    size = getattr(model, "pretrained_model_args", {}).get("img_size")
-    if size is None:
-        size = getattr(model, "pretrained_cfg", {}).get("input_size", (3, 224, 224))[-2:]
-    ours = model.patch_embed
-    stride = patch if ours.stride == ours.patch_size else ours.stride
-    patches = pos_embed.shape[1] - model.num_prefix_tokens
-    grid = tuple(count_patches(*sides) for sides in zip(to_2tuple(size), patch, stride, strict=True))
-    for rows, columns in (grid, ours.grid_size, (math.isqrt(patches),) * 2):
-        if rows * columns == patches:
-            return rows, columns
-    raise ValueError(
-        f"VisionMamba: the checkpoint's pos_embed is for {patches} patches, which is neither the grid {grid} of "
-        f"{size} pixels nor a square; give the size it was trained at by pretrained_cfg_overlay=dict(input_size=...)."
-    )
 
 
 # Published files hold the arguments of their training run too; with this, torch reads them without trusting them.
@@ -607,14 +565,7 @@ default_cfgs = generate_default_cfgs(
 
 
 def _create_vim(variant: str, pretrained: bool = False, **kwargs: Any) -> VisionMamba:
-    return build_model_with_cfg(
-        VisionMamba,
-        variant,
-        pretrained,
-        pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg=dict(out_indices=kwargs.pop("out_indices", 3), feature_cls="getter"),
-        **kwargs,
-    )
+    return build(VisionMamba, variant, pretrained, checkpoint_filter_fn, dict(out_indices=3), **kwargs)
 
 
 @register_model

@@ -17,13 +17,14 @@ from typing import Any
 
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import DropPath, Mlp, get_act_layer, get_norm_layer
+from timm.layers import DropPath, get_act_layer, get_norm_layer
 from timm.models import generate_default_cfgs, register_model, register_model_deprecations
 from torch import Tensor, nn
 
 from vision_mamba.layers import SS2D, SSD2D
 from vision_mamba.layers.efficient import InvertedBlock, ScanBesideConv
-from vision_mamba.layers.norm import NORMS, before_product
+from vision_mamba.layers.joined import Mlp
+from vision_mamba.layers.norm import NORMS, add_norm, before_product, joins_stream
 from vision_mamba.layers.patch import DOWNSAMPLES, STEMS
 from vision_mamba.models.checkpoint import rename, require_all_used, unwrap
 from vision_mamba.models.pyramid import Pyramid, Stage, build_pyramid, drop_path_rates
@@ -70,6 +71,10 @@ class VMambaBlock(nn.Module):
             self.drop_path2 = DropPath(drop_path) if drop_path > 0.0 else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
+        if not torch.jit.is_scripting() and self.mlp is not None and joins_stream(x, self.norm1, self.norm2):
+            y, x = add_norm(self.norm1, x, None)
+            y, x = add_norm(self.norm2, x, self.drop_path1(self.ss2d(y)))
+            return x + self.drop_path2(self.mlp(y))
         x = x + self.drop_path1(self.ss2d(self.norm1(x)))
         if self.mlp is not None:
             x = x + self.drop_path2(self.mlp(self.norm2(x)))
@@ -375,6 +380,7 @@ default_cfgs = generate_default_cfgs(
         "vmamba_small_s1l20.in1k": _cfg(_RELEASES + "%23v2cls/vssm1_small_0229s_ckpt_epoch_240.pth", "83.3"),
         "vmamba_base_s2l15.in1k": _cfg(_RELEASES + "%23v2cls/vssm_base_0229_ckpt_epoch_237.pth", "83.9"),
         "vmamba_base_s1l20.in1k": _cfg(_RELEASES + "%23v2cls/vssm1_base_0229s_ckpt_epoch_225.pth", "83.8"),
+        "vmamba_tiny_v1.in1k": _cfg(_RELEASES + "%2320240220/vssmtiny_dp02_ckpt_epoch_258.pth", "82.5"),
         "vmamba_tiny_v0.in1k": _cfg(_RELEASES + "%23v0cls/vssmtiny_dp01_ckpt_epoch_292.pth", "82.2"),
         "vmamba_small_v0.in1k": _cfg(_RELEASES + "%23v0cls/vssmsmall_dp03_ckpt_epoch_238.pth", "83.5"),
         "vmamba_base_v0.in1k": _cfg(_RELEASES + "%23v0cls/vssmbase_dp06_ckpt_epoch_241.pth", "83.7"),
@@ -444,6 +450,13 @@ def vmamba_base_s1l20(pretrained: bool = False, **kwargs: Any) -> VMamba:
 
 
 @register_model
+def vmamba_tiny_v1(pretrained: bool = False, **kwargs: Any) -> VMamba:
+    """VMamba-T(0220), the second generation: one state, a gate and MLPs; 82.5 top-1 as published."""
+    model_args = dict(depths=(2, 2, 4, 2), ssm_ratio=2.0, gate=True)
+    return _create_vmamba("vmamba_tiny_v1", pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
 def vmamba_tiny_v0(pretrained: bool = False, **kwargs: Any) -> VMamba:
     """Vanilla VMamba-T, the first version: 16 states, a gate, no MLP."""
     model_args = dict(_V0, depths=(2, 2, 9, 2))
@@ -509,6 +522,10 @@ register_model_deprecations(
         "vmamba_tiny": "vmamba_tiny_s1l8",
         "vmamba_small": "vmamba_small_s2l15",
         "vmamba_base": "vmamba_base_s2l15",
+        "vssm_tiny": "vmamba_tiny_v0",
+        "vssm_small": "vmamba_small_v0",
+        "vssm_base": "vmamba_base_v0",
+        "vssm1_tiny_0220": "vmamba_tiny_v1",
         "vssm1_tiny_0230s": "vmamba_tiny_s1l8",
         "vssm1_tiny_0230": "vmamba_tiny_s2l5",
         "vssm1_small_0229": "vmamba_small_s2l15",
