@@ -1,6 +1,6 @@
 """Hardware counters of the kernels of one pass over a named scan, by Nsight Compute, one JSON line a kernel.
 
-    python tools/bench/profile.py --case 'vmamba_t_stage1_b128*,vim_s_b128' --pass fwd,bwd --out results/profile.jsonl
+    python tools/bench/counters.py --case 'vmamba_t_stage1_b128*,vim_s_b128' --pass fwd,bwd --out results/profile.jsonl
 
 A record holds the case, the pass, the kernel, its milliseconds under the profiler (which empties caches before each
 launch, so it is slower than in the benchmark) and COUNTERS by the names that ncu gives them: shares of peak of memory,
