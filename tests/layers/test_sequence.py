@@ -145,7 +145,7 @@ def test_padding_is_not_read(mixer, pool: str) -> None:
 def test_no_weight_decay_names_the_state_spaces(mixer) -> None:
     model = SequenceClassifier(nn.Linear(5, 16), MixerStack(16, 2, mixer), 7)
     names = {name.removeprefix("stack.layers.0.mixer.") for name in model.no_weight_decay() if ".0." in name}
-    assert names == ({"A_log", "D"} if isinstance(model.stack.layers[0].mixer, Mamba) else
+    assert names == ({"A_log", "D", "dt_proj.bias"} if isinstance(model.stack.layers[0].mixer, Mamba) else
                      {"A_real_log", "A_imag", "log_dt", "C", "D"})  # fmt: skip
     assert model.no_weight_decay() <= {name for name, _ in model.named_parameters()}
 
@@ -176,6 +176,11 @@ def test_it_learns_what_needs_selection() -> None:
     assert right > 0.9, right
 
 
+def classify(lengths: torch.Tensor) -> torch.Tensor:
+    model = SequenceClassifier(nn.Linear(5, 16), MixerStack(16, 1), 7)
+    return model(torch.zeros(2, 3, 5), lengths)
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
@@ -187,6 +192,13 @@ def test_it_learns_what_needs_selection() -> None:
             lambda: SequenceClassifier(nn.Linear(5, 8), MixerStack(16, 1), 7)(torch.zeros(2, 9, 5)),
             r"SequenceClassifier: embed must give tokens \(batch, length, 16\), .* got \(2, 9, 8\)",
         ),
+        (
+            lambda: MixerStack(16, 2)(torch.zeros(1, 3, 16), MixerStack(16, 1).allocate_inference_cache(1)),
+            "MixerStack: caches must be one for each of the 2 blocks, got 1",
+        ),
+        (lambda: classify(torch.tensor([0, 2])), r"lengths must be from 1 to the 3 tokens, got \[0, 2\]"),
+        (lambda: classify(torch.tensor([1, 4])), r"lengths must be from 1 to the 3 tokens, got \[1, 4\]"),
+        (lambda: classify(torch.tensor([1, 2, 3])), r"lengths must be \(batch,\) = \(2,\), got \(3,\)"),
     ],
 )
 def test_refusals(call, message: str) -> None:

@@ -8,7 +8,7 @@ import torch
 from timm.layers import DropPath, calculate_drop_path_rates
 from torch import Tensor, nn
 
-from vision_mamba.layers.mamba import Mamba
+from vision_mamba.layers.mamba import Mamba, StepProjection
 
 Cache = tuple[Tensor, ...]
 
@@ -96,6 +96,11 @@ class MixerStack(nn.Module):
 
     def forward(self, x: Tensor, caches: list[Cache] | None = None) -> Tensor:
         """The whole sequence, or its next part where there are caches, which are left at the last token."""
+        if caches is not None and len(caches) != len(self.layers):
+            raise ValueError(
+                f"MixerStack: caches must be one for each of the {len(self.layers)} blocks, got {len(caches)}; make "
+                f"them by allocate_inference_cache."
+            )
         steps = zip(self._blocks(), [None] * len(self.layers) if caches is None else caches, strict=True)
         residual: Tensor | None = None
         if self.fused_add_norm:
@@ -160,7 +165,8 @@ class SequenceClassifier(nn.Module):
 
     def no_weight_decay(self) -> set[str]:
         """Parameters that decay would bend towards another model: those of the state spaces."""
-        return {name for name, _ in self.named_parameters() if name.rpartition(".")[2] in STATE_SPACE}
+        steps = {f"{name}.bias" for name, module in self.named_modules() if isinstance(module, StepProjection)}
+        return steps | {name for name, _ in self.named_parameters() if name.rpartition(".")[2] in STATE_SPACE}
 
     def forward(self, x: Tensor, lengths: Tensor | None = None) -> Tensor:
         """Logits (B, classes); of padded sequences only the first `lengths` (B,), at least 1 each, are read."""
@@ -175,6 +181,16 @@ class SequenceClassifier(nn.Module):
     def _pool(self, tokens: Tensor, lengths: Tensor | None) -> Tensor:
         if lengths is None:
             return tokens[:, -1] if self.pool == "last" else tokens.mean(1)
+        if lengths.shape != tokens.shape[:1]:
+            raise ValueError(
+                f"SequenceClassifier: lengths must be (batch,) = ({tokens.shape[0]},), got {tuple(lengths.shape)}."
+            )
+        # Values on a GPU are not waited for: there a length that is none gives NaN.
+        readable = lengths.is_cpu and not torch.compiler.is_compiling()
+        if readable and bool(((lengths < 1) | (lengths > tokens.shape[1])).any()):
+            raise ValueError(
+                f"SequenceClassifier: lengths must be from 1 to the {tokens.shape[1]} tokens, got {lengths.tolist()}."
+            )
         place = torch.arange(tokens.shape[1], device=tokens.device)
         lengths = lengths.unsqueeze(1)
         # No token comes before what it reads, so padding behind a sequence is not seen and only has to be left out.
@@ -183,5 +199,5 @@ class SequenceClassifier(nn.Module):
         return torch.einsum("bl,ble->be", share, tokens)
 
 
-#: Last names of the parameters of `Mamba` and `S4D` that stay out of weight decay.
-STATE_SPACE = {"A_log", "A_real_log", "A_imag", "B", "C", "D", "log_dt"}
+#: Last names of the parameters of `Mamba`, `Mamba2` and `S4D` that stay out of weight decay.
+STATE_SPACE = {"A_log", "A_real_log", "A_imag", "B", "C", "D", "dt_bias", "log_dt"}
