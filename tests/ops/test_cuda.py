@@ -12,8 +12,10 @@ from tests import cases
 from tests.cases import BF16, F16, F32, Case, make_call, run
 from tests.tolerances import assert_close
 from vision_mamba import ops
+from vision_mamba.ops import autograd
 from vision_mamba.ops.backends import cuda
 from vision_mamba.ops.call import GRADIENTS, ScanCall
+from vision_mamba.ops.known import Known
 
 pytestmark = pytest.mark.gpu
 
@@ -73,7 +75,8 @@ def many() -> list[Case]:
 @pytest.mark.parametrize("case", many(), ids=str)
 def test_routes_in_one_piece(case: Case, poisoned: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cuda.kernels, "wide_segments", lambda *_: (1, 0))
-    monkeypatch.setattr(cuda, "_forward_plans", {})
+    monkeypatch.setattr(cuda, "_runners", {})
+    monkeypatch.setattr(autograd.operator, "known", Known())
     monkeypatch.setattr(cuda, "_backward_plans", {})
     found = run(make_call(case, device="cuda"), "cuda")
     for name, reference in expected(case).items():

@@ -178,7 +178,12 @@ def visits_all(call: Routed) -> bool:
 
     No, to be on the safe side, where the table cannot be read now.
     """
-    return call.indices is None or (call.steps >= call.tokens and _read_once(call.operator, call.indices, call.tokens))
+    return call.indices is None or covers(call.operator, call.indices, call.tokens)
+
+
+def covers(where: str, indices: Tensor, tokens: int) -> bool:
+    """Whether every route of a table visits every token; no, to be on the safe side, where it cannot be read now."""
+    return indices.shape[1] >= tokens and _read_once(where, indices, tokens)
 
 
 def _read_once(where: str, indices: Tensor, tokens: int) -> bool:

@@ -36,6 +36,8 @@ class Backend:
         fast: False for those one falls back to; choosing one of them is said aloud, once.
         automatic: False for one that runs when it is named alone.
         fast_on: types of devices where one that is not fast is the fastest way all the same.
+        prepare: (call, save) -> `forward` for each call that differs from this one in values and addresses alone, given
+            the tensors among its arguments; None for a call that is looked at anew each time.
     """
 
     name: str
@@ -47,6 +49,7 @@ class Backend:
     fast: bool = True
     automatic: bool = True
     fast_on: tuple[str, ...] = ()
+    prepare: Callable[[Any, bool], Callable[[list[Tensor]], tuple[Tensor, Tensor, Tensor]] | None] | None = None
 
 
 _forced: str | None = None

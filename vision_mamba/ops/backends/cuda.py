@@ -12,9 +12,10 @@ from torch import Tensor
 from vision_mamba.ops.backends import cuda_kernels as kernels
 from vision_mamba.ops.backends import nvrtc
 from vision_mamba.ops.backends.cuda_kernels import TYPES, vector
-from vision_mamba.ops.backends.launch import Launch, on
+from vision_mamba.ops.backends.launch import Launch, Plans, maker, on
 from vision_mamba.ops.call import GRADIENTS, ScanCall
 from vision_mamba.ops.contract import visits_all
+from vision_mamba.ops.known import Run
 from vision_mamba.ops.registry import Backend
 
 _HEADER = "params.cuh"
@@ -75,31 +76,78 @@ class _Plan(NamedTuple):
 
 
 def _forward(call: ScanCall, save: bool) -> tuple[Tensor, Tensor, Tensor]:
+    with on(call.x.device.index):
+        prepared = _prepared(call)
+        return _runner(prepared, visits_all(call), save)([t for t in prepared if isinstance(t, Tensor)])
+
+
+def _prepare(call: ScanCall, save: bool) -> Run | None:
+    """What runs each call like this one; None where the kernels take other tensors than those of the call."""
     device = call.x.device.index
+    small = (getattr(call, name) for name in _SMALL)
+    if call.rank > kernels.MAX_RANK or not all(t is None or _fits(t) for t in small):
+        return None
+    if call.indices is not None and not call.indices.is_contiguous():
+        return None
     with on(device):
-        asked, call = call, _prepared(call)
-        y, last = call.new_output(), call.new_last_state()
-        saved = _new_saved(call) if save else None
-        complete = visits_all(asked)
-        key = _key(call, complete)
-        plan = _forward_plans.get(key)
-        if plan is None:
-            plan = _forward_plans[key] = _plan_forward(call, complete, y, device)
-        target = y if plan.parts is None else _new_parts(call, plan.parts)
-        if not plan.merging and not complete:
-            target.zero_()
-        addresses = dict(
-            x=call.x, dt=call.dt, B=call.B, C=call.C, indices=call.indices, A=call.A, D=call.D,
-            dt_weight=call.dt_weight, dt_bias=call.dt_bias, initial_state=call.initial_state, y=target,
-            last_state=last if call.return_last_state else None, saved=saved,
-        )  # fmt: skip
-        if plan.edges is not None:
-            addresses |= _new_edges(call, plan.segments)
-            plan.edges(device, **addresses)
-        plan.scan(device, **addresses)
-        if plan.parts is not None:
-            _merge(target, y)
-        return y, last, call.x.new_empty(0) if saved is None else saved
+        table = [] if call.indices is not None else [_in_order(call.x.device, call.routes, call.tokens)]
+        run = _runner(_prepared(call), visits_all(call), save)
+    place = sum(t is not None for t in call[: ScanCall._fields.index("indices")])
+
+    def start(tensors: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        if torch._C._cuda_getDevice() != device:
+            with torch.cuda.device(device):
+                return start(tensors)
+        return run([*tensors[:place], *table, *tensors[place:]] if table else tensors)
+
+    return start
+
+
+def _runner(call: ScanCall, complete: bool, save: bool) -> Run:
+    key = (_key(call, complete), call.return_last_state, save, tuple([t is None for t in call[:10]]))
+    run = _runners.get(key)
+    if run is None:
+        run = _runners[key] = _new_runner(call, complete, save)
+    return run
+
+
+def _new_runner(call: ScanCall, complete: bool, save: bool) -> Run:
+    """A forward pass on the tensors of a prepared call, in their order, of which nothing is kept here but the sizes."""
+    device = call.x.device.index
+    y, last, nothing = call.new_output(), call.new_last_state(), call.x.new_empty(0)
+    plan = _plan_forward(call, complete, y, device)
+    made = {"y": maker(y if plan.parts is None else _new_parts(call, plan.parts))}
+    if call.return_last_state:
+        made["last_state"] = maker(last)
+    if save:
+        made["saved"] = maker(_new_saved(call))
+    if plan.edges is not None:
+        made |= {name: maker(t) for name, t in _new_edges(call, plan.segments).items()}
+    names = [name for name, t in zip(ScanCall._fields, call, strict=True) if isinstance(t, Tensor)] + list(made)
+    scan, edges = plan.scan.of_tensors(names), None if plan.edges is None else plan.edges.of_tensors(names)
+    makers, new_y = list(made.values()), maker(y)
+    merging = plan.parts is not None
+    to_clear = not plan.merging and not complete
+    place_last, place_saved = (list(made).index(name) if name in made else None for name in ("last_state", "saved"))
+    stream_of = torch._C._cuda_getCurrentRawStream  # the public function makes an object each time
+
+    def run(tensors: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        new = [make() for make in makers]
+        if to_clear:
+            new[0].zero_()
+        tensors, stream = tensors + new, stream_of(device)
+        if edges is not None:
+            edges(stream, tensors)
+        scan(stream, tensors)
+        y = new[0]
+        if merging:
+            y = new_y()
+            _merge(new[0], y)
+        last = torch.empty_like(nothing_of_sums) if place_last is None else new[place_last]
+        return y, last, nothing if place_saved is None else new[place_saved]
+
+    nothing_of_sums = call.A.new_empty(0)
+    return run
 
 
 def _backward(asked: ScanCall, saved: Tensor, dy: Tensor | None, dlast: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -162,8 +210,8 @@ def _backward(asked: ScanCall, saved: Tensor, dy: Tensor | None, dlast: Tensor |
         return tuple(_like(found.get(name), getattr(asked, name)) for name in GRADIENTS)
 
 
-_forward_plans: dict[Any, _Plan] = {}
-_backward_plans: dict[Any, _Plan] = {}
+_runners: Plans = Plans()
+_backward_plans: Plans = Plans()
 
 
 def _key(call: ScanCall, complete: bool) -> tuple[Any, ...]:
@@ -326,7 +374,7 @@ def _merge(parts: Tensor, out: Tensor) -> None:
         out.copy_(result)
 
 
-_merges: dict[Any, Launch] = {}
+_merges: Plans = Plans()
 
 
 def _finish(
@@ -364,7 +412,7 @@ def _finish(
     return found
 
 
-_finishes: dict[Any, Launch] = {}
+_finishes: Plans = Plans()
 
 
 def _new_parts(call: ScanCall, dtype: torch.dtype) -> Tensor:
@@ -391,7 +439,7 @@ def _prepared(call: ScanCall) -> ScanCall:
     changed: dict[str, Any] = {}
     for name in _SMALL:
         tensor = getattr(call, name)
-        if tensor is not None and not (tensor.dtype == torch.float32 and tensor.is_contiguous()):
+        if tensor is not None and not _fits(tensor):
             changed[name] = tensor.to(torch.float32).contiguous()
     if call.indices is None:
         changed["indices"] = _in_order(call.x.device, call.routes, call.tokens)
@@ -404,6 +452,10 @@ def _prepared(call: ScanCall) -> ScanCall:
         dt = torch.einsum("blkr,kdr->blkd", call.dt.float(), call.dt_weight)
         call = call._replace(dt=dt, dt_weight=None)
     return call
+
+
+def _fits(parameter: Tensor) -> bool:
+    return parameter.dtype == torch.float32 and parameter.is_contiguous()
 
 
 def _in_order(device: torch.device, routes: int, tokens: int) -> Tensor:
@@ -457,4 +509,4 @@ def _multiprocessors(device: int) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-BACKEND = Backend("cuda", _unavailable, _refuses, _forward, _backward, _new_saved)
+BACKEND = Backend("cuda", _unavailable, _refuses, _forward, _backward, _new_saved, prepare=_prepare)

@@ -5,12 +5,24 @@ from __future__ import annotations
 import contextlib
 import functools
 from array import array
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from vision_mamba.ops.backends import nvrtc
+
+
+class Plans(dict[Any, Any]):
+    """Plans by what decides them; of too many, the oldest are forgotten."""
+
+    MOST = 1024
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        if len(self) >= self.MOST and key not in self:
+            del self[next(iter(self))]
+        super().__setitem__(key, value)
 
 
 @functools.cache
@@ -44,6 +56,19 @@ class Launch(NamedTuple):
         values = array("q", [fields.get(name, 0) for name in slots(header)])
         return cls(nvrtc.kernel(wanted, device), grid, header, values, threads, more_shared)
 
+    def of_tensors(self, names: Sequence[str]) -> Callable[[int, Sequence[Tensor]], None]:
+        """A function of a stream and of tensors of these names, in this order; all others are absent."""
+        places = [slots(self.header)[name] for name in names]
+        launch, template, grid, threads, more = self.kernel.launch, self.template, *self[1:2], *self[4:]
+
+        def start(stream: int, tensors: Sequence[Tensor]) -> None:
+            params = template[:]
+            for place, tensor in zip(places, tensors):  # noqa: B905 (a flag to check lengths costs as much as a tensor)
+                params[place] = tensor.data_ptr()
+            launch(grid, params, stream, threads, more)
+
+        return start
+
     def __call__(self, device: int, **addresses: Tensor | None) -> None:
         params, places = self.template[:], slots(self.header)
         for name, tensor in addresses.items():
@@ -51,6 +76,15 @@ class Launch(NamedTuple):
                 params[places[name]] = tensor.data_ptr()
         stream = torch._C._cuda_getCurrentRawStream(device)  # the public function makes an object each time
         self.kernel.launch(self.grid, params, stream, self.threads, self.more_shared)
+
+
+def maker(wanted: Tensor) -> Callable[[], Tensor]:
+    """A function that makes uninitialised tensors like the given one, without keeping its memory."""
+    if not wanted.is_contiguous():
+        shape, strides = wanted.shape, wanted.stride()
+        return functools.partial(torch.empty_strided, shape, strides, dtype=wanted.dtype, device=wanted.device)
+    # Twice as fast, since no sizes go from Python to C++. They are a template's, all of whose elements are one.
+    return functools.partial(torch.empty_like, wanted.new_empty([1] * wanted.dim()).expand(wanted.shape))
 
 
 def on(device: int) -> contextlib.AbstractContextManager[Any]:
