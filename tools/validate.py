@@ -146,7 +146,8 @@ def sources(given: argparse.Namespace) -> list[tuple[str, Callable[[], Classifie
     device = models.device(given.device)
     options = {"img_size": given.img_size, "crop_pct": given.crop_pct}
     return [(path, partial(load, path, device)) for path in given.checkpoint] + [
-        (name, partial(named, name, device, given.weights, options)) for name in given.model
+        (name, partial(named, name, device, given.weights, options, pretrained=given.throughput is None))
+        for name in given.model  # random weights are as fast
     ]
 
 

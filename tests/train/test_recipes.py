@@ -116,6 +116,31 @@ def test_a_stream_stops_and_goes_on_as_if_nothing_had_been(drawn: Path) -> None:
             runs.fit(runs.config(drawn, experiment="other", **{**options, **wrong}))
 
 
+@pytest.mark.parametrize("kind, options", [("hfds", {}), ("hfids", {"num_classes": 2, "dataset_download": True})])
+def test_data_sets_of_hugging_face_stop_and_go_on(
+    drawn: Path, monkeypatch: pytest.MonkeyPatch, kind: str, options: dict[str, Any]
+) -> None:
+    config = pytest.importorskip("datasets").config
+    monkeypatch.setattr(config, "HF_HUB_OFFLINE", True)  # the images lie in a folder
+    options |= {"dataset": f"{kind}/{drawn / 'images'}", "data_dir": str(drawn / "cache"), "workers": 1}
+    whole = trained(drawn, "whole", **options)
+    interrupted(runs.config(drawn, **options), STEPS - 1)
+    runs.fit(runs.config(drawn, resume="auto", **options))
+    assert runs.same(runs.weights(drawn / "output" / "run"), whole)
+    saved = torch.load(drawn / "output" / "run" / LAST, weights_only=True)
+    assert (saved["classes"], saved["images"]) == (["left", "upper"] if kind == "hfds" else ["0", "1"], 12)
+
+
+def test_figures_go_to_weights_and_biases(drawn: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wandb = pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_DIR", str(drawn))
+    runs.fit(runs.config(drawn, log_wandb=True, wandb_project="drawn"))
+    assert wandb.run.summary["eval_top1"] >= 0 and wandb.run.step >= 1
+    wandb.finish()
+    assert list(drawn.glob("wandb/offline-run-*/*.wandb"))
+
+
 def test_repeated_augmentation_draws_fewer_images_more_often() -> None:
     config = Config(batch_size=4, aug_repeats=2, seed=1)
     shares = []

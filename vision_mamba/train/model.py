@@ -96,10 +96,18 @@ def build(name: str, options: dict[str, Any], arguments: dict[str, Any], weights
         if "unexpected keyword" not in str(error):
             raise
         raise ConfigError(f"--model-kwargs: model {name!r} takes no such argument: {error}.") from error
+    except OSError as error:
+        told = textwrap.shorten(str(error), 300, placeholder=" ...")
+        raise CheckpointError(f"weights of model {name!r} cannot be had: {told}") from error
     except (ValueError, RuntimeError) as error:
         if weights is not None:
             told = textwrap.shorten(str(error), 600, placeholder=" ...")
             raise CheckpointError(f"checkpoint {weights} does not fit model {name!r}: {told}") from error
+        if "No pretrained weights exist" in str(error):
+            raise ConfigError(
+                f"--model {name}: no weights of it can be downloaded; name a file, by --initial-checkpoint of "
+                "tools/train.py, --weights of tools/validate.py or --checkpoint of tools/predict.py."
+            ) from error
         if isinstance(error, RuntimeError):
             raise
         raise ConfigError(f"--model {name}: {error}") from error  # timm's own: sizes that contradict each other

@@ -46,7 +46,7 @@ def task_of(
     chosen = {name: getattr(config, option) for name, option in options.items()}
     try:
         task = kind(model, teacher, **common, **weights, **chosen)
-    except (ValueError, RuntimeError) as error:
+    except (ValueError, RuntimeError, OSError) as error:
         raise ConfigError(f"--kd-model-name {config.kd_model_name}: {error}") from error
     task.teacher.requires_grad_(False)
     return task

@@ -121,9 +121,13 @@ def load(path: str, device: torch.device, name: str | None = None) -> Classifier
 
 
 def named(
-    name: str, device: torch.device, weights: str | None = None, options: dict[str, Any] | None = None
+    name: str,
+    device: torch.device,
+    weights: str | None = None,
+    options: dict[str, Any] | None = None,
+    pretrained: bool = True,
 ) -> Classifier:
-    """A model by name, with its published weights or those of a file, such as an official checkpoint.
+    """A model by name, with its published weights, those of a file, such as an official checkpoint, or random ones.
 
     Args:
         options: img_size, in_chans and what else of a run's options concerns the model.
@@ -132,7 +136,7 @@ def named(
     """
     models.check_name(name)
     options = options or {}
-    arguments: dict[str, Any] = {"pretrained": True}
+    arguments: dict[str, Any] = {"pretrained": pretrained or weights is not None}
     if weights is not None:
         source = models.source(name, weights)
         arguments |= {"pretrained_cfg_overlay": source, "num_classes": source.get("num_classes")}
