@@ -58,7 +58,7 @@ FORWARD: dict[int, Tiles] = {
 BACKWARD: dict[int, Tiles] = {
     16: {
         (64, 64): Tile(64, 64, inputs=Launch(4, 1, 168)),
-        (128, 64): Tile(64, 64, walk=_WIDE, inputs=Launch(4, 1)),
+        (128, 64): Tile(64, 64, walk=Launch(4, 3), inputs=Launch(4, 1)),
         (256, _MAX_CHANNELS): Tile(64, 64, walk=_WIDE, inputs=_WIDE, weights=_WIDE),
     },
     32: {(256, _MAX_CHANNELS): Tile(64, 64, walk=_WIDE, inputs=_WIDE, weights=_WIDE)},

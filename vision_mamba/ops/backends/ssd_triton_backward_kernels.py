@@ -49,9 +49,9 @@ def load_both(p_state, p_rest, o_state, o_n, o_c, N: tl.constexpr, P: tl.constex
 
 
 @triton.jit
-def join(b_high, b_rest):
+def join(b_high, b_rest, FACTORS: tl.constexpr):
     b_h = b_high.to(tl.float32)
-    if b_rest is not None:
+    if FACTORS == "bfloat16" or FACTORS == "float16":
         b_h += b_rest.to(tl.float32)
     return b_h
 
@@ -96,7 +96,9 @@ def inputs(
     if CAUSAL:
         b_C = load_rows(p_C + i_b * s_Cb + i_g * s_Cg, o_l, m_l, o_n, s_Cl, s_Cn, N, BLOCK_N)  # (T, N)
         b_h, b_h_rest = load_both(p_h, p_h_rest, o_state, o_n, o_c, N, P, FACTORS)  # (N, P)
-        carried = tl.exp2(tl.load(p_c + i_step + T - 1)) * tl.sum(join(b_h, b_h_rest) * join(b_g, b_g_rest))
+        carried = tl.exp2(tl.load(p_c + i_step + T - 1)) * tl.sum(
+            join(b_h, b_h_rest, FACTORS) * join(b_g, b_g_rest, FACTORS)
+        )
         tl.store(p_carried + i_part, carried)
         b_z *= left(p_c, p_low, i_step, T)[:, None]
         b_own = tl.sum(b_x.to(tl.float32) * b_z, 1)

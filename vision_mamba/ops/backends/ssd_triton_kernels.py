@@ -55,8 +55,7 @@ def multiply(b_a, b_b, b_sum, FACTORS: tl.constexpr):
 
 @triton.jit
 def split(b, FACTORS: tl.constexpr):
-    """A float32 factor as a product takes it, and the rest of it; None where a product takes it whole."""
-    b_rest = None
+    """A float32 factor as a product takes it, and the rest of it, not to be read where products take it whole."""
     if FACTORS == "bfloat16":
         b_high = b.to(tl.bfloat16)
         b_rest = b - b_high.to(tl.float32)
@@ -64,7 +63,7 @@ def split(b, FACTORS: tl.constexpr):
         b_high = _tf32(b)
         b_rest = b - b_high
     else:
-        b_high = b
+        b_high, b_rest = b, b
     return b_high, b_rest
 
 
@@ -72,7 +71,7 @@ def split(b, FACTORS: tl.constexpr):
 def multiply_both(b_a, b_high, b_rest, b_sum, FACTORS: tl.constexpr):
     """b_sum + b_a (b_high + b_rest), in two products; b_a is of a type that is not rounded."""
     b_sum = multiply(b_a, b_high, b_sum, FACTORS)
-    if b_rest is not None:
+    if FACTORS == "bfloat16" or FACTORS == "float16":
         b_sum = multiply(b_a, b_rest, b_sum, FACTORS)
     return b_sum
 
