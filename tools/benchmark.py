@@ -59,10 +59,10 @@ def make_step(model: nn.Module, images: Tensor, which: str, mode: str, dtype: to
 
     step = train if which == "train" else infer
     model.train(which == "train")
-    return _captured(step) if mode == "graph" else step
+    return captured(step) if mode == "graph" else step
 
 
-def _captured(step: Step) -> Step:
+def captured(step: Step) -> Step:
     """The step as a CUDA graph."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())

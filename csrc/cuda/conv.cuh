@@ -1,17 +1,24 @@
-// conv.cuh: what both passes of Vim's convolution share: four taps and SiLU along a sequence, causal from its start and
-// from its end. A thread takes kRun channels of a chunk of a sequence and goes through its tokens with those around it in
-// registers: a ring of seven, the tokens t - 3 to t + 3. So tokens are taken seven at a time, and read that far ahead.
+// conv.cuh: what both passes of the convolutions along a sequence share: four taps and SiLU. Of two ways the one is causal
+// from the start and the other from the end, as in Vim; a single one has as many taps before its token as it is told.
+// A thread takes kRun channels of a chunk of a sequence and goes through its tokens with those around it in registers: a
+// ring of seven, the tokens t - 3 to t + 3. So tokens are taken seven at a time, and read that far ahead.
 #pragma once
 #include "rows.cuh"
 
 constexpr int kRing = 7;
 
+constexpr int kWays = WAYS, kBefore = BEFORE;
+
+// How far before its token the first tap of a way lies, and how far behind it the last.
+DEVICE constexpr int before(int way) { return way == 0 ? kBefore : 0; }
+DEVICE constexpr int behind(int way) { return 3 - before(way); }
+
 struct Taps {
-    float way[2][4][kRun], bias[2][kRun];
+    float way[kWays][4][kRun], bias[kWays][kRun];
 
     DEVICE void read(const Rows& p, int channel) {
 #pragma unroll
-        for (int k = 0; k < 2; ++k) {
+        for (int k = 0; k < kWays; ++k) {
 #pragma unroll
             for (int j = 0; j < kRun; ++j) {
                 const long long at = k * p.channels + channel + j;
@@ -23,17 +30,15 @@ struct Taps {
             }
         }
     }
-    // Before SiLU, at the token of which the ring's entry is `here`. The last tap is on the token itself.
-    DEVICE float first(const float (*ring)[kRun], int here, int j) const {
-        float v = bias[0][j];
-#pragma unroll
-        for (int i = 0; i < 4; ++i) v = fmaf(way[0][i][j], ring[(here + 4 + i) % kRing][j], v);
-        return v;
+    // The ring's entry of a tap, where `here` is that of the token. The second way's taps come in reverse.
+    static DEVICE constexpr int entry(int k, int here, int tap) {
+        return (here + kRing + (k == 0 ? tap - kBefore : 3 - tap)) % kRing;
     }
-    DEVICE float second(const float (*ring)[kRun], int here, int j) const {
-        float v = bias[1][j];
+    // Before SiLU.
+    DEVICE float sum(int k, const float (*ring)[kRun], int here, int j) const {
+        float v = bias[k][j];
 #pragma unroll
-        for (int i = 0; i < 4; ++i) v = fmaf(way[1][i][j], ring[(here + 3 - i) % kRing][j], v);
+        for (int tap = 0; tap < 4; ++tap) v = fmaf(way[k][tap][j], ring[entry(k, here, tap)][j], v);
         return v;
     }
 };

@@ -1,4 +1,5 @@
-// conv_forward.cuh: y_t0 = silu(bias_0 + sum_j w_0j x_{t-3+j}), y_t1 = silu(bias_1 + sum_j w_1j x_{t+3-j}); y is (B, L, 2, D).
+// conv_forward.cuh: y_t0 = silu(bias_0 + sum_j w_0j x_{t-kBefore+j}), y_t1 = silu(bias_1 + sum_j w_1j x_{t+3-j}); y is
+// (B, L, ways, D).
 // Grid: one thread = kRun channels of a chunk of a sequence.
 #include "conv.cuh"
 
@@ -9,7 +10,7 @@ extern "C" __global__ void __launch_bounds__(128) conv_forward(const __grid_cons
     if (!place.there) return;
     const int length = (int)p.tokens, from = place.chunk * (int)p.chunk_steps, to = min(from + (int)p.chunk_steps, length);
     const X_TYPE* x = (const X_TYPE*)p.x + place.batch * p.x_b + place.channel;
-    X_TYPE* y = (X_TYPE*)p.y + place.batch * length * 2 * p.channels + place.channel;
+    X_TYPE* y = (X_TYPE*)p.y + place.batch * length * kWays * p.channels + place.channel;
     Taps taps;
     taps.read(p, place.channel);
     float ring[kRing][kRun];  // token t is entry (t - from) mod 7
@@ -27,19 +28,22 @@ extern "C" __global__ void __launch_bounds__(128) conv_forward(const __grid_cons
 #pragma unroll
         for (int i = 0; i < kRing; ++i) {
             const int token = first + i;
-            float out[2][kRun];
+            float out[kWays][kRun];
 #pragma unroll
             for (int j = 0; j < kRun; ++j) {
                 ring[(i + 3) % kRing][j] = ahead[i].get(j);
-                const float a = taps.first(ring, i, j), b = taps.second(ring, i, j);
-                out[0][j] = a * sigmoid(a), out[1][j] = b * sigmoid(b);
+#pragma unroll
+                for (int k = 0; k < kWays; ++k) {
+                    const float v = taps.sum(k, ring, i, j);
+                    out[k][j] = v * sigmoid(v);
+                }
             }
             if (token < to) {
 #pragma unroll
-                for (int k = 0; k < 2; ++k) {
+                for (int k = 0; k < kWays; ++k) {
                     Pack<X_TYPE, kRun> pack;
                     pack.set(out[k]);
-                    store<true>(pack, y + (2ll * token + k) * p.channels, 1, kRun);
+                    store<true>(pack, y + ((long long)kWays * token + k) * p.channels, 1, kRun);
                 }
             }
         }

@@ -1,4 +1,5 @@
-// gate.cuh: y = x silu(z), or, with BACKWARD, dx and dz from dy. Rows of x and z may lie further apart than they are long.
+// gate.cuh: y = x silu(z), or, with BACKWARD, dx and dz from dy, and y again where it is wanted. Rows of x, z and dz may lie
+// further apart than they are long.
 // Grid: one thread = kRun neighbouring channels of a row.
 #include "rows.cuh"
 
@@ -14,7 +15,7 @@ extern "C" __global__ void __launch_bounds__(256) gate(const __grid_constant__ R
     Pack<B_TYPE, kRun> z;
     load<true>(x, (const X_TYPE*)p.x + row * p.x_l + channel, 1, kRun);
     load<true>(z, (const B_TYPE*)p.z + row * p.z_l + channel, 1, kRun);
-    float out[2][kRun];
+    float out[2][kRun], again[kRun];
     if constexpr (kBackward) {
         Pack<Y_TYPE, kRun> dy;
         load<true>(dy, (const Y_TYPE*)p.dy + i * kRun, 1, kRun);
@@ -22,12 +23,18 @@ extern "C" __global__ void __launch_bounds__(256) gate(const __grid_constant__ R
         for (int j = 0; j < kRun; ++j) {
             const float v = z.get(j), s = sigmoid(v);
             out[0][j] = dy.get(j) * v * s, out[1][j] = dy.get(j) * x.get(j) * silu_slope(v, s);
+            again[j] = x.get(j) * v * s;
         }
         Pack<X_TYPE, kRun> dx;
         Pack<B_TYPE, kRun> dz;
         dx.set(out[0]), dz.set(out[1]);
         store<true>(dx, (X_TYPE*)p.dx + i * kRun, 1, kRun);
-        store<true>(dz, (B_TYPE*)p.dz + i * kRun, 1, kRun);
+        store<true>(dz, (B_TYPE*)p.dz + row * p.dz_l + channel, 1, kRun);
+        if (p.y) {
+            Pack<Y_TYPE, kRun> y;
+            y.set(again);
+            store<true>(y, (Y_TYPE*)p.y + i * kRun, 1, kRun);
+        }
     } else {
         Pack<Y_TYPE, kRun> y;
 #pragma unroll

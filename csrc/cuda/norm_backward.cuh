@@ -3,9 +3,11 @@
 // With n = (v - mean) / sqrt(var + epsilon) and g = dy weight:
 //     dv = (g - n mean(g n) - mean(g)) / sqrt(var + epsilon) + dtotal        dweight = sum dy n        dbias = sum dy
 //
+// With AGAIN the forward pass's result is written once more, for those who did not keep it.
 // Grid: each block takes every so many rows and leaves its sums for weight and bias, (blocks, 2, kWidth).
 #include "norm.cuh"
 
+constexpr bool kAgain = AGAIN;
 constexpr int kThreads = 256;
 constexpr int kGroups = kThreads / kLanes;
 extern "C" __device__ int launch_shape[2] = {kThreads, 0};
@@ -38,6 +40,12 @@ extern "C" __global__ void __launch_bounds__(kThreads) norm_backward(const __gri
             with_n = sum_lanes<kLanes>(with_n) * (1.f / kWidth);
             alone = kRms ? 0.f : sum_lanes<kLanes>(alone) * (1.f / kWidth);
             dv.each([&](int i, int j, float& g) { g = (fmaf(-n.at[i][j], with_n, g) - alone) * rate; });
+            if constexpr (kAgain) {
+                Row bias;
+                if (p.bias) bias.read<Float>(p.bias, 0, true, lane);
+                n.each([&](int i, int j, float& v) { v = fmaf(v, weight.at[i][j], p.bias ? bias.at[i][j] : 0.f); });
+                n.write<Y_TYPE>(p.y, row, there, lane);
+            }
         } else {
             dv.each([](int, int, float& v) { v = 0.f; });
         }

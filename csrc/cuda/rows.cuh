@@ -7,7 +7,7 @@ struct Rows {
     const void* x;
     const void* branch;   // added to x first, or null
     const void* z;        // of the gate
-    const float* weight;  // (channels), or (2, channels, 4) taps of either way
+    const float* weight;  // (channels), or (2, channels, 4) taps of either way, or (channels, 3, 3)
     const float* bias;    // (channels), or (2, channels)
     const void* dy;
     const void* dtotal;
@@ -27,6 +27,13 @@ struct Rows {
     long long x_l;
     long long z_b;
     long long z_l;
+    long long dx_b;
+    long long dx_l;
+    long long dz_l;
+    // Of a map, whose tokens lie row by row.
+    long long height;
+    long long width;
+    long long workers;  // that share its pieces, each with sums of its own
 };
 
 constexpr int kRun = RUN;  // neighbouring channels of a thread at a time; divides the channels

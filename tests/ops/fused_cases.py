@@ -17,14 +17,17 @@ F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
 Case = tuple[Kernels, Callable[..., Any], list[Tensor | None], dict[str, Any]]
 
 
-def _normed(rows: int, width: int, x: torch.dtype, branch: torch.dtype | None, rms: bool, out: torch.dtype) -> Case:
+def _normed(
+    rows: int, width: int, x: torch.dtype, branch: torch.dtype | None, rms: bool, out: torch.dtype, stream: bool = False
+) -> Case:
     tensors = [
         torch.randn(2, rows, width).to(x) + 3,
         None if branch is None else torch.randn(2, rows, width).to(branch),
         torch.rand(width) + 0.5,
         None if rms else torch.randn(width),
     ]
-    return rows_cuda.NORM, norm.plain_normed, tensors, dict(eps=1e-3, rms=rms, out_dtype=out)
+    options = dict(eps=1e-3, rms=rms, out_dtype=out, stream=branch is not None or stream)
+    return rows_cuda.NORM, norm.plain_normed, tensors, options
 
 
 def _convolved(batch: int, length: int, channels: int, taps: int, dtype: torch.dtype) -> Case:
@@ -37,6 +40,15 @@ def _convolved(batch: int, length: int, channels: int, taps: int, dtype: torch.d
     )
 
 
+def _mapped(batch: int, height: int, width: int, channels: int, dtype: torch.dtype, bias: bool) -> Case:
+    tensors = [
+        torch.randn(batch, height, width, channels).to(dtype),
+        torch.randn(channels, 1, 3, 3),
+        torch.randn(channels) if bias else None,
+    ]
+    return rows_cuda.CONV_MAP, conv.plain_conv_map, tensors, {}
+
+
 def _gated(batch: int, length: int, channels: int, dtype: torch.dtype) -> Case:
     z = torch.randn(batch, length, 2 * channels).to(dtype)[..., channels:]
     return rows_cuda.GATED, conv.plain_gated, [torch.randn(batch, length, channels).to(dtype), 3 * z], {}
@@ -47,12 +59,16 @@ CASES: dict[str, Callable[[], Case]] = {
     "layer_norm_wide": lambda: _normed(3, 1022, F32, None, False, F16),
     "layer_norm_of_three": lambda: _normed(1, 3, F32, None, False, F32),
     "add_layer_norm": lambda: _normed(19, 96, F32, F16, False, F16),
+    "rms_norm_beside": lambda: _normed(6, 48, F32, None, True, F16, True),
     "add_rms_norm": lambda: _normed(7, 192, F32, F32, True, F32),
     "rms_norm_half": lambda: _normed(9, 64, F16, None, True, F16),
     "conv": lambda: _convolved(1, 11, 66, 4, F32),
     "conv_three_taps": lambda: _convolved(1, 8, 4, 3, F32),
     "conv_shorter_than_taps": lambda: _convolved(1, 2, 8, 4, F16),
     "conv_half": lambda: _convolved(2, 4, 8, 4, F16),
+    "map": lambda: _mapped(2, 5, 9, 6, F32, True),
+    "map_half": lambda: _mapped(1, 14, 3, 32, F16, False),
+    "map_of_one": lambda: _mapped(3, 1, 1, 5, F32, True),
     "gate": lambda: _gated(2, 13, 50, F32),
     "gate_half": lambda: _gated(1, 1, 3, F16),
 }
@@ -63,6 +79,9 @@ LARGE: dict[str, Callable[[], Case]] = {
     "vim_s": lambda: _normed(197, 384, F32, None, True, BF16),
     "conv_vim_s": lambda: _convolved(3, 197, 768, 4, BF16),
     "conv_vim_s_full": lambda: _convolved(3, 197, 768, 4, F32),
+    "map_stage1": lambda: _mapped(3, 56, 56, 96, BF16, False),
+    "map_stage3": lambda: _mapped(3, 14, 14, 384, BF16, True),
+    "map_wide": lambda: _mapped(1, 31, 200, 34, F16, True),
     "gate_vim_s": lambda: _gated(3, 197, 768, BF16),
 }
 
@@ -72,7 +91,7 @@ def check(case: Case, device: str) -> None:
     kernels, plain, tensors, options = case
     tensors = [None if t is None else t.to(device) for t in tensors]
     assert not kernels.refuses(tuple(tensors), options)
-    results, kept = kernels.forward(tuple(tensors), options)
+    results, kept = kernels.forward(tuple(tensors), options, True)
     grads = tuple(torch.randn_like(result) for result in results)
     found = kernels.backward(kept, options, grads)
     again = kernels.backward(kept, options, grads) if device != "cpu" else found

@@ -9,7 +9,9 @@ from torch import Tensor, nn
 
 from vision_mamba import scans
 from vision_mamba.layers.init import init_a_log_, init_dt_bias_, init_dt_weight_
+from vision_mamba.layers.joined import eager_on_gpu, untouched
 from vision_mamba.layers.scan import SelectiveScan
+from vision_mamba.ops import mixers
 from vision_mamba.ops.conv import conv_both_ways, gated, plain_conv_both_ways, plain_gated
 
 
@@ -142,10 +144,26 @@ class BiMamba(RouteMamba):
 
     def forward(self, x: Tensor, height: int = 1, width: int = 0) -> Tensor:
         """The grid that the tokens form is of no matter here: both ways are along the sequence."""
-        x, z = self.in_proj(x).chunk(2, -1)
+        x = self.in_proj(x)
+        if not torch.jit.is_scripting():
+            y = self._joined(x)
+            if y is not None:
+                return y
+        x, z = x.chunk(2, -1)
         x = _convolved(x, self.conv_weight, self.conv_bias)
         dt, B, C = self.columns(x)
         A = -torch.exp(self.A_log)
         C, D = C * self.scale, self.D * self.scale
         y = self.scan(x, dt, A, B, C, D, self.dt_weight, self.dt_bias, 1, x.shape[1])
         return self.out_proj(_gated(y, z))
+
+    def _joined(self, xz: Tensor) -> Tensor | None:
+        """All behind in_proj as one, where that can be."""
+        usual = not (self.norm_columns or self.scan.exportable or self.out_proj.bias is not None)
+        if not (usual and eager_on_gpu(xz) and untouched(self.out_proj, nn.Linear)):
+            return None
+        indices = self.scan.table(xz, 1, xz.shape[1])
+        return mixers.scan_both_ways(
+            xz, self.conv_weight, self.conv_bias, self.x_proj_weight, -torch.exp(self.A_log), self.D, self.dt_weight,
+            self.dt_bias, indices, self.out_proj.weight, scale=self.scale,
+        )  # fmt: skip

@@ -11,9 +11,11 @@ from torch import Tensor, nn
 
 from vision_mamba import scans
 from vision_mamba.layers.init import init_a_log_, init_dt_bias_, init_dt_weight_
+from vision_mamba.layers.joined import eager_on_gpu, untouched
 from vision_mamba.layers.local import RouteAttention
 from vision_mamba.layers.norm import LayerNorm, before_product
 from vision_mamba.layers.scan import DualScan, SelectiveScan
+from vision_mamba.ops import mixers
 
 
 @torch.fx.wrap
@@ -81,7 +83,9 @@ class SS2D(nn.Module):
         super().__init__()
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         if d_conv % 2 == 0:
-            raise ValueError(f"{type(self).__name__}: d_conv must be odd, got {d_conv}; an even kernel would move the map.")
+            raise ValueError(
+                f"{type(self).__name__}: d_conv must be odd, got {d_conv}; an even kernel would move the map."
+            )
         self.d_inner = d_inner = int(ssm_ratio * dim)
         self.d_state = d_state
         self.dt_rank = math.ceil(dim / 16) if dt_rank is None else dt_rank
@@ -152,6 +156,10 @@ class SS2D(nn.Module):
         z: Tensor | None = None
         if self.gate:
             x, z = x.chunk(2, dim=-1)
+        if not torch.jit.is_scripting():
+            joined = self._joined(x)
+            if joined is not None:
+                return self.proj_drop(joined)
         # Permuted views: the memory stays channels last, and the convolution works on it as it is.
         x = self.act(self.conv2d(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)).flatten(1, 2)  # (B, L, D)
         columns = F.linear(x, self.x_proj_weight.flatten(0, 1)).unflatten(-1, (self.routes, -1))
@@ -168,6 +176,24 @@ class SS2D(nn.Module):
         if z is not None:
             y = y * self.act(z)
         return self.proj_drop(self.out_proj(y))
+
+    def _joined(self, x: Tensor) -> Tensor | None:
+        """All behind in_proj as one, where that can be."""
+        usual = not (self.gate or self.norm_columns or self.attn is not None or self.scale != 1.0)
+        if not usual or not isinstance(self.scan, SelectiveScan) or self.scan.exportable or not eager_on_gpu(x):
+            return None
+        conv, norm, out = self.conv2d, self.out_norm, self.out_proj
+        if not (untouched(conv, nn.Conv2d) and untouched(self.act, nn.SiLU) and untouched(norm, LayerNorm)):
+            return None
+        if not (untouched(out, nn.Linear) and isinstance(conv, nn.Conv2d)):
+            return None
+        A = -torch.exp(self.A_logs).unflatten(0, (self.routes, self.d_inner))
+        D = self.Ds.unflatten(0, (self.routes, self.d_inner))
+        return mixers.scan_map(
+            x, conv.weight, conv.bias, self.x_proj_weight, A, D, self.dt_projs_weight, self.dt_projs_bias,
+            self.scan.table(x, x.shape[1], x.shape[2]), norm.weight, norm.bias, out.weight, eps=norm.eps,
+            out_dtype=sum_dtype(x, norm.weight.dtype),
+        )  # fmt: skip
 
 
 class SSD2D(SS2D):

@@ -1,4 +1,4 @@
-"""The convolution before Vim's scan and the gate behind it."""
+"""The convolutions before the scans of Vim and VMamba, and the gate behind Vim's."""
 
 from __future__ import annotations
 
@@ -32,6 +32,13 @@ def _shifted_conv_both_ways(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return F.silu(torch.stack((y0, y1), 2)).to(dtype)
 
 
+def plain_conv_map(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """`conv_map` by torch's convolution; TorchScript compiles this one."""
+    # Permuted views: the memory stays channels last, and the convolution works on it as it is.
+    y = F.conv2d(x.permute(0, 3, 1, 2), weight, bias, padding=weight.shape[-1] // 2, groups=weight.shape[0])
+    return F.silu(y.permute(0, 2, 3, 1))
+
+
 def plain_gated(y: Tensor, z: Tensor) -> Tensor:
     """`gated` by torch's functions; TorchScript compiles this one."""
     return y * F.silu(z)
@@ -43,14 +50,21 @@ def _conv_kernels() -> Kernels:
     return rows_cuda.CONV_BOTH_WAYS
 
 
+def _map_kernels() -> Kernels:
+    from vision_mamba.ops.backends import rows_cuda
+
+    return rows_cuda.CONV_MAP
+
+
 def _gate_kernels() -> Kernels:
     from vision_mamba.ops.backends import rows_cuda
 
     return rows_cuda.GATED
 
 
-_fused_conv = Fused("conv_both_ways", plain_conv_both_ways, _conv_kernels, _shifted_conv_both_ways)
-_fused_gate = Fused("gated", plain_gated, _gate_kernels)
+_fused_conv = Fused("conv_both_ways", _conv_kernels, plain_conv_both_ways, _shifted_conv_both_ways)
+_fused_map = Fused("conv_map", _map_kernels, plain_conv_map)
+_fused_gate = Fused("gated", _gate_kernels, plain_gated)
 
 
 def conv_both_ways(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -69,6 +83,25 @@ def conv_both_ways(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     Returns: (B, L, 2, D), contiguous.
     """
     return _fused_conv(x, weight, bias)
+
+
+def conv_map(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Depthwise convolution and SiLU over a map that is channels last, with zeros around it.
+
+    With W x W taps, of which W is odd:
+        y_rcd = silu(bias_d + sum_ij weight_dij x_(r+i-W/2)(c+j-W/2)d)
+
+    Args:
+        x: (B, H, W, D) map.
+        weight: (D, 1, W, W) taps, as torch's convolution has them; W = 3 has kernels.
+        bias: (D,).
+
+    Returns: (B, H, W, D), in memory as x.
+
+    >>> conv_map(torch.ones(1, 1, 1, 1), torch.zeros(1, 1, 3, 3))
+    tensor([[[[0.]]]])
+    """
+    return _fused_map(x, weight, bias)
 
 
 def gated(y: Tensor, z: Tensor) -> Tensor:

@@ -20,13 +20,42 @@ class Kernels(NamedTuple):
 
     Args:
         refuses: (tensors, options) -> whether the kernels cannot do this call.
-        forward: (tensors, options) -> the results, and what backward needs of tensors.
+        forward: (tensors, options, whether a backward pass may follow) -> the results, and what that needs of tensors.
         backward: (kept tensors, options, gradients of the results) -> gradients of the tensors.
     """
 
     refuses: Callable[[Tensors, dict[str, Any]], bool]
-    forward: Callable[[Tensors, dict[str, Any]], tuple[tuple[Tensor, ...], Tensors]]
+    forward: Callable[[Tensors, dict[str, Any], bool], tuple[tuple[Tensor, ...], Tensors]]
     backward: Callable[[Tensors, dict[str, Any], Tensors], Tensors]
+
+
+class Joined:
+    """What several modules do, by kernels that keep less for the backward pass and write less to memory between them.
+
+    Called with the tensors and options of its kernels it gives their result, or None where they refuse or somebody
+    looks inside: then the modules are to run one by one.
+
+    Args:
+        name: what errors call it.
+        kernels: makes its kernels, when first needed.
+    """
+
+    def __init__(self, name: str, kernels: Callable[[], Kernels]) -> None:
+        self.name, self._make_kernels = name, kernels
+        self._kernels: Kernels | None = None
+
+    def __call__(self, *tensors: Tensor | None, **options: Any) -> Any:
+        if not _by_kernels(tensors):
+            return None
+        if self._kernels is None:
+            self._kernels = self._make_kernels()
+        if self._kernels.refuses(tensors, options):
+            return None
+        if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+            results = _Run.apply(self._kernels, self.name, options, *tensors)
+        else:
+            results = self._kernels.forward(tensors, options, False)[0]
+        return results[0] if len(results) == 1 else results
 
 
 class Fused:
@@ -38,35 +67,26 @@ class Fused:
 
     Args:
         name: what errors call it.
-        plain: the function.
         kernels: makes its kernels, when first needed.
+        plain: the function.
         compiled: the same function in another form, of which compilers make more on GPUs.
     """
 
     def __init__(
         self,
         name: str,
-        plain: Callable[..., Any],
         kernels: Callable[[], Kernels],
+        plain: Callable[..., Any],
         compiled: Callable[..., Any] | None = None,
     ) -> None:
-        self.name, self.plain, self.compiled, self._make_kernels = name, plain, compiled or plain, kernels
-        self._kernels: Kernels | None = None
+        self.joined = Joined(name, kernels)
+        self.plain, self.compiled = plain, compiled or plain
 
     def __call__(self, *tensors: Tensor | None, **options: Any) -> Any:
         if torch.compiler.is_compiling() and tensors[0] is not None and tensors[0].is_cuda:
             return self.compiled(*tensors, **options)
-        if not _by_kernels(tensors):
-            return self.plain(*tensors, **options)
-        if self._kernels is None:
-            self._kernels = self._make_kernels()
-        if self._kernels.refuses(tensors, options):
-            return self.plain(*tensors, **options)
-        if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
-            results = _Run.apply(self._kernels, self.name, options, *tensors)
-        else:
-            results = self._kernels.forward(tensors, options)[0]
-        return results[0] if len(results) == 1 else results
+        found = self.joined(*tensors, **options)
+        return self.plain(*tensors, **options) if found is None else found
 
 
 def _by_kernels(tensors: Tensors) -> bool:
@@ -86,7 +106,7 @@ def _by_kernels(tensors: Tensors) -> bool:
 class _Run(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, kernels: Kernels, name: str, options: dict[str, Any], *tensors: Tensor | None) -> Any:
-        results, kept = kernels.forward(tensors, options)
+        results, kept = kernels.forward(tensors, options, True)
         ctx.kernels, ctx.name, ctx.options = kernels, name, options
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*kept)

@@ -20,12 +20,13 @@ def plain_normed(
     eps: float,
     rms: bool,
     out_dtype: torch.dtype | None,
+    stream: bool,
 ) -> Any:
     total = x if branch is None else x + branch
     shape = (int(x.shape[-1]),)  # a tracer's sizes are tensors
     y = F.rms_norm(total, shape, weight, eps) if rms else F.layer_norm(total, shape, weight, bias, eps)
     y = y if out_dtype is None else y.to(out_dtype)
-    return y if branch is None else (y, total)
+    return (y, total) if stream else y
 
 
 def _kernels() -> Kernels:
@@ -34,7 +35,7 @@ def _kernels() -> Kernels:
     return rows_cuda.NORM
 
 
-_fused = Fused("normed", plain_normed, _kernels)
+_fused = Fused("normed", _kernels, plain_normed)
 
 
 def normed(
@@ -57,12 +58,12 @@ def normed(
     >>> normed(torch.tensor([[1.0, 3.0]]), torch.ones(2), torch.zeros(2), 0.0)
     tensor([[-1.,  1.]])
     """
-    return _fused(x, None, weight, bias, eps=eps, rms=rms, out_dtype=out_dtype)
+    return _fused(x, None, weight, bias, eps=eps, rms=rms, out_dtype=out_dtype, stream=False)
 
 
 def add_normed(
     x: Tensor,
-    branch: Tensor,
+    branch: Tensor | None,
     weight: Tensor,
     bias: Tensor | None = None,
     eps: float = 1e-5,
@@ -73,7 +74,8 @@ def add_normed(
     """The norm of x + branch, and that sum, in one pass.
 
     Args: those of `normed`, and
-        branch: (..., C), of a type that x's holds.
+        branch: (..., C), of a type that x's holds; None for a stream to which nothing is added, whose two gradients,
+            its own and that through the norm, then meet in one pass.
 
     Returns: the norm, and the sum in x's type.
 
@@ -81,4 +83,4 @@ def add_normed(
     >>> add_normed(x, branch, torch.ones(2), torch.zeros(2))[1]
     tensor([[1., 3.]])
     """
-    return _fused(x, branch, weight, bias, eps=eps, rms=rms, out_dtype=out_dtype)
+    return _fused(x, branch, weight, bias, eps=eps, rms=rms, out_dtype=out_dtype, stream=True)

@@ -19,6 +19,8 @@ from vision_mamba.ops.fused import Kernels, Tensors
 MAX_WIDTH = 1024  # channels of a norm's row, which a group of lanes holds in registers
 TAPS = 4  # of the convolution; fewer are filled up with zeros
 _HEADER = "rows.cuh"
+MAP_STRIPS = {True: 4, False: 2}  # rows of a map that a thread of the forward and backward convolution takes together
+MAP_BLOCKS = {True: 3, False: 3}  # of theirs that a multiprocessor holds
 _RING = 7  # tokens that a thread of the convolution takes together
 
 Macros = dict[str, Any]
@@ -41,9 +43,11 @@ def norm(
     rms: bool,
     eps: float,
     run: int,
+    again: bool = False,
 ) -> nvrtc.Specialisation:
-    """A norm over rows of `width` channels; a backward pass writes the branch's gradient if its type is not x's."""
-    macros = dict(WIDTH=width, RUN=run, LANES=norm_lanes(width, run), RMS=rms, BRANCH=branch is not None)
+    """A norm over rows of `width` channels; a backward pass writes the branch's gradient if its type is not x's, and
+    the norm's result `again` if that is wanted."""
+    macros = dict(WIDTH=width, RUN=run, LANES=norm_lanes(width, run), RMS=rms, BRANCH=branch is not None, AGAIN=again)
     types = dict(X_TYPE=x, B_TYPE=branch or x, Y_TYPE=y)
     return _kernel("norm_forward" if forward else "norm_backward", types, macros | dict(EPSILON=f"{float(eps)!r}f"))
 
@@ -54,12 +58,22 @@ def norm_lanes(width: int, run: int) -> int:
     return min(32, 1 << max(0, (runs // 3).bit_length() - 1))
 
 
-def convolution(forward: bool, x: torch.dtype, run: int) -> nvrtc.Specialisation:
-    return _kernel("conv_forward" if forward else "conv_backward", dict(X_TYPE=x), dict(RUN=run))
+def convolution(forward: bool, x: torch.dtype, run: int, ways: int = 2, before: int = TAPS - 1) -> nvrtc.Specialisation:
+    macros = dict(RUN=run, WAYS=ways, BEFORE=before)
+    return _kernel("conv_forward" if forward else "conv_backward", dict(X_TYPE=x), macros)
 
 
 def gate(forward: bool, y: torch.dtype, z: torch.dtype, out: torch.dtype, run: int) -> nvrtc.Specialisation:
     return _kernel("gate", dict(X_TYPE=y, B_TYPE=z, Y_TYPE=out), dict(RUN=run, BACKWARD=not forward))
+
+
+def gelu(h: torch.dtype, dy: torch.dtype, run: int, sums: bool = False) -> nvrtc.Specialisation:
+    return _kernel("gelu_backward", dict(X_TYPE=h, Y_TYPE=dy), dict(RUN=run, SUMS=sums))
+
+
+def map_convolution(forward: bool, x: torch.dtype, run: int) -> nvrtc.Specialisation:
+    macros = dict(RUN=run, STRIP=MAP_STRIPS[forward], MIN_BLOCKS=MAP_BLOCKS[forward])
+    return _kernel("map_forward" if forward else "map_backward", dict(X_TYPE=x), macros)
 
 
 _HALF, _FULL = torch.bfloat16, torch.float32
@@ -71,6 +85,8 @@ SHIPPED = (
     *(norm(forward, _FULL, None, _HALF, 384, True, 1e-5, 4) for forward in (True, False)),
     *(convolution(forward, _HALF, 2) for forward in (True, False)),
     *(gate(forward, _HALF, _HALF, _HALF, 8) for forward in (True, False)),
+    *(map_convolution(forward, _HALF, 2) for forward in (True, False)),
+    *(gelu(_HALF, _HALF, 8, sums) for sums in (True, False)),
 )
 
 
@@ -145,7 +161,7 @@ def _norm_type(x: Tensor, options: dict[str, Any]) -> torch.dtype:
     return torch.float32 if torch.is_autocast_enabled("cuda") else x.dtype
 
 
-def _norm_forward(tensors: Tensors, options: dict[str, Any]) -> tuple[tuple[Tensor, ...], Tensors]:
+def _norm_forward(tensors: Tensors, options: dict[str, Any], keep: bool = True) -> tuple[tuple[Tensor, ...], Tensors]:
     x, branch, weight, bias = tensors
     assert x is not None and weight is not None
     width = x.shape[-1]
@@ -162,15 +178,16 @@ def _norm_forward(tensors: Tensors, options: dict[str, Any]) -> tuple[tuple[Tens
         bias=_whole(bias), y=y, total=total,
     )  # fmt: skip
     if branch is None or total is None:
-        return (y,), (x, weight, bias, None)
+        return (y, x) if options["stream"] else (y,), (x, weight, bias, None)
     return (y, total), (total, weight, bias, branch.new_empty(0))  # of the branch, backward needs its type
 
 
-def _norm_backward(kept: Tensors, options: dict[str, Any], grads: Tensors) -> Tensors:
+def norm_backward(kept: Tensors, options: dict[str, Any], grads: Tensors, again: Tensor | None = None) -> Tensors:
+    """Writes the norm's result once more to `again`, of the type of its gradient, if that is given."""
     x, weight, bias, branch = kept
     assert x is not None and weight is not None
     dy = None if grads[0] is None else grads[0].contiguous()
-    dtotal = None if branch is None or grads[1] is None else grads[1].contiguous()
+    dtotal = None if len(grads) == 1 or grads[1] is None else grads[1].contiguous()
     width = x.shape[-1]
     rows = x.numel() // width
     dx = torch.empty_like(x)
@@ -178,13 +195,13 @@ def _norm_backward(kept: Tensors, options: dict[str, Any], grads: Tensors) -> Te
     run = _run(4, x, dy, dtotal)
     kind = None if dbranch is None else dbranch.dtype
     y = _norm_type(x, options) if dy is None else dy.dtype
-    how = (False, x.dtype, kind, y, width, options["rms"], options["eps"], run)
+    how = (False, x.dtype, kind, y, width, options["rms"], options["eps"], run, again is not None)
     per_block = 256 // norm_lanes(width, run)
     blocks = min(2 * _multiprocessors(x.device.index), (rows + per_block - 1) // per_block)
     parts = torch.empty((blocks, 2, width), dtype=torch.float32, device=x.device)
     _start(
-        norm, how, blocks, dict(batch=rows), x=x, weight=_whole(weight), dy=dy, dtotal=dtotal, dx=dx, dbranch=dbranch,
-        parts=parts,
+        norm, how, blocks, dict(batch=rows), x=x, weight=_whole(weight), bias=_whole(bias), dy=dy, dtotal=dtotal, dx=dx,
+        dbranch=dbranch, y=again, parts=parts,
     )  # fmt: skip
     dweight, dbias = parts.sum(0).unbind()
     of_branch = None if branch is None else dx if dbranch is None else dbranch
@@ -230,7 +247,7 @@ def _conv_sizes(x: Tensor, run: int, reach: int) -> tuple[int, dict[str, int]]:
     return (threads * count + 127) // 128, fields | dict(x_b=x.stride(0), x_l=x.stride(1))
 
 
-def _conv_forward(tensors: Tensors, options: dict[str, Any]) -> tuple[tuple[Tensor, ...], Tensors]:
+def _conv_forward(tensors: Tensors, options: dict[str, Any], keep: bool = True) -> tuple[tuple[Tensor, ...], Tensors]:
     x, weight, bias = tensors
     assert x is not None and weight is not None and bias is not None
     y = x.new_empty((x.shape[0], x.shape[1], 2, x.shape[2]))
@@ -240,13 +257,16 @@ def _conv_forward(tensors: Tensors, options: dict[str, Any]) -> tuple[tuple[Tens
     return (y,), (x, weight, bias)
 
 
-def _conv_backward(kept: Tensors, options: dict[str, Any], grads: Tensors) -> Tensors:
+def conv_backward(kept: Tensors, options: dict[str, Any], grads: Tensors, dx: Tensor | None = None) -> Tensors:
+    """The gradient of x goes to `dx`, which may be a part of rows, if that is given."""
     (dy,), (x, weight, bias) = grads, kept
     assert x is not None and weight is not None and bias is not None and dy is not None
     dy = dy.to(x.dtype).contiguous()
-    run = _run(2, x, dy)
+    run = _run(2, x, dy, dx)
     grid, fields = _conv_sizes(x, run, 6)
-    dx = torch.empty_like(x, memory_format=torch.contiguous_format)
+    if dx is None:
+        dx = torch.empty_like(x, memory_format=torch.contiguous_format)
+    fields |= dict(dx_b=dx.stride(0), dx_l=dx.stride(1))
     parts = torch.empty((fields["batch"] * fields["chunks"], 2, 5, x.shape[2]), dtype=torch.float32, device=x.device)
     _start(
         convolution, (False, x.dtype, run), grid, fields, x=x, weight=_filled(weight), bias=_whole(bias), dy=dy, dx=dx,
@@ -255,6 +275,93 @@ def _conv_backward(kept: Tensors, options: dict[str, Any], grads: Tensors) -> Te
     sums = parts.sum(0)
     dweight = sums[:, TAPS - weight.shape[2] : TAPS].transpose(1, 2)
     return dx, dweight.to(weight.dtype), sums[:, TAPS].to(bias.dtype)
+
+
+# The convolution over a map.
+
+
+def _refuses_map(tensors: Tensors, options: dict[str, Any]) -> bool:
+    x, weight, bias = tensors
+    assert x is not None and weight is not None
+    if x.dim() != 4 or weight.shape != (x.shape[3], 1, 3, 3) or not x.is_contiguous():
+        return True
+    if bias is not None and bias.shape != x.shape[3:]:
+        return True  # plain torch says what is wrong
+    if torch.is_autocast_enabled("cuda") and x.dtype != torch.get_autocast_dtype("cuda"):
+        return True  # torch's convolution casts, and so does its result
+    return _unfit(*tensors)
+
+
+def _map_sizes(x: Tensor, run: int, strip: int) -> tuple[int, dict[str, int]]:
+    """Pieces that all maps are taken in, and fields that say so."""
+    batch, height, width, channels = x.shape
+    strips = (height + strip - 1) // strip
+    steps = width
+    room = 512 * _multiprocessors(x.device.index)
+    while steps > 8 and batch * strips * (channels // run) * ((width + steps - 1) // steps) < room:
+        steps = (steps + 1) // 2
+    count = (width + steps - 1) // steps
+    fields = dict(batch=batch, tokens=height * width, channels=channels, height=height, width=width)
+    return batch * strips * count, fields | dict(chunks=count, chunk_steps=steps)
+
+
+def _map_forward(tensors: Tensors, options: dict[str, Any], keep: bool = True) -> tuple[tuple[Tensor, ...], Tensors]:
+    x, weight, bias = tensors
+    assert x is not None and weight is not None
+    y = torch.empty_like(x)
+    run = _run(2, x)
+    pieces, fields = _map_sizes(x, run, MAP_STRIPS[True])
+    grid = (pieces * (x.shape[3] // run) + 127) // 128
+    _start(map_convolution, (True, x.dtype, run), grid, fields, x=x, weight=_whole(weight), bias=_whole(bias), y=y)
+    return (y,), (x, weight, bias)
+
+
+def _map_backward(kept: Tensors, options: dict[str, Any], grads: Tensors) -> Tensors:
+    (dy,), (x, weight, bias) = grads, kept
+    assert x is not None and weight is not None and dy is not None
+    dy = dy.to(x.dtype).contiguous()
+    run = _run(2, x, dy)
+    pieces, fields = _map_sizes(x, run, MAP_STRIPS[False])
+    channels = x.shape[3]
+    fields["workers"] = workers = min(
+        pieces, max(1, 128 * MAP_BLOCKS[False] * _multiprocessors(x.device.index) * run // channels)
+    )
+    dx = torch.empty_like(x)
+    parts = torch.empty((workers, 10, channels), dtype=torch.float32, device=x.device)
+    grid = (workers * (channels // run) + 127) // 128
+    _start(
+        map_convolution, (False, x.dtype, run), grid, fields, x=x, weight=_whole(weight), bias=_whole(bias), dy=dy,
+        dx=dx, parts=parts,
+    )  # fmt: skip
+    sums = parts.sum(0)
+    dweight = sums[:9].t().reshape(weight.shape)
+    return dx, dweight.to(weight.dtype), None if bias is None else sums[9].to(bias.dtype)
+
+
+# What is behind a GELU.
+
+
+def _gelu_start(h: Tensor, dy: Tensor | None, a: Tensor | None, dh: Tensor | None) -> Tensor:
+    """Sums over rows of what the kernel computes."""
+    rows, channels = h.shape
+    run = _run(16 // h.element_size(), h, dy)
+    tiles = (channels // run + 15) // 16
+    blocks = max(1, min(4 * _multiprocessors(h.device.index) // tiles, (rows + 31) // 32))
+    parts = torch.empty((blocks, channels), dtype=torch.float32, device=h.device)
+    how = (h.dtype, h.dtype if dy is None else dy.dtype, run, dy is None)
+    _start(gelu, how, tiles * blocks, dict(batch=rows, channels=channels), x=h, dy=dy, y=a, dx=dh, parts=parts)
+    return parts.sum(0)
+
+
+def gelu_backward(h: Tensor, dy: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """From h (M, C) and the gradient of gelu(h): gelu(h) again, the gradient of h, its sum over M in float32."""
+    a, dh = torch.empty_like(dy), torch.empty_like(h)
+    return a, dh, _gelu_start(h, dy, a, dh)
+
+
+def sum_rows(x: Tensor) -> Tensor:
+    """Sum of x (M, C) over M in float32."""
+    return _gelu_start(x, None, None, None)
 
 
 # The gate.
@@ -276,7 +383,7 @@ def _gate_sizes(y: Tensor, z: Tensor, run: int) -> tuple[int, dict[str, int]]:
     return (y.numel() // run + 255) // 256, fields
 
 
-def _gate_forward(tensors: Tensors, options: dict[str, Any]) -> tuple[tuple[Tensor, ...], Tensors]:
+def _gate_forward(tensors: Tensors, options: dict[str, Any], keep: bool = True) -> tuple[tuple[Tensor, ...], Tensors]:
     y, z = tensors
     assert y is not None and z is not None
     out = y.new_empty(y.shape, dtype=torch.promote_types(y.dtype, z.dtype))
@@ -289,14 +396,22 @@ def _gate_forward(tensors: Tensors, options: dict[str, Any]) -> tuple[tuple[Tens
 def _gate_backward(kept: Tensors, options: dict[str, Any], grads: Tensors) -> Tensors:
     (dout,), (y, z) = grads, kept
     assert y is not None and z is not None and dout is not None
-    dout = dout.contiguous()
-    dy, dz = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (y, z))
-    run = _run(8, y, z, dout)
+    dz = torch.empty_like(z, memory_format=torch.contiguous_format)
+    return gate_backward(y, z, dout.contiguous(), dz), dz
+
+
+def gate_backward(y: Tensor, z: Tensor, dout: Tensor, dz: Tensor, again: Tensor | None = None) -> Tensor:
+    """The gradient of y; that of z goes to `dz`, which may be a part of rows, and y silu(z) once more to `again`."""
+    dy = torch.empty_like(y, memory_format=torch.contiguous_format)
+    run = _run(8, y, z, dout, dz)
     grid, fields = _gate_sizes(y, z, run)
-    _start(gate, (False, y.dtype, z.dtype, dout.dtype, run), grid, fields, x=y, z=z, dy=dout, dx=dy, dz=dz)
-    return dy, dz
+    fields["dz_l"] = dz.stride(1)
+    how = (False, y.dtype, z.dtype, dout.dtype, run)
+    _start(gate, how, grid, fields, x=y, z=z, dy=dout, dx=dy, dz=dz, y=again)
+    return dy
 
 
-NORM = Kernels(_refuses_norm, _norm_forward, _norm_backward)
-CONV_BOTH_WAYS = Kernels(_refuses_conv, _conv_forward, _conv_backward)
+NORM = Kernels(_refuses_norm, _norm_forward, norm_backward)
+CONV_BOTH_WAYS = Kernels(_refuses_conv, _conv_forward, conv_backward)
+CONV_MAP = Kernels(_refuses_map, _map_forward, _map_backward)
 GATED = Kernels(_refuses_gate, _gate_forward, _gate_backward)

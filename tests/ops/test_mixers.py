@@ -1,0 +1,191 @@
+"""Chains of layers by kernels: what they do with their kernels, held against the layers one by one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tests.tolerances import relative_rms
+from vision_mamba import ops
+from vision_mamba.layers import SS2D, BiMamba, bimamba, joined, ss2d
+from vision_mamba.layers.joined import Mlp
+from vision_mamba.layers.norm import LayerNorm, add_norm, joins_stream
+from vision_mamba.ops import conv, fused, mixers, norm
+from vision_mamba.ops.backends import rows_cuda
+from vision_mamba.ops.fused import Kernels
+
+MIXERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "ss2d": (lambda: SS2D(32, dt_rank=2), (2, 5, 7, 32)),
+    "ss2d_of_three_states": (lambda: SS2D(16, d_state=3, ssm_ratio=2.0, conv_bias=True), (1, 4, 4, 16)),
+    "bimamba": (lambda: BiMamba(32, d_state=4), (2, 11, 32)),
+    "bimamba_sum": (lambda: BiMamba(16, d_conv=3, average=False), (1, 3, 16)),
+    "mlp": (lambda: Mlp(16, 48), (2, 3, 4, 16)),
+}
+
+
+def make(name: str) -> tuple[nn.Module, Tensor]:
+    torch.manual_seed(0)
+    build, shape = MIXERS[name]
+    mixer = build()
+    for parameter in mixer.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    return mixer, torch.randn(shape)
+
+
+def run(mixer: nn.Module, x: Tensor) -> list[Tensor]:
+    """The result, and the gradients of x and of all parameters."""
+    x = x.detach().requires_grad_()
+    y = mixer(x)
+    loss = (y * torch.linspace(-1, 1, y.numel(), device=y.device).view(y.shape)).sum()
+    return [y, *torch.autograd.grad(loss, [x, *mixer.parameters()])]
+
+
+def _stand_in(plain: Callable[..., Any]) -> Kernels:
+    """Kernels that are plain torch, so that what is made of them runs anywhere."""
+
+    def results(*tensors: Tensor | None, **options: Any) -> tuple[Tensor, ...]:
+        found = plain(*tensors, **options)
+        return found if isinstance(found, tuple) else (found,)
+
+    def forward(tensors: fused.Tensors, options: dict[str, Any], keep: bool) -> Any:
+        with torch.no_grad():
+            return results(*tensors, **options), tensors
+
+    def backward(kept: fused.Tensors, options: dict[str, Any], grads: fused.Tensors) -> fused.Tensors:
+        with torch.enable_grad():
+            tensors = [None if t is None else t.detach().requires_grad_() for t in kept]
+            found = iter(
+                torch.autograd.grad(results(*tensors, **options), [t for t in tensors if t is not None], grads)
+            )
+        return tuple(None if t is None else next(found) for t in tensors)
+
+    return Kernels(lambda tensors, options: False, forward, backward)
+
+
+@pytest.fixture
+def stand_ins(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """Joined layers on the CPU; the list fills with the names of the chains that ran."""
+    plain = dict(CONV_MAP=conv.plain_conv_map, GATED=conv.plain_gated, NORM=norm.plain_normed)
+    plain |= dict(CONV_BOTH_WAYS=conv.plain_conv_both_ways)
+    kernels = {name: _stand_in(function) for name, function in plain.items()}
+    for name, kernel in kernels.items():
+        monkeypatch.setattr(rows_cuda, name, kernel)
+
+    def norm_backward(kept: Any, options: Any, grads: Any, again: Tensor | None = None) -> Any:
+        if again is not None:
+            again.copy_(kernels["NORM"].forward((kept[0], None, *kept[1:3]), options, False)[0][0])
+        x, _, weight, bias = kernels["NORM"].backward((kept[0], None, *kept[1:3]), options, grads)
+        return x, None, weight, bias
+
+    def gate_backward(y: Tensor, z: Tensor, dout: Tensor, dz: Tensor, again: Tensor) -> Tensor:
+        dy, found = kernels["GATED"].backward((y, z), {}, (dout,))
+        dz.copy_(found)
+        again.copy_(conv.plain_gated(y, z))
+        return dy
+
+    def conv_backward(kept: Any, options: Any, grads: Any, dx: Tensor) -> Any:
+        found = kernels["CONV_BOTH_WAYS"].backward(kept, options, grads)
+        dx.copy_(found[0])
+        return found
+
+    def gelu_backward(h: Tensor, dy: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        with torch.enable_grad():
+            h = h.detach().requires_grad_()
+            a = F.gelu(h)
+            (dh,) = torch.autograd.grad(a, h, dy)
+        return a.detach(), dh, dh.sum(0)
+
+    for function in (norm_backward, gate_backward, conv_backward, gelu_backward):
+        monkeypatch.setattr(rows_cuda, function.__name__, function)
+    monkeypatch.setattr(rows_cuda, "sum_rows", lambda x: x.sum(0))
+    for layers in (ss2d, bimamba, joined):
+        monkeypatch.setattr(layers, "eager_on_gpu", lambda x: True)
+    monkeypatch.setattr(fused, "_by_kernels", lambda tensors: True)
+    ran: list[str] = []
+    for chain in (mixers.mlp, mixers.scan_map, mixers.scan_both_ways):
+        kernels[chain.name] = chain._make_kernels()
+        monkeypatch.setattr(
+            chain,
+            "_kernels",
+            kernels[chain.name]._replace(refuses=lambda t, o, name=chain.name: ran.append(name)),
+        )
+    yield ran
+
+
+@pytest.mark.parametrize("name", MIXERS)
+def test_is_what_the_layers_are(name: str, request: pytest.FixtureRequest) -> None:
+    mixer, x = make(name)
+    expected = run(mixer, x)
+    ran = request.getfixturevalue("stand_ins")
+    for result, other in zip(run(mixer, x), expected, strict=True):
+        assert relative_rms(result, other) < 1e-6
+    assert len(ran) == 1
+
+
+def test_layers_that_were_touched_run_one_by_one(stand_ins: list[str]) -> None:
+    mixer, x = make("ss2d")
+    seen: list[Tensor] = []
+    hook = mixer.out_proj.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    mixer(x)
+    assert len(seen) == 1 and not stand_ins
+    hook.remove()
+    mixer(x)
+    mixer.out_norm = nn.LayerNorm(32)
+    mixer(x)
+    assert len(seen) == 1 and len(stand_ins) == 1
+    mlp, x = make("mlp")
+    mlp.train().drop1.p = 0.5
+    mlp(x)
+    mlp.eval()(x)
+    mlp.act = nn.GELU(approximate="tanh")
+    mlp(x)
+    assert len(stand_ins) == 2
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", MIXERS)
+def test_on_gpu(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    mixer, x = make(name)
+    mixer, x = mixer.cuda(), x.cuda()
+    found = run(mixer, x)
+    with torch.autocast("cuda", torch.bfloat16):
+        half = run(mixer, x.bfloat16())
+        again = run(mixer, x.bfloat16())
+        monkeypatch.setattr(fused, "_by_kernels", lambda tensors: False)
+        one_by_one = run(mixer, x.bfloat16())
+    with ops.use_backend("eager"):
+        exact = run(mixer.double(), x.double())
+        rounded = run(mixer, x.bfloat16().double())
+    for i, result in enumerate(found):
+        assert relative_rms(result, exact[i]) < 1e-5, i
+    for i, result in enumerate(half):
+        assert torch.equal(result, again[i]), i
+        # Rounded between layers, as the layers round.
+        assert relative_rms(result, rounded[i]) <= 1.5 * relative_rms(one_by_one[i], rounded[i]) + 1e-3, i
+
+
+@pytest.mark.gpu
+def test_on_gpu_a_stream_and_its_norm() -> None:
+    torch.manual_seed(0)
+    layer = LayerNorm(24).cuda()
+    x, branch = torch.randn(2, 9, 24, device="cuda"), torch.randn(2, 9, 24, device="cuda")
+    assert joins_stream(x, layer) and not joins_stream(x.cpu(), layer)
+
+    def whole(add: Callable[..., tuple[Tensor, Tensor]], branch: Tensor | None) -> list[Tensor]:
+        given = [t.detach().requires_grad_() for t in (x, branch) if t is not None]
+        y, total = add(layer, *given) if branch is not None else add(layer, given[0], None)
+        wanted = [*given, *layer.parameters()]
+        return [y, total, *torch.autograd.grad((y * y).sum() + (total**3).sum(), wanted)]
+
+    def plain(layer: nn.Module, x: Tensor, branch: Tensor | None) -> tuple[Tensor, Tensor]:
+        total = x if branch is None else x + branch
+        return F.layer_norm(total, (24,), layer.weight, layer.bias, layer.eps), total
+
+    for addend in (branch, None):
+        for result, other in zip(whole(add_norm, addend), whole(plain, addend), strict=True):
+            torch.testing.assert_close(result, other)

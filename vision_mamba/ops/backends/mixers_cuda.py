@@ -1,0 +1,226 @@
+"""Chains of a model's layers as one function, on the kernels of this folder: see ops.mixers.
+
+Each keeps for the backward pass what is dear to compute again, and no more: norms, activations, gates and Vim's
+convolution are computed twice. Gradients that meet are added up by the products that make one of them.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vision_mamba.ops.backends import rows_cuda
+from vision_mamba.ops.backends.cuda_kernels import TYPES
+from vision_mamba.ops.call import ScanCall
+from vision_mamba.ops.fused import Kernels, Tensors
+from vision_mamba.ops.reference import without_autocast
+from vision_mamba.ops.registry import scans
+
+Options = dict[str, Any]
+
+
+def _refuses(tensors: Tensors, products: tuple[int, ...]) -> bool:
+    """Whether the kernels do not take these, where `products` are the places of weights that x is multiplied by.
+
+    Without autocast those have x's type, or plain torch says what is wrong.
+    """
+    x = tensors[0]
+    assert x is not None
+    if x.dtype not in TYPES or x.numel() == 0 or not x.is_contiguous():
+        return True
+    if torch.is_autocast_enabled("cuda"):
+        return x.dtype != torch.get_autocast_dtype("cuda")
+    return any(tensors[place].dtype != x.dtype for place in products)  # type: ignore[union-attr]
+
+
+def _product_of_sums(left: Tensor, right: Tensor) -> Tensor:
+    """left^T right over long sums, (M, I) and (M, J) -> (I, J); float32 whatever the types, as sums are."""
+    if left.dtype == torch.float32:
+        return left.t() @ right
+    return torch.mm(left.t(), right, out_dtype=torch.float32)
+
+
+# An MLP.
+
+
+def _refuses_mlp(tensors: Tensors, options: Options) -> bool:
+    return _refuses(tensors, (1, 2, 3, 4))
+
+
+def _mlp_forward(tensors: Tensors, options: Options, keep: bool) -> tuple[tuple[Tensor, ...], Tensors]:
+    x, weight1, bias1, weight2, bias2 = tensors
+    assert x is not None and weight1 is not None and bias1 is not None and weight2 is not None and bias2 is not None
+    with without_autocast(x.device):
+        first, second = weight1.to(x.dtype), weight2.to(x.dtype)
+        h = F.linear(x.flatten(0, -2), first, bias1.to(x.dtype))
+        y = F.linear(F.gelu(h), second, bias2.to(x.dtype))
+    return (y.view(*x.shape[:-1], y.shape[-1]),), (x, h, first, second, *tensors[1:])
+
+
+def _mlp_backward(kept: Tensors, options: Options, grads: Tensors) -> Tensors:
+    (dy,), (x, h, first, second, *parameters) = grads, kept
+    assert dy is not None and x is not None and h is not None and first is not None and second is not None
+    dy = dy.flatten(0, -2).contiguous()
+    with without_autocast(x.device):
+        a, dh, dbias1 = rows_cuda.gelu_backward(h, dy @ second)
+        found = (_product_of_sums(dh, x.flatten(0, -2)), dbias1, _product_of_sums(dy, a), rows_cuda.sum_rows(dy))
+        dx = (dh @ first).view(x.shape)
+    return dx, *(grad.to(parameter.dtype) for grad, parameter in zip(found, parameters, strict=True))  # type: ignore
+
+
+MLP = Kernels(_refuses_mlp, _mlp_forward, _mlp_backward)
+
+
+# What both mixers do with a scan.
+
+
+def _scan_call(
+    u: Tensor, columns: Tensor, parameters: tuple[Tensor | None, ...], out_dtype: torch.dtype | None
+) -> ScanCall:
+    """Of columns (B, L, K, R + 2 N) and A, D, the weight and bias of step sizes, the table."""
+    A, D, dt_weight, dt_bias, indices = parameters
+    assert A is not None and dt_weight is not None
+    dt, B, C = columns.split([dt_weight.shape[2], A.shape[2], A.shape[2]], -1)
+    return ScanCall(u, dt, A, B, C, D, indices, dt_weight, dt_bias, out_dtype=out_dtype)
+
+
+def _scan_forward(call: ScanCall, keep: bool) -> tuple[Tensor, Tensor]:
+    y, _, saved = scans.choose(call, None).forward(call, keep)
+    return y, saved
+
+
+def _scan_backward(call: ScanCall, saved: Tensor, dy: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor | None, ...]]:
+    """Gradients of u, of the columns, and of A, D and the weight and bias of step sizes."""
+    backend = scans.choose(call, None)
+    assert backend.backward is not None, backend.name
+    du, ddt, dA, dB, dC, dD, dweight, dbias, _ = backend.backward(call, saved, dy, None)
+    assert du is not None and ddt is not None and dB is not None and dC is not None
+    return du, torch.cat((ddt, dB, dC), -1), (dA, dD, dweight, dbias)
+
+
+# VMamba's.
+
+
+def _refuses_map(tensors: Tensors, options: Options) -> bool:
+    return _refuses(tensors, (3, 10)) or rows_cuda.CONV_MAP.refuses(tensors[:3], {})
+
+
+def _map_forward(tensors: Tensors, options: Options, keep: bool) -> tuple[tuple[Tensor, ...], Tensors]:
+    x, weight, bias, projection, *of_scan, norm_weight, norm_bias, out_weight = tensors
+    assert x is not None and projection is not None and out_weight is not None and norm_weight is not None
+    with without_autocast(x.device):
+        (u,), _ = rows_cuda.CONV_MAP.forward((x, weight, bias), {}, keep)
+        projection, out_weight = projection.to(x.dtype), out_weight.to(x.dtype)
+        columns = F.linear(u.flatten(1, 2), projection.flatten(0, 1)).unflatten(-1, projection.shape[:2])
+        y, saved = _scan_forward(_scan_call(u.flatten(1, 2), columns, tuple(of_scan), options["out_dtype"]), keep)
+        (n,), _ = rows_cuda.NORM.forward((y, None, norm_weight, norm_bias), _norm(x, options), keep)
+        out = F.linear(n, out_weight)
+    kept = (x, u, columns, y, saved, projection, out_weight, *tensors[1:])
+    return (out.unflatten(1, x.shape[1:3]),), kept
+
+
+def _norm(x: Tensor, options: Options) -> Options:
+    return dict(eps=options["eps"], rms=False, out_dtype=x.dtype, stream=False)
+
+
+def _map_backward(kept: Tensors, options: Options, grads: Tensors) -> Tensors:
+    (dout,), (x, u, columns, y, saved, projection, out_weight, *parameters) = grads, kept
+    weight, bias, _, *of_scan, norm_weight, norm_bias, _ = parameters
+    assert dout is not None and x is not None and u is not None and columns is not None and y is not None
+    assert saved is not None and projection is not None and out_weight is not None
+    with without_autocast(x.device):
+        dout = dout.flatten(0, 2).contiguous()
+        n = torch.empty_like(y, dtype=x.dtype)
+        dn = (dout @ out_weight).view(y.shape)
+        of_norm = (y, norm_weight, norm_bias, None)
+        dy, _, *dnorm = rows_cuda.norm_backward(of_norm, _norm(x, options), (dn,), again=n)
+        assert dy is not None
+        dout_weight = _product_of_sums(dout, n.flatten(0, 1))
+        call = _scan_call(u.flatten(1, 2), columns, tuple(of_scan), options["out_dtype"])
+        du, dcolumns, dscan = _scan_backward(call, saved, dy)
+        du, dcolumns = du.flatten(0, 1), dcolumns.flatten(2).flatten(0, 1)
+        du.addmm_(dcolumns, projection.flatten(0, 1))
+        dprojection = _product_of_sums(dcolumns, u.flatten(0, 2)).view(projection.shape)
+        dx, *dconv = rows_cuda.CONV_MAP.backward((x, weight, bias), {}, (du.view(x.shape),))
+    found = (*dconv, dprojection, *dscan, None, *dnorm, dout_weight)
+    return dx, *_as(found, parameters)
+
+
+def _as(found: tuple[Tensor | None, ...], parameters: list[Tensor | None]) -> tuple[Tensor | None, ...]:
+    """Gradients in the types of their parameters."""
+    return tuple(
+        None if grad is None or parameter is None else grad.to(parameter.dtype)
+        for grad, parameter in zip(found, parameters, strict=True)
+    )
+
+
+SCAN_MAP = Kernels(_refuses_map, _map_forward, _map_backward)
+
+
+# Vim's.
+
+
+def _refuses_both_ways(tensors: Tensors, options: Options) -> bool:
+    xz, weight, bias = tensors[:3]
+    assert xz is not None
+    if _refuses(tensors, (3, 9)) or xz.dim() != 3:
+        return True
+    x, z = xz.chunk(2, -1)
+    return rows_cuda.CONV_BOTH_WAYS.refuses((x, weight, bias), {}) or rows_cuda.GATED.refuses((x, z), {})
+
+
+def _both_ways_forward(tensors: Tensors, options: Options, keep: bool) -> tuple[tuple[Tensor, ...], Tensors]:
+    xz, weight, bias, projection, *of_scan, out_weight = tensors
+    assert xz is not None and projection is not None and out_weight is not None
+    with without_autocast(xz.device):
+        x, z = xz.chunk(2, -1)
+        (u,), _ = rows_cuda.CONV_BOTH_WAYS.forward((x, weight, bias), {}, keep)
+        projection, out_weight = projection.to(xz.dtype), out_weight.to(xz.dtype)
+        columns = torch.bmm(_by_route(u), projection.transpose(1, 2)).unflatten(1, xz.shape[:2]).permute(1, 2, 0, 3)
+        y, saved = _scan_forward(_scan_call(u, columns, tuple(of_scan), None), keep)
+        (g,), _ = rows_cuda.GATED.forward((y, z), {}, keep)
+        out = _scaled_product(g.flatten(0, 1), out_weight.t(), options["scale"])
+    return (out.unflatten(0, xz.shape[:2]),), (xz, columns, y, saved, projection, out_weight, *tensors[1:])
+
+
+def _by_route(t: Tensor) -> Tensor:
+    """(B, L, K, D) -> a view (K, B L, D)."""
+    return t.flatten(0, 1).transpose(0, 1)
+
+
+def _scaled_product(left: Tensor, right: Tensor, scale: float) -> Tensor:
+    return left @ right if scale == 1.0 else torch.addmm(right.new_empty(1), left, right, beta=0, alpha=scale)
+
+
+def _both_ways_backward(kept: Tensors, options: Options, grads: Tensors) -> Tensors:
+    (dout,), (xz, columns, y, saved, projection, out_weight, *parameters) = grads, kept
+    weight, bias, _, *of_scan, _ = parameters
+    assert dout is not None and xz is not None and columns is not None and y is not None
+    assert saved is not None and projection is not None and out_weight is not None
+    scale = options["scale"]
+    with without_autocast(xz.device):
+        (x, z), dxz = xz.chunk(2, -1), torch.empty_like(xz)
+        dx, dz = dxz.chunk(2, -1)
+        dout = dout.flatten(0, 1).contiguous()
+        dg = _scaled_product(dout, out_weight, scale).view(y.shape)
+        g = torch.empty_like(dg)
+        dy = rows_cuda.gate_backward(y, z, dg, dz, again=g)
+        dout_weight = _product_of_sums(dout, g.flatten(0, 1)) * scale
+        del g, dg
+        (u,), of_conv = rows_cuda.CONV_BOTH_WAYS.forward((x, weight, bias), {}, True)
+        du, dcolumns, dscan = _scan_backward(_scan_call(u, columns, tuple(of_scan), None), saved, dy)
+        du, dcolumns = _by_route(du), _by_route(dcolumns)
+        du.baddbmm_(dcolumns, projection)
+        if u.dtype == torch.float32:
+            dprojection = torch.bmm(dcolumns.transpose(1, 2), _by_route(u))
+        else:
+            dprojection = torch.bmm(dcolumns.transpose(1, 2), _by_route(u), out_dtype=torch.float32)
+        du = du.transpose(0, 1).view(u.shape)
+        _, *dconv = rows_cuda.conv_backward(of_conv, {}, (du,), dx)
+    return dxz, *_as((*dconv, dprojection, *dscan, None, dout_weight), parameters)
+
+
+SCAN_BOTH_WAYS = Kernels(_refuses_both_ways, _both_ways_forward, _both_ways_backward)

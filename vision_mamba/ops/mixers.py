@@ -1,0 +1,31 @@
+"""Chains of a model's layers that run as one, by kernels: token mixers behind their first projection, and MLPs.
+
+The layers themselves are the plain twins of these: they run wherever the kernels do not.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from vision_mamba.ops.fused import Joined, Kernels
+
+
+def _kernels(name: str) -> Any:
+    def make() -> Kernels:
+        from vision_mamba.ops.backends import mixers_cuda
+
+        return getattr(mixers_cuda, name)
+
+    return make
+
+
+#: fc2(gelu(fc1(x))), of x and the weights and biases of the two. Backward computes GELU's result once more.
+mlp = Joined("mlp", _kernels("MLP"))
+
+#: VMamba's mixer behind its first projection: with u = `conv_map`(x) and columns (r_k, B_k, C_k) = X_k u,
+#: out_proj(norm(sum_k scan_k(u, W_k r_k + b_k, A_k, B_k, C_k, D_k))). Of maps it keeps x, u and the sum.
+scan_map = Joined("scan_map", _kernels("SCAN_MAP"))
+
+#: Vim's mixer behind its first projection, of which x and z are the halves: with u = `conv_both_ways`(x) and columns as
+#: above, scale * out_proj(gated(sum_k scan_k(...), z)). Of sequences it keeps x, z and the sum.
+scan_both_ways = Joined("scan_both_ways", _kernels("SCAN_BOTH_WAYS"))
