@@ -14,7 +14,7 @@ from timm.models import resolve_model_input_args
 from torch import nn
 
 import vision_mamba.models  # noqa: F401  registers this package's models with timm
-from vision_mamba.text import nearest
+from vision_mamba.text import nearest, shortened
 from vision_mamba.train import checkpoint
 from vision_mamba.train.errors import CheckpointError, ConfigError
 from vision_mamba.train.options import Config
@@ -24,8 +24,16 @@ _SOURCES = ("hf-hub:", "hf_hub:", "local-dir:")
 
 
 def check_name(name: str, where: str = "--model") -> None:
-    """Raises: ConfigError naming the nearest registered model if this one is unknown."""
-    if name.startswith(_SOURCES) or timm.is_model(name.split(".")[0]):
+    """Raises: ConfigError naming the nearest registered model if this one, or weights of that tag, are unknown."""
+    if name.startswith(_SOURCES):
+        return
+    architecture = name.split(".")[0]
+    if timm.is_model(architecture):
+        try:
+            timm.get_pretrained_cfg(name)
+        except RuntimeError as error:
+            known = timm.list_models(f"{architecture}.*", include_tags=True)
+            raise ConfigError(f"{where} {name!r}: {error} There are: {shortened(known)}.") from error
         return
     close = nearest(name, timm.list_models())
     raise ConfigError(
