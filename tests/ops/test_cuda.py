@@ -75,7 +75,7 @@ def many() -> list[Case]:
 @pytest.mark.parametrize("case", many(), ids=str)
 def test_routes_in_one_piece(case: Case, poisoned: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cuda.kernels, "wide_segments", lambda *_: (1, 0))
-    monkeypatch.setattr(cuda, "_runners", {})
+    monkeypatch.setattr(cuda, "_forward_plans", {})
     monkeypatch.setattr(autograd.operator, "known", Known())
     monkeypatch.setattr(cuda, "_backward_plans", {})
     found = run(make_call(case, device="cuda"), "cuda")

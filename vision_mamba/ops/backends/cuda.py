@@ -105,9 +105,9 @@ def _prepare(call: ScanCall, save: bool) -> Run | None:
 
 def _runner(call: ScanCall, complete: bool, save: bool) -> Run:
     key = (_key(call, complete), call.return_last_state, save, tuple([t is None for t in call[:10]]))
-    run = _runners.get(key)
+    run = _forward_plans.get(key)
     if run is None:
-        run = _runners[key] = _new_runner(call, complete, save)
+        run = _forward_plans[key] = _new_runner(call, complete, save)
     return run
 
 
@@ -210,7 +210,7 @@ def _backward(asked: ScanCall, saved: Tensor, dy: Tensor | None, dlast: Tensor |
         return tuple(_like(found.get(name), getattr(asked, name)) for name in GRADIENTS)
 
 
-_runners: Plans = Plans()
+_forward_plans: Plans = Plans()
 _backward_plans: Plans = Plans()
 
 
