@@ -74,7 +74,8 @@ def test_a_run_that_is_killed_goes_on_and_ends_like_one_that_was_not(images: Pat
     assert all(bool(value.isfinite().all()) for value in saved(whole)["state_dict"].values())
 
 
-def test_a_gpu_trains_like_a_cpu(images: Path) -> None:
+def test_a_gpu_trains_like_a_cpu(images: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     both = [config(images, device, device=device, **PLAIN) for device in ("cpu", "cuda")]
     for each in both:
         runs.fit(each)

@@ -101,6 +101,8 @@ class Trainer:
                 label = f"epoch {position.epoch + 1}/{self.learner.epochs}"
                 with progress.bar(label, len(self.training), position.batch) as bar:
                     self._train_epoch(stop, bar)
+                    if position.epoch + 1 < self.learner.epochs:
+                        self.training.begin(position.epoch + 1, 0)
                     measured = self._evaluate(stop)
                 self._finish_epoch(measured, label)
         return position

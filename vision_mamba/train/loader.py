@@ -28,6 +28,25 @@ from vision_mamba.train.parallel import World
 from vision_mamba.train.sampler import EpochBatches, epoch_batches
 
 
+class _Ahead:
+    """A loader whose next pass may begin before anybody takes a batch of it."""
+
+    def __init__(self, loader: DataLoader) -> None:
+        self.loader = loader
+        self._begun: Iterator[Any] | None = None
+
+    def begin(self) -> None:
+        if self.loader.num_workers:
+            self._begun = iter(self.loader)
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def __iter__(self) -> Iterator[Any]:
+        begun, self._begun = self._begun, None
+        return iter(self.loader) if begun is None else begun
+
+
 class Feed:
     """Batches of normalised images and targets, on the device.
 
@@ -42,10 +61,11 @@ class Feed:
     ) -> None:
         self.loader, self.device, self.valid = loader, device, valid
         self._skip = 0
-        self.batches: Any = loader
+        self._ahead = _Ahead(loader)
+        self.batches: Any = self._ahead
         if data_config is not None:
             self.batches = PrefetchLoader(
-                loader,
+                self._ahead,  # type: ignore[arg-type]
                 mean=data_config["mean"],
                 std=data_config["std"],
                 channels=data_config["input_size"][0],
@@ -61,6 +81,11 @@ class Feed:
         self.loader.dataset.set_epoch(epoch)  # type: ignore[attr-defined]
         assert self.loader.generator is not None
         self.loader.generator.manual_seed(epoch)  # of which the processes' own seeds are drawn
+
+    def begin(self, epoch: int, batch: int) -> None:
+        """Let the loading processes work on the pass from there on already, so that its first batch is ready in time."""
+        self.at(epoch, batch)
+        self._ahead.begin()
 
     def __len__(self) -> int:
         return len(self.loader)
