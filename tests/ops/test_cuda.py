@@ -76,7 +76,7 @@ def many() -> list[Case]:
 def test_routes_in_one_piece(case: Case, poisoned: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cuda.kernels, "wide_segments", lambda *_: (1, 0))
     monkeypatch.setattr(cuda, "_forward_plans", {})
-    monkeypatch.setattr(autograd.operator, "known", Known())
+    monkeypatch.setattr(autograd.operator, "known", Known(10))
     monkeypatch.setattr(cuda, "_backward_plans", {})
     found = run(make_call(case, device="cuda"), "cuda")
     for name, reference in expected(case).items():

@@ -17,8 +17,8 @@ from vision_mamba.ops.registry import forced
 
 _TensorGuards: Any = getattr(guards, "TensorGuards", None)  # private: without it every call is looked at anew
 
-#: Runs a known call again, given its tensors in the order of its arguments.
-Run = Callable[[list[Tensor]], tuple[Tensor, Tensor, Tensor]]
+#: Runs a known call again, given the addresses of its tensors in the order of its arguments; it may change the list.
+Run = Callable[[list[int]], tuple[Tensor, Tensor, Tensor]]
 
 _ALIGNMENT = 16  # bytes, of where every tensor of a known call begins: as far as kernels ask
 _MOST = 1024
@@ -30,22 +30,28 @@ class _Seen(NamedTuple):
 
 
 class Known:
-    """What was seen of one operator's calls on GPUs; of too many, the oldest are forgotten."""
+    """What was seen of one operator's calls on GPUs; of too many, the oldest are forgotten.
 
-    def __init__(self) -> None:
+    Args:
+        count: of the arguments that are tensors, or may be; they come first.
+    """
+
+    def __init__(self, count: int) -> None:
+        self._count = count
         self._seen: dict[tuple[Any, ...], list[_Seen]] = {}
 
-    def find(self, arguments: tuple[Any, ...], *more: Any) -> tuple[Run, list[Tensor]] | None:
-        """How to run a call, and on which tensors, if one like it was added with as much `more`."""
-        key, tensors = _key(arguments, more)
+    def run(self, arguments: tuple[Any, ...], *more: Any) -> tuple[Tensor, Tensor, Tensor] | None:
+        """What a call gives, if one like it was added with the same `more`."""
+        key, tensors = self._key(arguments, more)
         for seen in self._seen.get(key, ()):
             if seen.same.check(*tensors):
-                return (seen.run, tensors) if _aligned(tensors) else None
+                addresses = [tensor.data_ptr() for tensor in tensors]
+                return seen.run(addresses) if _aligned(addresses) else None
         return None
 
     def add(self, run: Run, arguments: tuple[Any, ...], *more: Any) -> None:
-        key, tensors = _key(arguments, more)
-        if _TensorGuards is None or not _aligned(tensors):
+        key, tensors = self._key(arguments, more)
+        if _TensorGuards is None or not _aligned([tensor.data_ptr() for tensor in tensors]):
             return
         if len(self._seen) >= _MOST:
             del self._seen[next(iter(self._seen))]
@@ -53,24 +59,16 @@ class Known:
         # Of calls that differ in strides or in who wants gradients alone, a few; the newest are asked first.
         self._seen[key] = [_Seen(same, run), *self._seen.get(key, ())][:8]
 
-    def clear(self) -> None:
-        self._seen.clear()
+    def _key(self, arguments: tuple[Any, ...], more: tuple[Any, ...]) -> tuple[tuple[Any, ...], list[Tensor]]:
+        """What a call is found by, and its tensors."""
+        places = arguments[: self._count]
+        absent = tuple([tensor is None for tensor in places])
+        key = (arguments[0].shape, arguments[2].shape, absent, arguments[self._count :], forced(), more)
+        return key, [tensor for tensor in places if tensor is not None]
 
 
-def _key(arguments: tuple[Any, ...], more: tuple[Any, ...]) -> tuple[tuple[Any, ...], list[Tensor]]:
-    """What a call is found by, and its tensors."""
-    tensors, rest = [], [forced(), *more]
-    for argument in arguments:
-        if isinstance(argument, Tensor):
-            tensors.append(argument)
-            rest.append(argument.dim())
-        else:
-            rest.append(argument)
-    return (tensors[0].shape, tensors[2].shape, *rest), tensors
-
-
-def _aligned(tensors: list[Tensor]) -> bool:
-    places = 0
-    for tensor in tensors:
-        places |= tensor.data_ptr()
-    return places % _ALIGNMENT == 0
+def _aligned(addresses: list[int]) -> bool:
+    together = 0
+    for address in addresses:
+        together |= address
+    return together % _ALIGNMENT == 0

@@ -69,7 +69,8 @@ class Operator:
         flops: Callable[..., int],
     ) -> None:
         self.name, self.registry, self.call, self.gradients = registry.operator, registry, call, gradients
-        self.fields, self.known = call._fields, Known()
+        self.fields = call._fields
+        self.known = Known(arguments.count("Tensor"))
         self._table = self.fields.index("indices")
         self._check, self._check_known, self._check_values = check, once(check), check_values
         arguments += ", str? backend=None"
@@ -106,8 +107,7 @@ class Operator:
         """What a call on a GPU gives if one like it was seen before."""
         if not arguments[0].is_cuda:
             return None
-        found = self.known.find(arguments, save, self._covered(arguments))
-        return None if found is None else found[0](found[1])
+        return self.known.run(arguments, save, self._covered(arguments))
 
     def _covered(self, arguments: tuple[Any, ...]) -> bool:
         """Whether the routes visit every token; reads the index table, if there is one that was not read."""

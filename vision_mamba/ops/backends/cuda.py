@@ -78,7 +78,8 @@ class _Plan(NamedTuple):
 def _forward(call: ScanCall, save: bool) -> tuple[Tensor, Tensor, Tensor]:
     with on(call.x.device.index):
         prepared = _prepared(call)
-        return _runner(prepared, visits_all(call), save)([t for t in prepared if isinstance(t, Tensor)])
+        addresses = [t.data_ptr() for t in prepared if isinstance(t, Tensor)]
+        return _runner(prepared, visits_all(call), save)(addresses)
 
 
 def _prepare(call: ScanCall, save: bool) -> Run | None:
@@ -90,15 +91,17 @@ def _prepare(call: ScanCall, save: bool) -> Run | None:
     if call.indices is not None and not call.indices.is_contiguous():
         return None
     with on(device):
-        table = [] if call.indices is not None else [_in_order(call.x.device, call.routes, call.tokens)]
+        table = _in_order(call.x.device, call.routes, call.tokens) if call.indices is None else None
         run = _runner(_prepared(call), visits_all(call), save)
     place = sum(t is not None for t in call[: ScanCall._fields.index("indices")])
 
-    def start(tensors: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    def start(addresses: list[int]) -> tuple[Tensor, Tensor, Tensor]:
         if torch._C._cuda_getDevice() != device:
             with torch.cuda.device(device):
-                return start(tensors)
-        return run([*tensors[:place], *table, *tensors[place:]] if table else tensors)
+                return start(addresses)
+        if table is not None:
+            addresses.insert(place, table.data_ptr())
+        return run(addresses)
 
     return start
 
@@ -112,41 +115,40 @@ def _runner(call: ScanCall, complete: bool, save: bool) -> Run:
 
 
 def _new_runner(call: ScanCall, complete: bool, save: bool) -> Run:
-    """A forward pass on the tensors of a prepared call, in their order, of which nothing is kept here but the sizes."""
+    """A forward pass over the tensors of a prepared call, in their order; all that is kept of them here are sizes."""
     device = call.x.device.index
-    y, last, nothing = call.new_output(), call.new_last_state(), call.x.new_empty(0)
+    y, last, saved = call.new_output(), call.new_last_state(), _new_saved(call) if save else call.x.new_empty(0)
     plan = _plan_forward(call, complete, y, device)
-    made = {"y": maker(y if plan.parts is None else _new_parts(call, plan.parts))}
-    if call.return_last_state:
-        made["last_state"] = maker(last)
-    if save:
-        made["saved"] = maker(_new_saved(call))
+    target = y if plan.parts is None else _new_parts(call, plan.parts)
+    wanted = dict(y=target, last_state=last if call.return_last_state else None, saved=saved if save else None)
     if plan.edges is not None:
-        made |= {name: maker(t) for name, t in _new_edges(call, plan.segments).items()}
-    names = [name for name, t in zip(ScanCall._fields, call, strict=True) if isinstance(t, Tensor)] + list(made)
-    scan, edges = plan.scan.of_tensors(names), None if plan.edges is None else plan.edges.of_tensors(names)
-    makers, new_y = list(made.values()), maker(y)
-    merging = plan.parts is not None
-    to_clear = not plan.merging and not complete
-    place_last, place_saved = (list(made).index(name) if name in made else None for name in ("last_state", "saved"))
+        wanted |= _new_edges(call, plan.segments)
+    makers = {name: maker(t) for name, t in wanted.items() if t is not None}
+    names = [name for name, t in zip(ScanCall._fields, call, strict=True) if isinstance(t, Tensor)] + list(makers)
+    launches = [launch.ready(names) for launch in (plan.edges, plan.scan) if launch is not None]
+    merge = None if plan.parts is None else _merger(target, y)
+    new, new_y, to_clear = list(makers.values()), maker(y), not plan.merging and not complete
+    # Where they are among what is made. What was not asked for has no elements, and can be the same for all.
+    place_last, place_saved = (list(makers).index(n) if n in makers else None for n in ("last_state", "saved"))
+    no_last, not_saved = None if call.return_last_state else last, None if save else saved
     stream_of = torch._C._cuda_getCurrentRawStream  # the public function makes an object each time
 
-    def run(tensors: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        new = [make() for make in makers]
+    def run(addresses: list[int]) -> tuple[Tensor, Tensor, Tensor]:
+        made = [make() for make in new]
         if to_clear:
-            new[0].zero_()
-        tensors, stream = tensors + new, stream_of(device)
-        if edges is not None:
-            edges(stream, tensors)
-        scan(stream, tensors)
-        y = new[0]
-        if merging:
+            made[0].zero_()
+        for tensor in made:
+            addresses.append(tensor.data_ptr())
+        stream = stream_of(device)
+        for launch in launches:
+            launch(stream, addresses)
+        y = made[0]
+        if merge is not None:
             y = new_y()
-            _merge(new[0], y)
-        last = torch.empty_like(nothing_of_sums) if place_last is None else new[place_last]
-        return y, last, nothing if place_saved is None else new[place_saved]
+            merge(stream, made[0], y)
+        last = no_last if place_last is None else made[place_last]
+        return y, last, not_saved if place_saved is None else made[place_saved]  # type: ignore[return-value]
 
-    nothing_of_sums = call.A.new_empty(0)
     return run
 
 
@@ -356,22 +358,33 @@ def _new_edges(call: ScanCall, segments: int) -> dict[str, Tensor]:
     return dict(edges=edges, spans=call.A.new_empty(shape))
 
 
-def _merge(parts: Tensor, out: Tensor) -> None:
-    """out[b, l, d] = sum over k of parts[b, l, k, d], in order of k."""
-    result = out if out.is_contiguous() else torch.empty_like(out, memory_format=torch.contiguous_format)
-    device = out.device.index
-    key = (device, parts.shape, parts.dtype, out.dtype)
-    launch = _merges.get(key)
-    if launch is None:
-        batch, tokens, routes, channels = parts.shape
-        run = next(n for n in (8, 4, 2, 1) if channels % n == 0)
-        fields = dict(batch=batch, tokens=tokens, routes=routes, channels=channels)
-        grid = (batch * tokens * (channels // run) + 255) // 256
-        wanted = kernels.merge(TYPES[parts.dtype], TYPES[out.dtype], run)
-        launch = _merges[key] = Launch.of(wanted, device, grid, _HEADER, fields)
-    launch(device, x=parts, y=result)
-    if result is not out:
+def _merger(parts: Tensor, out: Tensor) -> Callable[[int, Tensor, Tensor], None]:
+    """A function of a stream, parts and out: out[b, l, d] = sum over k of parts[b, l, k, d], in order of k."""
+    device, in_order = out.device.index, out.is_contiguous()
+    batch, tokens, routes, channels = parts.shape
+    run = next(n for n in (8, 4, 2, 1) if channels % n == 0)
+    fields = dict(batch=batch, tokens=tokens, routes=routes, channels=channels)
+    grid = (batch * tokens * (channels // run) + 255) // 256
+    wanted = kernels.merge(TYPES[parts.dtype], TYPES[out.dtype], run)
+    launch = Launch.of(wanted, device, grid, _HEADER, fields).ready(("x", "y"))
+
+    def merge(stream: int, parts: Tensor, out: Tensor) -> None:
+        if in_order:
+            launch(stream, (parts.data_ptr(), out.data_ptr()))
+            return
+        result = torch.empty_like(out, memory_format=torch.contiguous_format)
+        launch(stream, (parts.data_ptr(), result.data_ptr()))
         out.copy_(result)
+
+    return merge
+
+
+def _merge(parts: Tensor, out: Tensor) -> None:
+    key = (out.device.index, parts.shape, parts.dtype, out.dtype, out.is_contiguous())
+    merge = _merges.get(key)
+    if merge is None:
+        merge = _merges[key] = _merger(parts, out)
+    merge(torch._C._cuda_getCurrentRawStream(out.device.index), parts, out)
 
 
 _merges: Plans = Plans()

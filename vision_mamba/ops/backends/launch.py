@@ -56,15 +56,15 @@ class Launch(NamedTuple):
         values = array("q", [fields.get(name, 0) for name in slots(header)])
         return cls(nvrtc.kernel(wanted, device), grid, header, values, threads, more_shared)
 
-    def of_tensors(self, names: Sequence[str]) -> Callable[[int, Sequence[Tensor]], None]:
-        """A function of a stream and of tensors of these names, in this order; all others are absent."""
+    def ready(self, names: Sequence[str]) -> Callable[[int, Sequence[int]], None]:
+        """A function of a stream and of the addresses of tensors of these names, in this order; others are absent."""
         places = [slots(self.header)[name] for name in names]
         launch, template, grid, threads, more = self.kernel.launch, self.template, *self[1:2], *self[4:]
 
-        def start(stream: int, tensors: Sequence[Tensor]) -> None:
-            params = template[:]
-            for place, tensor in zip(places, tensors):  # noqa: B905 (a flag to check lengths costs as much as a tensor)
-                params[place] = tensor.data_ptr()
+        def start(stream: int, addresses: Sequence[int]) -> None:
+            params = template[:]  # of this call alone: other threads may be launching too
+            for place, address in zip(places, addresses):  # noqa: B905 (as many, and asking for it takes time)
+                params[place] = address
             launch(grid, params, stream, threads, more)
 
         return start
