@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 
@@ -12,7 +13,8 @@ from torch import Tensor
 from torch.autograd import gradcheck
 
 from tests import golden
-from vision_mamba.layers import Mamba2, MixerStack, SequenceClassifier
+from tests.tolerances import relative_rms
+from vision_mamba.layers import Mamba, Mamba2, MixerStack, SequenceClassifier
 from vision_mamba.layers.mamba2 import GatedRMSNorm
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -251,3 +253,42 @@ def test_torchs_tools() -> None:
 def test_refusals(call, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         call()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: Mamba(48, 8),
+        lambda: Mamba(32, 4, d_conv=3, groups=2),
+        lambda: Mamba2(48, d_state=16, headdim=32),
+        lambda: Mamba2(48, d_state=16, headdim=16, ngroups=2, direction="both", norm_before_gate=True),
+        lambda: Mamba2(32, d_state=8, headdim=16, d_conv=2, direction="reversed", rmsnorm=False),
+    ],
+)
+def test_on_a_gpu(make, dtype: torch.dtype) -> None:
+    """With kernels of its neighbours, as in plain torch in float64: output and every gradient."""
+    mixer = make()
+    exact, mixer = copy.deepcopy(mixer).double(), mixer.cuda()
+    x = torch.randn(2, 70, mixer.d_model)
+    dy = torch.randn_like(x)
+    results = []
+    for module, device in ((exact, "cpu"), (mixer, "cuda")):
+        inputs = x.to(device, torch.float64 if device == "cpu" else torch.float32).requires_grad_()
+        with torch.autocast("cuda", torch.bfloat16, enabled=device == "cuda" and dtype == torch.bfloat16):
+            y = module(inputs)
+        y.backward(dy.to(y))
+        results.append([y, inputs.grad, *(p.grad for p in module.parameters())])
+    for name, expected, found in zip(["y", "dx", *dict(mixer.named_parameters())], *results, strict=True):
+        assert relative_rms(found, expected) < (1e-5 if dtype == torch.float32 else 2e-2), name
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("mixer", [Mamba, Mamba2])
+def test_token_by_token_on_a_gpu(mixer) -> None:
+    made, x = mixer(64).cuda(), torch.randn(3, 20, 64, device="cuda")
+    cache = made.allocate_inference_cache(3, 20)
+    with torch.no_grad():
+        parts = [made(x[:, :9], cache), *(made.step(x[:, t : t + 1], *cache)[0] for t in range(9, 20))]
+        assert relative_rms(torch.cat(parts, 1), made(x)) < 1e-5

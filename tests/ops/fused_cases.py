@@ -40,6 +40,12 @@ def _convolved(batch: int, length: int, channels: int, taps: int, dtype: torch.d
     )
 
 
+def _along(batch: int, length: int, channels: int, taps: int, before: int, dtype: torch.dtype) -> Case:
+    x = torch.randn(batch, length, channels + 12).to(dtype)[..., 6 : 6 + channels]  # columns of a projection
+    tensors = [x, torch.randn(channels, 1, taps), torch.randn(channels)]
+    return rows_cuda.CONV_ALONG, conv.plain_conv_along, tensors, dict(before=before)
+
+
 def _mapped(batch: int, height: int, width: int, channels: int, dtype: torch.dtype, bias: bool) -> Case:
     tensors = [
         torch.randn(batch, height, width, channels).to(dtype),
@@ -49,9 +55,10 @@ def _mapped(batch: int, height: int, width: int, channels: int, dtype: torch.dty
     return rows_cuda.CONV_MAP, conv.plain_conv_map, tensors, {}
 
 
-def _gated(batch: int, length: int, channels: int, dtype: torch.dtype) -> Case:
+def _gated(batch: int, length: int, channels: int, dtype: torch.dtype, out: torch.dtype | None = None) -> Case:
     z = torch.randn(batch, length, 2 * channels).to(dtype)[..., channels:]
-    return rows_cuda.GATED, conv.plain_gated, [torch.randn(batch, length, channels).to(dtype), 3 * z], {}
+    tensors: list[Tensor | None] = [torch.randn(batch, length, channels).to(dtype), 3 * z]
+    return rows_cuda.GATED, conv.plain_gated, tensors, dict(out_dtype=out)
 
 
 CASES: dict[str, Callable[[], Case]] = {
@@ -66,11 +73,16 @@ CASES: dict[str, Callable[[], Case]] = {
     "conv_three_taps": lambda: _convolved(1, 8, 4, 3, F32),
     "conv_shorter_than_taps": lambda: _convolved(1, 2, 8, 4, F16),
     "conv_half": lambda: _convolved(2, 4, 8, 4, F16),
+    "conv_along": lambda: _along(1, 19, 10, 4, 3, F32),
+    "conv_along_centred": lambda: _along(2, 9, 8, 4, 2, F32),
+    "conv_along_backwards": lambda: _along(1, 8, 6, 3, 0, F32),
+    "conv_along_one_tap": lambda: _along(1, 2, 4, 1, 0, F16),
     "map": lambda: _mapped(2, 5, 9, 6, F32, True),
     "map_half": lambda: _mapped(1, 14, 3, 32, F16, False),
     "map_of_one": lambda: _mapped(3, 1, 1, 5, F32, True),
     "gate": lambda: _gated(2, 13, 50, F32),
     "gate_half": lambda: _gated(1, 1, 3, F16),
+    "gate_widened": lambda: _gated(1, 3, 10, F16, F32),
 }
 #: Beside those, sizes of models.
 LARGE: dict[str, Callable[[], Case]] = {
@@ -79,6 +91,8 @@ LARGE: dict[str, Callable[[], Case]] = {
     "vim_s": lambda: _normed(197, 384, F32, None, True, BF16),
     "conv_vim_s": lambda: _convolved(3, 197, 768, 4, BF16),
     "conv_vim_s_full": lambda: _convolved(3, 197, 768, 4, F32),
+    "conv_along_mamba2": lambda: _along(3, 196, 1024, 4, 3, BF16),
+    "conv_along_both": lambda: _along(2, 2048, 768, 4, 2, F16),
     "map_stage1": lambda: _mapped(3, 56, 56, 96, BF16, False),
     "map_stage3": lambda: _mapped(3, 14, 14, 384, BF16, True),
     "map_wide": lambda: _mapped(1, 31, 200, 34, F16, True),

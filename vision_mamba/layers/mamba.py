@@ -6,10 +6,10 @@ from numbers import Integral
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vision_mamba.layers.init import init_a_log_, init_dt_bias_, init_dt_weight_
+from vision_mamba.ops import conv_along, gated
 
 
 def init_dt_constant_(weight: Tensor, rank: int, scale: float = 1.0) -> Tensor:
@@ -40,6 +40,20 @@ def require_tokens(
             f"{where}: the cache must hold (batch, ...) states of {', '.join(map(str, states))} for a batch of "
             f"{x.shape[0]}, got {found}; make it by allocate_inference_cache({x.shape[0]})."
         )
+
+
+def convolve(conv: nn.Conv1d, x: Tensor, before: int, state: Tensor | None = None) -> Tensor:
+    """silu(conv(x)) of tokens (B, L, D), with `before` taps before each and zeros around, or a state (B, D, W) before.
+
+    The state, the last W inputs, goes on with x; then the convolution is causal.
+    """
+    weight, bias = conv.weight, conv.bias
+    if state is None:
+        return conv_along(x, weight, bias, before=before)
+    inputs = torch.cat((state.mT.to(x.dtype), x), 1)
+    taps = weight.shape[2]
+    state.copy_(inputs[:, -taps:].detach().mT)
+    return conv_along(inputs[:, 1:], weight, bias, before=taps - 1)[:, taps - 1 :]
 
 
 class StepProjection(nn.Linear):
@@ -186,7 +200,7 @@ class Mamba(nn.Module):
         states = [[self.d_inner, self.d_conv], [self.d_inner, self.d_state]]
         require_tokens("Mamba", x, self.d_model, cache, states)
         x, z = self.in_proj(x).chunk(2, -1)
-        x = F.silu(self._convolve(x, None if cache is None else cache[0]))
+        x = convolve(self.conv1d, x, self.d_conv - 1, None if cache is None else cache[0])
         dt, B, C = self.x_proj(x).split(self.widths, -1)
         state = None
         if cache is not None:
@@ -209,7 +223,7 @@ class Mamba(nn.Module):
         )
         if cache is not None:
             cache[1].copy_(last.detach().flatten(1, 2))
-        return self.out_proj(y.flatten(2) * F.silu(z))
+        return self.out_proj(gated(y.flatten(2), z))
 
     def step(self, x: Tensor, conv_state: Tensor, ssm_state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The next token (B, 1, E); returns its output (B, 1, E) and both states, which are updated in place."""
@@ -232,17 +246,6 @@ class Mamba(nn.Module):
         conv = weight.new_zeros((batch_size, self.d_inner, self.d_conv), dtype=dtype or weight.dtype)
         wide = torch.promote_types(weight.dtype, torch.float32)
         return conv, weight.new_zeros((batch_size, self.d_inner, self.d_state), dtype=wide)
-
-    def _convolve(self, x: Tensor, conv_state: Tensor | None) -> Tensor:
-        """The causal convolution of (B, L, D), from zeros or from the inputs before."""
-        length = x.shape[1]
-        x = x.transpose(1, 2)
-        if conv_state is None:
-            return self.conv1d(x)[..., :length].transpose(1, 2)
-        inputs = torch.cat((conv_state.to(x.dtype), x), -1)
-        conv_state.copy_(inputs[..., -self.d_conv :].detach())
-        y = F.conv1d(inputs[..., 1:], self.conv1d.weight, self.conv1d.bias, groups=self.d_inner)
-        return y.transpose(1, 2)
 
     def _by_route(self, weight: Tensor) -> Tensor:
         """(D, ...) -> (K, D / K, ...), a view."""

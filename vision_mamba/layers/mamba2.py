@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vision_mamba.layers.init import init_dt_bias_
-from vision_mamba.layers.mamba import require_sizes, require_tokens
-from vision_mamba.ops import ssd
+from vision_mamba.layers.mamba import convolve, require_sizes, require_tokens
+from vision_mamba.ops import conv_along, gated, normed, ssd
 from vision_mamba.ops.ssd import DIRECTIONS
 
 
@@ -51,13 +51,18 @@ class GatedRMSNorm(nn.Module):
 
     def forward(self, x: Tensor, z: Tensor) -> Tensor:
         wide = torch.promote_types(x.dtype, torch.float32)
-        y, gate = x.to(wide), F.silu(z.to(wide))
-        if not self.norm_before_gate:
-            y = y * gate
-        groups = y.unflatten(-1, (self.groups, -1))
-        y = groups * torch.rsqrt(groups.square().mean(-1, keepdim=True) + self.eps)
-        y = y.flatten(-2) * self.weight.to(wide)
-        return (y * gate if self.norm_before_gate else y).to(x.dtype)
+        if self.norm_before_gate:
+            return gated(self._normed(x, wide), z, wide).to(x.dtype)
+        return self._normed(gated(x, z, wide), x.dtype)
+
+    def _normed(self, x: Tensor, out_dtype: torch.dtype) -> Tensor:
+        wide = torch.promote_types(x.dtype, torch.float32)
+        weight = self.weight.to(wide)
+        if self.groups == 1:
+            return normed(x.to(wide), weight, None, self.eps, rms=True, out_dtype=out_dtype)
+        ones = torch.ones_like(weight[: len(weight) // self.groups])
+        groups = normed(x.to(wide).unflatten(-1, (self.groups, -1)), ones, None, self.eps, rms=True)
+        return (groups.flatten(-2) * weight).to(out_dtype)
 
 
 class Mamba2(nn.Module):
@@ -195,7 +200,7 @@ class Mamba2(nn.Module):
         states = [[self.conv1d.in_channels, self.d_conv], [self.nheads, self.headdim, self.d_state]]
         require_tokens("Mamba2", x, self.d_model, cache, states)
         gate, value, z, xBC, dt = self.in_proj(x).split(self.widths, -1)
-        xBC = F.silu(self._convolve(xBC, None if cache is None else cache[0]))
+        xBC = self._convolve(xBC, None if cache is None else cache[0])
         x, B, C = xBC.split([self.d_ssm, *[self.ngroups * self.d_state] * 2], -1)
         y = ssd(
             x.unflatten(-1, (self.nheads, self.headdim)),
@@ -217,7 +222,7 @@ class Mamba2(nn.Module):
             y, last = y
             cache[1].copy_(last.detach())
         y = y.flatten(2)  # type: ignore[union-attr]
-        y = y * F.silu(z) if self.norm is None else self.norm(y, z)
+        y = gated(y, z) if self.norm is None else self.norm(y, z)
         return self.out_proj(torch.cat((F.silu(gate) * value, y), -1) if gate.shape[-1] else y)
 
     def step(self, x: Tensor, conv_state: Tensor, ssm_state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -244,13 +249,7 @@ class Mamba2(nn.Module):
 
     def _convolve(self, x: Tensor, conv_state: Tensor | None) -> Tensor:
         """The depthwise convolution of (B, L, X): causal from zeros or from the inputs before, mirrored, or centred."""
-        x, weight, reach = x.transpose(1, 2), self.conv1d.weight, self.d_conv - 1
-        if conv_state is not None:
-            inputs = torch.cat((conv_state.to(x.dtype), x), -1)
-            conv_state.copy_(inputs[..., -self.d_conv :].detach())
-            x = inputs[..., 1:]
-        else:
-            before = {"causal": reach, "reversed": 0}.get(self.direction, self.d_conv // 2)
-            x = F.pad(x, (before, reach - before))
-        weight = weight.flip(-1) if self.direction == "reversed" else weight
-        return F.conv1d(x, weight, self.conv1d.bias, groups=len(weight)).transpose(1, 2)
+        if self.direction == "reversed":
+            return conv_along(x, self.conv1d.weight.flip(-1), self.conv1d.bias, before=0)
+        before = self.d_conv - 1 if self.direction == "causal" else self.d_conv // 2
+        return convolve(self.conv1d, x, before, conv_state)

@@ -32,6 +32,13 @@ def _shifted_conv_both_ways(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return F.silu(torch.stack((y0, y1), 2)).to(dtype)
 
 
+def plain_conv_along(x: Tensor, weight: Tensor, bias: Tensor | None, *, before: int) -> Tensor:
+    """`conv_along` by torch's convolution."""
+    channels, behind = weight.shape[0], weight.shape[2] - 1 - before
+    y = F.conv1d(F.pad(x.transpose(1, 2), (before, behind)), weight, bias, groups=channels)
+    return F.silu(y.transpose(1, 2))
+
+
 def plain_conv_map(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """`conv_map` by torch's convolution; TorchScript compiles this one."""
     # Permuted views: the memory stays channels last, and the convolution works on it as it is.
@@ -39,15 +46,23 @@ def plain_conv_map(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return F.silu(y.permute(0, 2, 3, 1))
 
 
-def plain_gated(y: Tensor, z: Tensor) -> Tensor:
+def plain_gated(y: Tensor, z: Tensor, out_dtype: torch.dtype | None = None) -> Tensor:
     """`gated` by torch's functions; TorchScript compiles this one."""
-    return y * F.silu(z)
+    if out_dtype is None:
+        return y * F.silu(z)
+    return y.to(out_dtype) * F.silu(z.to(out_dtype))
 
 
 def _conv_kernels() -> Kernels:
     from vision_mamba.ops.backends import rows_cuda
 
     return rows_cuda.CONV_BOTH_WAYS
+
+
+def _along_kernels() -> Kernels:
+    from vision_mamba.ops.backends import rows_cuda
+
+    return rows_cuda.CONV_ALONG
 
 
 def _map_kernels() -> Kernels:
@@ -63,6 +78,7 @@ def _gate_kernels() -> Kernels:
 
 
 _fused_conv = Fused("conv_both_ways", _conv_kernels, plain_conv_both_ways, _shifted_conv_both_ways)
+_fused_along = Fused("conv_along", _along_kernels, plain_conv_along)
 _fused_map = Fused("conv_map", _map_kernels, plain_conv_map)
 _fused_gate = Fused("gated", _gate_kernels, plain_gated)
 
@@ -85,6 +101,26 @@ def conv_both_ways(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return _fused_conv(x, weight, bias)
 
 
+def conv_along(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, before: int) -> Tensor:
+    """Depthwise convolution and SiLU along a sequence, with zeros outside of it.
+
+    With W taps, the last of a causal convolution on the token itself:
+        y_t = silu(bias + sum_j weight_j x_{t-before+j})
+
+    Args:
+        x: (B, L, D) tokens.
+        weight: (D, 1, W) taps, as torch's convolution has them; up to four have kernels.
+        bias: (D,).
+        before: taps before the token: W - 1 is causal, 0 causal from the end.
+
+    Returns: (B, L, D).
+
+    >>> conv_along(torch.ones(1, 3, 1), torch.ones(1, 1, 2), torch.zeros(1), before=1).squeeze()
+    tensor([0.7311, 1.7616, 1.7616])
+    """
+    return _fused_along(x, weight, bias, before=before)
+
+
 def conv_map(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Depthwise convolution and SiLU over a map that is channels last, with zeros around it.
 
@@ -104,10 +140,10 @@ def conv_map(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return _fused_map(x, weight, bias)
 
 
-def gated(y: Tensor, z: Tensor) -> Tensor:
-    """y silu(z), of two tensors of one shape (B, L, D).
+def gated(y: Tensor, z: Tensor, out_dtype: torch.dtype | None = None) -> Tensor:
+    """y silu(z), of two tensors of one shape (B, L, D); of the type that both promote to, unless another is wanted.
 
     >>> gated(torch.ones(1, 1, 1), torch.zeros(1, 1, 1))
     tensor([[[0.]]])
     """
-    return _fused_gate(y, z)
+    return _fused_gate(y, z, out_dtype=out_dtype)

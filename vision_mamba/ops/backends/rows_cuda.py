@@ -63,8 +63,11 @@ def convolution(forward: bool, x: torch.dtype, run: int, ways: int = 2, before: 
     return _kernel("conv_forward" if forward else "conv_backward", dict(X_TYPE=x), macros)
 
 
-def gate(forward: bool, y: torch.dtype, z: torch.dtype, out: torch.dtype, run: int) -> nvrtc.Specialisation:
-    return _kernel("gate", dict(X_TYPE=y, B_TYPE=z, Y_TYPE=out), dict(RUN=run, BACKWARD=not forward))
+def gate(
+    forward: bool, y: torch.dtype, z: torch.dtype, out: torch.dtype, run: int, shares: int = 1
+) -> nvrtc.Specialisation:
+    macros = dict(RUN=run, BACKWARD=not forward, SHARES=shares)
+    return _kernel("gate", dict(X_TYPE=y, B_TYPE=z, Y_TYPE=out), macros)
 
 
 def gelu(h: torch.dtype, dy: torch.dtype, run: int, sums: bool = False) -> nvrtc.Specialisation:
@@ -83,8 +86,9 @@ SHIPPED = (
     *(norm(forward, _FULL, None, _HALF, 96, False, 1e-5, 4) for forward in (True, False)),
     *(norm(forward, _FULL, _HALF, _HALF, 768, False, 1e-5, 4) for forward in (True, False)),
     *(norm(forward, _FULL, None, _HALF, 384, True, 1e-5, 4) for forward in (True, False)),
-    *(convolution(forward, _HALF, 2) for forward in (True, False)),
+    *(convolution(forward, _HALF, 2, ways) for forward in (True, False) for ways in (1, 2)),
     *(gate(forward, _HALF, _HALF, _HALF, 8) for forward in (True, False)),
+    gate(True, _HALF, _HALF, _HALF, 8, 2),
     *(map_convolution(forward, _HALF, 2) for forward in (True, False)),
     *(gelu(_HALF, _HALF, 8, sums) for sums in (True, False)),
 )
@@ -216,9 +220,13 @@ def _refuses_conv(tensors: Tensors, options: dict[str, Any]) -> bool:
     assert x is not None and weight is not None and bias is not None
     if x.dim() != 3 or weight.shape[:2] != (2, x.shape[2]) or bias.shape != (2, x.shape[2]):
         return True  # plain torch says what is wrong
+    return weight.dim() != 3 or _refuses_taps(x, weight, bias)
+
+
+def _refuses_taps(x: Tensor, weight: Tensor, bias: Tensor) -> bool:
     if torch.is_autocast_enabled("cuda") and x.dtype != torch.get_autocast_dtype("cuda"):
         return True  # torch's convolution casts, and so does its result
-    return _unfit(*tensors) or weight.dim() != 3 or weight.shape[2] > TAPS or x.stride(2) != 1
+    return _unfit(x, weight, bias) or weight.shape[2] > TAPS or x.stride(2) != 1
 
 
 def _filled(weight: Tensor) -> Tensor:
@@ -250,31 +258,70 @@ def _conv_sizes(x: Tensor, run: int, reach: int) -> tuple[int, dict[str, int]]:
 def _conv_forward(tensors: Tensors, options: dict[str, Any], keep: bool = True) -> tuple[tuple[Tensor, ...], Tensors]:
     x, weight, bias = tensors
     assert x is not None and weight is not None and bias is not None
-    y = x.new_empty((x.shape[0], x.shape[1], 2, x.shape[2]))
+    ways = weight.shape[0]
+    y = x.new_empty((x.shape[0], x.shape[1], ways, x.shape[2]))
     run = _run(2, x)
     grid, fields = _conv_sizes(x, run, 0)
-    _start(convolution, (True, x.dtype, run), grid, fields, x=x, weight=_filled(weight), bias=_whole(bias), y=y)
+    how = (True, x.dtype, run, ways, _before(weight, options))
+    _start(convolution, how, grid, fields, x=x, weight=_filled(weight), bias=_whole(bias), y=y)
     return (y,), (x, weight, bias)
+
+
+def _before(weight: Tensor, options: dict[str, Any]) -> int:
+    """Taps before the token, of which `_filled` adds some."""
+    taps: int = weight.shape[2]
+    return TAPS - taps + int(options.get("before", taps - 1))
 
 
 def conv_backward(kept: Tensors, options: dict[str, Any], grads: Tensors, dx: Tensor | None = None) -> Tensors:
     """The gradient of x goes to `dx`, which may be a part of rows, if that is given."""
     (dy,), (x, weight, bias) = grads, kept
     assert x is not None and weight is not None and bias is not None and dy is not None
+    ways = weight.shape[0]
     dy = dy.to(x.dtype).contiguous()
     run = _run(2, x, dy, dx)
     grid, fields = _conv_sizes(x, run, 6)
     if dx is None:
         dx = torch.empty_like(x, memory_format=torch.contiguous_format)
     fields |= dict(dx_b=dx.stride(0), dx_l=dx.stride(1))
-    parts = torch.empty((fields["batch"] * fields["chunks"], 2, 5, x.shape[2]), dtype=torch.float32, device=x.device)
+    parts = torch.empty((fields["batch"] * fields["chunks"], ways, 5, x.shape[2]), dtype=torch.float32, device=x.device)
+    how = (False, x.dtype, run, ways, _before(weight, options))
     _start(
-        convolution, (False, x.dtype, run), grid, fields, x=x, weight=_filled(weight), bias=_whole(bias), dy=dy, dx=dx,
+        convolution, how, grid, fields, x=x, weight=_filled(weight), bias=_whole(bias), dy=dy, dx=dx,
         parts=parts,
     )  # fmt: skip
     sums = parts.sum(0)
     dweight = sums[:, TAPS - weight.shape[2] : TAPS].transpose(1, 2)
     return dx, dweight.to(weight.dtype), sums[:, TAPS].to(bias.dtype)
+
+
+def _one_way(weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """Taps (D, 1, W) and bias (D,) of torch's convolution as those of one way."""
+    return None if weight is None else weight.transpose(0, 1), None if bias is None else bias.unsqueeze(0)
+
+
+def _refuses_along(tensors: Tensors, options: dict[str, Any]) -> bool:
+    x, weight, bias = tensors
+    assert x is not None and weight is not None
+    if bias is None or weight.dim() != 3 or weight.shape[1] != 1 or bias.dim() != 1:
+        return True
+    if x.dim() != 3 or weight.shape[0] != x.shape[2] or not 0 <= options["before"] < weight.shape[2]:
+        return True  # plain torch says what is wrong
+    return _refuses_taps(x, weight, bias)
+
+
+def _along_forward(tensors: Tensors, options: dict[str, Any], keep: bool = True) -> tuple[tuple[Tensor, ...], Tensors]:
+    x, weight, bias = tensors
+    (y,), _ = _conv_forward((x, *_one_way(weight, bias)), options)
+    return (y.squeeze(2),), tensors
+
+
+def _along_backward(kept: Tensors, options: dict[str, Any], grads: Tensors) -> Tensors:
+    (dy,), (x, weight, bias) = grads, kept
+    assert dy is not None
+    dx, dweight, dbias = conv_backward((x, *_one_way(weight, bias)), options, (dy.unsqueeze(2),))
+    assert dweight is not None and dbias is not None
+    return dx, dweight.transpose(0, 1), dbias.squeeze(0)
 
 
 # The convolution over a map.
@@ -370,6 +417,8 @@ def sum_rows(x: Tensor) -> Tensor:
 def _refuses_gate(tensors: Tensors, options: dict[str, Any]) -> bool:
     y, z = tensors
     assert y is not None and z is not None
+    if options.get("out_dtype") not in (None, *TYPES):
+        return True
     return _unfit(y, z) or y.shape != z.shape or y.dim() != 3 or not (_in_rows(y) and _in_rows(z))
 
 
@@ -386,11 +435,23 @@ def _gate_sizes(y: Tensor, z: Tensor, run: int) -> tuple[int, dict[str, int]]:
 def _gate_forward(tensors: Tensors, options: dict[str, Any], keep: bool = True) -> tuple[tuple[Tensor, ...], Tensors]:
     y, z = tensors
     assert y is not None and z is not None
-    out = y.new_empty(y.shape, dtype=torch.promote_types(y.dtype, z.dtype))
+    out = y.new_empty(y.shape, dtype=options.get("out_dtype") or torch.promote_types(y.dtype, z.dtype))
     run = _run(8, y, z)
     grid, fields = _gate_sizes(y, z, run)
     _start(gate, (True, y.dtype, z.dtype, out.dtype, run), grid, fields, x=y, z=z, y=out)
     return (out,), (y, z)
+
+
+def gated_sum(shares: Tensor, z: Tensor, keep: bool) -> tuple[Tensor, Tensor | None]:
+    """Of shares (B, L, K, D) of y: y silu(z), and y if it is to be kept."""
+    y = shares.select(2, 0)
+    total = torch.empty_like(y, memory_format=torch.contiguous_format) if keep else None
+    out = y.new_empty(y.shape, dtype=torch.promote_types(y.dtype, z.dtype))
+    run = _run(8, shares, z)
+    grid, fields = _gate_sizes(y, z, run)
+    how = (True, y.dtype, z.dtype, out.dtype, run, shares.shape[2])
+    _start(gate, how, grid, fields, x=shares, z=z, y=out, total=total)
+    return out, total
 
 
 def _gate_backward(kept: Tensors, options: dict[str, Any], grads: Tensors) -> Tensors:
@@ -413,5 +474,6 @@ def gate_backward(y: Tensor, z: Tensor, dout: Tensor, dz: Tensor, again: Tensor 
 
 NORM = Kernels(_refuses_norm, _norm_forward, norm_backward)
 CONV_BOTH_WAYS = Kernels(_refuses_conv, _conv_forward, conv_backward)
+CONV_ALONG = Kernels(_refuses_along, _along_forward, _along_backward)
 CONV_MAP = Kernels(_refuses_map, _map_forward, _map_backward)
 GATED = Kernels(_refuses_gate, _gate_forward, _gate_backward)

@@ -41,8 +41,8 @@ def launch(call: SsdCall, dy: Tensor | None, dlast: Tensor | None) -> tuple[Tens
             )
     found: dict[str, Tensor | None] = dict(x=dx, dt=ddt, B=dB, C=dC, initial_state=dinitial)
     for name in ("A", "D", "dt_bias"):
-        parts = [part for each in sums if (part := each[name]) is not None]
-        found[name] = (parts[0].unsqueeze(0) if len(parts) == 1 else torch.stack(parts)) if parts else None
+        routes = [route for each in sums if (route := each[name]) is not None]
+        found[name] = (routes[0].unsqueeze(0) if len(routes) == 1 else torch.stack(routes)) if routes else None
     return tuple(_like(getattr(call, name), found[name]) for name in GRADIENTS)
 
 
@@ -65,7 +65,9 @@ def _launch_split(call: SsdCall, parts: int, dy: Tensor | None, dlast: Tensor | 
     return tuple(whole(name) for name in GRADIENTS)
 
 
-def _states(r: Route, dy: Tensor, dlast: Tensor | None, dinitial: Tensor | None) -> tuple[Tensor | None, ...]:
+def _states(
+    r: Route, dy: Tensor, dlast: Tensor | None, dinitial: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """States before each chunk, gradients of those after it, and what both are rounded by, (B, H, chunks, N, P)."""
     call, plan = r.call, r.plan
     shape = (call.batch, call.heads, plan.segments * plan.chunks, call.states, call.channels)
@@ -78,7 +80,7 @@ def _states(r: Route, dy: Tensor, dlast: Tensor | None, dinitial: Tensor | None)
     # In the type that they are multiplied in.
     rounded = plan.shared["FACTORS"] == "bfloat16"
     parts = call.x.new_empty((4 if rounded else 2, *shape), dtype=torch.bfloat16 if rounded else torch.float32)
-    h, g, h_rest, g_rest = parts if rounded else (*parts, None, None)
+    h, g, h_rest, g_rest = parts if rounded else (parts[0], parts[1], None, None)
     r.walk(r.x, False, r.enter(r.x, False, r.initial, None), (h, h_rest), None, None)
     before = r.enter(dy, True, dlast, dinitial)
     r.walk(dy, True, before, (g, g_rest), dinitial if plan.segments == 1 else None, None)
