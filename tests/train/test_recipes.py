@@ -45,6 +45,11 @@ def test_the_same_gradients_in_other_ways(drawn: Path) -> None:
     assert not close(trained(drawn, "otherwise", **PLAIN, lr_base=1e-2, lr=None), plain)
 
 
+@pytest.mark.slow
+def test_a_compiled_model_learns_the_same(drawn: Path) -> None:
+    assert close(trained(drawn, "compiled", **PLAIN, torchcompile="aot_eager"), trained(drawn, "plain", **PLAIN))
+
+
 @pytest.mark.parametrize(
     "options",
     [
@@ -73,6 +78,24 @@ def test_a_teacher_is_followed_and_does_not_change(drawn: Path, kind: str) -> No
     saved = torch.load(drawn / "output" / "followed" / LAST, weights_only=True)
     assert ("task_state" in saved) == (kind == "feature"), "the projection between their features is saved"
     runs.fit(runs.config(drawn, experiment="followed", resume="auto", **{**PLAIN, "epochs": 2}, **options))
+
+
+def test_a_token_is_taught(drawn: Path) -> None:
+    path = drawn / "teacher.pth"
+    torch.save(timm.create_model("test_vit", num_classes=2, img_size=32).state_dict(), path)
+    student = {"model": "deit_tiny_distilled_patch16_224", "model_kwargs": {"depth": 1, "embed_dim": 24}}
+    options = {"kd_model_name": "test_vit", "kd_checkpoint": str(path), "kd_distill_type": "token", **student}
+    first, _ = (
+        trained(drawn, name, **PLAIN, **options, distill_loss_weight=w) for name, w in (("one", 1.0), ("no", 0.0))
+    )
+    untaught = runs.weights(drawn / "output" / "no")
+    assert not torch.equal(first["head_dist.weight"], untaught["head_dist.weight"])
+    with pytest.raises(ConfigError, match=r"--kd-model-name test_vit: .*TokenDistillationTask|distill"):
+        runs.fit(
+            runs.config(
+                drawn, experiment="ours", **PLAIN, **{**options, **{"model": "test_vmamba", "model_kwargs": None}}
+            )
+        )
 
 
 def test_tar_files_hold_the_same_images(drawn: Path) -> None:
