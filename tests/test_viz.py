@@ -82,6 +82,7 @@ def test_without_an_image_it_draws_on_the_dahlia(tmp_path: Path) -> None:
         (["--order", "cross", "--grid", "7"], "must be rows x columns such as 7x7, got '7'"),
         (["--order", "cross", "--image", "none.jpg"], "cannot read the image none.jpg"),
         (["--order", "cross", "--out", "order.xyz"], "cannot write order.xyz"),
+        (["--order", "cross", "--out", "order"], "must be a file whose ending tells its format, such as .png"),
     ],
 )
 def test_the_command_says_what_is_wrong(arguments: list[str], complaint: str, tmp_path: Path, capsys) -> None:

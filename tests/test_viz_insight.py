@@ -142,6 +142,14 @@ def test_grad_cam_takes_the_likeliest_class_and_other_models() -> None:
     torch.testing.assert_close(grad_cam(model, images), each)
 
 
+@pytest.mark.parametrize("wrong", [dict(target=5), dict(target=-1), dict(index=4), dict(index=-5)], ids=str)
+def test_grad_cam_of_what_does_not_exist_is_an_error(wrong: dict[str, int]) -> None:
+    model = timm.create_model("test_vmamba", num_classes=5).eval()
+    (name,) = wrong
+    with pytest.raises(ValueError, match=rf"grad_cam: {name} must be .* got {wrong[name]}"):
+        grad_cam(model, torch.randn(1, 3, 32, 32), **wrong)
+
+
 def known_features() -> tuple[Tensor, Tensor]:
     """Three signals of falling strength along three directions that are orthogonal, and these signals."""
     signals = torch.randn(3, 2 * 6 * 7, dtype=torch.float64)

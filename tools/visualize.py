@@ -43,6 +43,14 @@ def order(name: str) -> scans.ScanOrder:
         raise argparse.ArgumentTypeError(str(error)) from error
 
 
+def picture(text: str) -> Path:
+    """A file to write, whose ending says in which format."""
+    path = Path(text)
+    if not path.suffix or path.is_dir():
+        raise argparse.ArgumentTypeError(f"must be a file whose ending tells its format, such as .png, got {text!r}")
+    return path
+
+
 def load(path: Path | None):
     from PIL import Image, UnidentifiedImageError
 
@@ -254,7 +262,7 @@ def main(arguments: list[str] | None = None) -> int:
     command.add_argument("--order", type=order, nargs="+", required=True, help=f"of {', '.join(scans.names())}")
     command.add_argument("--image", type=Path, help="a picture; its middle is cut to the shape of the grid")
     command.add_argument("--grid", type=grid, default=(7, 7), help="rows x columns of patches (default 7x7)")
-    command.add_argument("--out", type=Path, required=True, help="file to write, .png, .gif, .pdf or .svg")
+    command.add_argument("--out", type=picture, required=True, help="file to write, .png, .gif, .pdf or .svg")
     command.set_defaults(run=draw_order)
     for name, (draw, said, count) in MODEL_COMMANDS.items():
         command = commands.add_parser(name, help=said, description=said)
@@ -263,7 +271,7 @@ def main(arguments: list[str] | None = None) -> int:
             "--image", nargs="+", help="files or folders; the held-out digits of scikit-learn by default"
         )
         command.add_argument("--images", type=positive, default=count, help=f"how many at most (default {count})")
-        command.add_argument("--out", type=Path, required=True, help="file to write, .png, .pdf or .svg")
+        command.add_argument("--out", type=picture, required=True, help="file to write, .png, .pdf or .svg")
         if name in ("attention", "routes"):
             command.add_argument("--layer", nargs="+", help="names of mixers, as in stages.0.blocks.0.ss2d")
         if name == "grad-cam":

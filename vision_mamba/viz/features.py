@@ -48,12 +48,14 @@ def grad_cam(model: Any, images: Tensor, target: int | None = None, index: int |
         index: which entry of feature_info to take the map of; the last that the classifier reads patches of by default.
 
     Returns: (B, h, w), the largest value of each image 1 unless all are 0.
-    Raises: ValueError if the logits do not depend on that map.
+    Raises: ValueError for a class or an index that does not exist, or if the logits do not depend on that map.
     Reference: Selvaraju et al. 2017, Grad-CAM, arXiv:1610.02391.
     """
     taps = model.feature_info
     if index is None:
         index = len(taps) - (2 if getattr(model, "global_pool", None) == "token" else 1)
+    if not -len(taps) <= index < len(taps):
+        raise ValueError(f"grad_cam: index must be from 0 to {len(taps) - 1}, got {index}.")
     name = taps[index]["module"]
     kept: list[Tensor] = []
 
@@ -66,6 +68,8 @@ def grad_cam(model: Any, images: Tensor, target: int | None = None, index: int |
             logits = model(images.detach().requires_grad_())
     finally:
         hook.remove()
+    if target is not None and not 0 <= target < logits.shape[1]:
+        raise ValueError(f"grad_cam: target must be one of {logits.shape[1]} classes, counted from 0, got {target}.")
     chosen = logits.argmax(1) if target is None else torch.full((len(images),), target, device=logits.device)
     (gradient,) = torch.autograd.grad(logits.gather(1, chosen[:, None]).sum(), kept[0])
     channels, slopes = (_channels_last(model, tap, images) for tap in (kept[0].detach(), gradient))
