@@ -11,9 +11,8 @@
 // A low-rank step size in bfloat16 is formed on the tensor cores from the high and low halves of the weights: the
 // lanes' places are those of the product's tile, so the result lies where it is needed.
 #pragma once
-#include "common.cuh"
+#include "single.cuh"
 
-constexpr int kRank = RANK;
 constexpr bool kVector = VECTOR;         // x, dt, y and their like: channels are neighbours, fours aligned
 constexpr bool kVectorRank = VECTOR_RANK;  // a low-rank dt: columns are neighbours, pairs aligned
 constexpr bool kMerge = MERGE;
@@ -27,29 +26,7 @@ constexpr int kOwn = (kWarpSteps + 31) / 32;  // steps that a lane fetches for i
 constexpr int kProducts = (kSteps + 1) / 2;   // tiles of 8 segments x 2 steps
 constexpr int kDepth = (kRank + 15) / 16;     // 16 columns of the rank each
 constexpr bool kTensor = kRank > 0 && TENSOR;
-constexpr bool kSoftplus = SOFTPLUS;
 static_assert(kSteps <= 8, "a row of the shelf holds eight");
-
-// Step sizes in 16 bits are taken in units of ln 2, so that neither softplus nor the decay multiplies by log2(e); B
-// makes up for it. In 32 bits they stay as they are, for the sake of softplus's last digits.
-constexpr bool kExact = sizeof(DT_TYPE) == 4;
-constexpr float kUnit = kExact ? 1.f : kLn2, kPerUnit = kExact ? 1.f : kLog2e, kDecay = kExact ? kLog2e : 1.f;
-
-// log2(1 + 2^v); the polynomial is log2(1 + e) / e on [0, 1], good to 2e-6.
-DEVICE float softplus2(float v) {
-    const float e = ex2(-fabsf(v));
-    float tail = fmaf(e, 0.020401156f, -0.095797464f);
-    tail = fmaf(e, tail, 0.21528445f);
-    tail = fmaf(e, tail, -0.33908898f);
-    tail = fmaf(e, tail, 0.47766837f);
-    tail = fmaf(e, tail, -0.72115946f);
-    tail = fmaf(e, tail, 1.4426932f);
-    return fmaf(e, tail, fmaxf(v, 0.f));
-}
-DEVICE float step_size(float v) {
-    if constexpr (!kSoftplus) return v;
-    else return kExact ? softplus<true>(v) : softplus2(v);
-}
 
 // A segment's tokens, or its pairs of B and C, on the shelf; read 16 bytes at a time.
 struct alignas(16) TokenRow { int at[8]; };
@@ -85,9 +62,6 @@ DEVICE void read_row(float2* to, const PairRow& row) {
         if (t + 1 < kSteps) to[t + 1 < kSteps ? t + 1 : 0] = make_float2(two.z, two.w);
     }
 }
-
-// Keep a value in a register: the compiler may not compute it anew at each use, nor take a sum of it apart.
-DEVICE void keep(unsigned long long& value) { asm volatile("" : "+l"(value)); }
 
 // A tensor as one lane reads it, at (b, k) and its channels. Lanes past the last channel read channel 0 and steps off the
 // route token 0, so that no load waits for a branch; what they read is zeroed. An address is one multiply-add.
@@ -176,12 +150,6 @@ struct OwnSteps {
         }
     }
 };
-
-// High and low bfloat16 halves of two neighbouring weights.
-DEVICE void split(float v0, float v1, unsigned& high, unsigned& low) {
-    high = narrow_pair<Bfloat>(v0, v1);
-    low = narrow_pair<Bfloat>(v0 - __uint_as_float(high << 16), v1 - __uint_as_float(high & 0xffff0000u));
-}
 
 // The columns of a low-rank step size that the lane holds of A in `multiply_add`, by products: rows are the segments at
 // step 2i, then at step 2i + 1.

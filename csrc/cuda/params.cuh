@@ -37,8 +37,7 @@ struct Params {
     void* sum_dC;          // (B, L, K, N)
     void* sum_ddt;         // (B, L, K, R)
     float* sum_channels;   // (K, D, N) of A, (K, D) of D, (K, D) of the bias, (K, D, R) of the weights
-    // Of several states a channel, where routes are taken in segments of tiles: local states at the segments' ends, and
-    // sums of step sizes.
+    // Where routes are taken in segments of tiles: local states at the segments' ends, and sums of step sizes.
     float* edges;  // (B, K, segments, D, N), N as many as lanes hold
     float* spans;  // (B, K, segments, D)
     // Sizes.

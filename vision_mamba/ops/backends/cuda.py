@@ -51,7 +51,7 @@ def _refuses(call: ScanCall) -> str | None:
 
 def _new_saved(call: ScanCall) -> Tensor:
     states = 1 << (call.states - 1).bit_length()  # as many as lanes hold
-    if states == 1:
+    if states == 1 and not _may_walk(call):
         _, pieces = _narrow_chunk(call)
     else:
         pieces = (call.steps + kernels.CHECKPOINT - 1) // kernels.CHECKPOINT
@@ -73,6 +73,7 @@ class _Plan(NamedTuple):
     parts: torch.dtype | None  # type of the routes' shares that are added up afterwards, or None
     edges: Launch | None = None  # what goes before the scan where routes are taken in segments
     segments: int = 1
+    groups: int = 1  # of channels, whose shares of a backward pass's sums over channels are added up
 
 
 def _forward(call: ScanCall, save: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -158,7 +159,7 @@ def _backward(asked: ScanCall, saved: Tensor, dy: Tensor | None, dlast: Tensor |
         call = _prepared(asked)
         batch, tokens, routes, channels, states = call.batch, call.tokens, call.routes, call.channels, call.states
         dy = None if dy is None else dy.to(call.y_dtype)
-        if dy is not None and (dy.stride(-1) != 1 or dy.data_ptr() % 16):
+        if dy is not None and (dy.stride(-1) != 1 or dy.data_ptr() % 16 or (states == 1 and not vector(8, dy))):
             dy = dy.contiguous()
         dlast = None if dlast is None else dlast.to(torch.float32).contiguous()
         dx = torch.empty_like(call.x)
@@ -169,7 +170,7 @@ def _backward(asked: ScanCall, saved: Tensor, dy: Tensor | None, dlast: Tensor |
             plan = _backward_plans[key] = _plan_backward(call, complete, dy, dx, device)
         target = dx if plan.parts is None else _new_parts(call, plan.parts)
         products = call.rank > 0 and _rank_in_kernel(call)
-        blocks = plan.scan.grid // (batch * (1 if plan.merging else routes) * plan.segments)
+        blocks = plan.groups
         shares = batch * plan.segments
         narrow = states == 1
         if products and not narrow:
@@ -224,20 +225,24 @@ def _key(call: ScanCall, complete: bool) -> tuple[Any, ...]:
 
 
 def _plan_forward(call: ScanCall, complete: bool, y: Tensor, device: int) -> _Plan:
-    parts, merging, view = _merging(call, call.merge, y, device)
+    walk = _walk(call, complete)
+    parts, merging, view = _merging(call, call.merge, y, device, apart=walk is not None)
     fields = _sizes(call) | _strides("y", view)
     x, dt, B, C = _types(call)
     types = (x, dt, B, C, TYPES[view.dtype])
+    if walk is not None:
+        return _walk_plan(functools.partial(kernels.walk_forward, types), walk, call, fields, parts, device)
     if call.states == 1:
         kernel = kernels.narrow_forward(types, _narrow(call, complete, merging, view))
-        return _Plan(_narrow_launch(kernel, call, fields, merging, device), merging, parts)
+        return _narrow_plan(kernel, call, fields, merging, parts, device)
     how = _wide(call, kernels.WARPS, call.x, view, None if call.rank else call.dt)
     room = kernels.FORWARD_BLOCKS * _multiprocessors(device)
     return _wide_plan(functools.partial(kernels.wide_forward, types), how, call, fields, room, parts, device)
 
 
 def _plan_backward(call: ScanCall, complete: bool, dy: Tensor | None, dx: Tensor, device: int) -> _Plan:
-    parts, merging, view = _merging(call, call.shared_x, dx, device)
+    walk = _walk(call, complete)
+    parts, merging, view = _merging(call, call.shared_x, dx, device, apart=walk is not None)
     seen = None if dy is None else dy.unsqueeze(2).expand(-1, -1, call.routes, -1) if call.merge else dy
     products = call.rank > 0 and _rank_in_kernel(call)
     ddt_type = TYPES[torch.float32 if call.rank and not products else call.dt.dtype]
@@ -250,11 +255,14 @@ def _plan_backward(call: ScanCall, complete: bool, dy: Tensor | None, dx: Tensor
         fields |= _strides("dy", seen)
     x, dt, B, C = _types(call)
     types = (x, dt, B, C, TYPES[call.y_dtype])
+    if walk is not None:
+        walking = functools.partial(kernels.walk_backward, types, dx=TYPES[view.dtype], ddt=ddt_type)
+        return _walk_plan(walking, walk._replace(run=1), call, fields, parts, device)
     across = (call.x, seen, view, *(() if products else (ddt,)), *(() if call.rank else (call.dt,)))
     if call.states == 1:
         how = _narrow(call, complete, merging, view, *across)
         kernel = kernels.narrow_backward(types, how, TYPES[view.dtype], ddt_type)
-        return _Plan(_narrow_launch(kernel, call, fields, merging, device), merging, parts)
+        return _narrow_plan(kernel, call, fields, merging, parts, device)
     wide = _wide(call, kernels.backward_warps(kernels.wide_shape(call.states, 2), nvrtc.shared_limit(device)), *across)
     wanted = functools.partial(kernels.wide_backward, types, dx=TYPES[view.dtype], ddt=ddt_type)
     room = kernels.BACKWARD_WARPS // wide.warps * _multiprocessors(device)
@@ -277,14 +285,56 @@ def _wide(call: ScanCall, warps: int, *across: Tensor | None) -> kernels.Wide:
     )
 
 
-def _merging(call: ScanCall, wanted: bool, result: Tensor, device: int) -> tuple[torch.dtype | None, bool, Tensor]:
-    """How routes are added up into a result: the type of their shares or None, whether the kernel does it, and the
-    result, or its shares, as the kernel sees them: (B, L, K, D)."""
+def _may_walk(call: ScanCall) -> bool:
+    """Whether the walking kernels may take a call of one state, as far as its sizes tell."""
+    return call.dt_softplus and call.steps == call.tokens and kernels.walks(call.batch * call.routes, call.channels)
+
+
+def _walk(call: ScanCall, complete: bool) -> kernels.Walk | None:
+    """How the walking kernels take a call, or None where its sizes, its layout or its device are not for them."""
+    if call.states > 1 or not _may_walk(call) or not complete or _capability(call.x.device.index) < (8, 0):
+        return None
+    results = (torch.empty_like(call.x, device="meta"), torch.empty_like(call.dt, device="meta"))
+    if not vector(8, call.x, results[0], *(() if call.rank else (call.dt, results[1]))):
+        return None
+    if call.rank and not (_rank_in_kernel(call) and call.rank % 2 == 0 and vector(2, call.dt)):
+        return None
+    return kernels.Walk(kernels.walk_run(call.channels, call.rank), call.rank)
+
+
+def _walk_plan(
+    wanted: Callable[[kernels.Walk], nvrtc.Specialisation],
+    how: kernels.Walk,
+    call: ScanCall,
+    fields: dict[str, int],
+    parts: torch.dtype | None,
+    device: int,
+) -> _Plan:
+    """One launch, or two over routes in segments where sequences are too few for the device."""
+    groups = call.channels // (32 * how.run)
+    warps = call.batch * call.routes * groups
+    segments, per_segment = kernels.wide_segments(call.steps, warps, kernels.WALK_WARPS * _multiprocessors(device))
+    fields |= dict(segments=segments, segment_tiles=per_segment)
+
+    def launch(part: int, count: int) -> Launch:
+        grid = (warps * count + kernels.WARPS - 1) // kernels.WARPS
+        return Launch.of(wanted(how._replace(part=part)), device, grid, _HEADER, fields)
+
+    if segments == 1:
+        return _Plan(launch(0, 1), False, parts, groups=groups)
+    return _Plan(launch(2, segments), False, parts, launch(1, segments - 1), segments, groups)
+
+
+def _merging(
+    call: ScanCall, wanted: bool, result: Tensor, device: int, apart: bool
+) -> tuple[torch.dtype | None, bool, Tensor]:
+    """How routes are added up into a result: the type of their shares or None, whether the kernel does it (not where it
+    takes routes apart), and the result, or its shares, as the kernel sees them: (B, L, K, D)."""
     if not wanted:
         return None, False, result
     if call.routes == 1:
         return None, False, result.unsqueeze(2)
-    if call.states == 1 and _sum_fits(call, result, device):
+    if call.states == 1 and not apart and _sum_fits(call, result, device):
         return None, True, result.unsqueeze(2)
     # Not in float16, where a share can overflow though the sum does not.
     parts = result.dtype if result.dtype == torch.bfloat16 else torch.float32
@@ -320,13 +370,20 @@ def _narrow(call: ScanCall, complete: bool, merging: bool, view: Tensor, *across
     )
 
 
-def _narrow_launch(
-    wanted: nvrtc.Specialisation, call: ScanCall, fields: dict[str, int], merging: bool, device: int
-) -> Launch:
+def _narrow_plan(
+    wanted: nvrtc.Specialisation,
+    call: ScanCall,
+    fields: dict[str, int],
+    merging: bool,
+    parts: torch.dtype | None,
+    device: int,
+) -> _Plan:
     warps, _ = _narrow_chunk(call)
-    grid = call.batch * _narrow_blocks(call) * (1 if merging else call.routes)
+    groups = _narrow_blocks(call)
+    grid = call.batch * groups * (1 if merging else call.routes)
     more = 4 * kernels.NARROW_CHANNELS * (call.tokens + call.tokens % 2) if merging else 0
-    return Launch.of(wanted, device, grid, _HEADER, fields, 32 * warps, more)
+    launch = Launch.of(wanted, device, grid, _HEADER, fields, 32 * warps, more)
+    return _Plan(launch, merging, parts, groups=groups)
 
 
 def _wide_plan(
@@ -340,16 +397,17 @@ def _wide_plan(
 ) -> _Plan:
     """One launch, or two over routes in segments where sequences are too few for the `room` of the device."""
     per_block = how.shape.channels * how.warps
-    blocks = call.batch * call.routes * ((call.channels + per_block - 1) // per_block)
+    groups = (call.channels + per_block - 1) // per_block
+    blocks = call.batch * call.routes * groups
     segments, per_segment = kernels.wide_segments(call.steps, blocks, room)
     if segments == 1:
-        return _Plan(Launch.of(wanted(how), device, blocks, _HEADER, fields), False, parts)
+        return _Plan(Launch.of(wanted(how), device, blocks, _HEADER, fields), False, parts, groups=groups)
     fields |= dict(segments=segments, segment_tiles=per_segment)
     edges, scan = (
         Launch.of(wanted(how._replace(part=part)), device, blocks * count, _HEADER, fields)
         for part, count in ((1, segments - 1), (2, segments))
     )
-    return _Plan(scan, False, parts, edges, segments)
+    return _Plan(scan, False, parts, edges, segments, groups)
 
 
 def _new_edges(call: ScanCall, segments: int) -> dict[str, Tensor]:

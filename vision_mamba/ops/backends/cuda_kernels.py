@@ -16,6 +16,7 @@ WARPS = 4  # of a block of the wide kernels
 FORWARD_BLOCKS = 4  # of the wide forward kernel that a multiprocessor holds
 BACKWARD_WARPS = 12  # of the wide backward kernel
 NARROW_CHANNELS = 16  # of a block of the narrow kernels
+WALK_WARPS = 12  # of the walking kernels that a multiprocessor has at least where routes are taken in segments
 
 Types = tuple[str, str, str, str, str]  # of x, dt, B, C and y
 
@@ -88,6 +89,24 @@ class Narrow(NamedTuple):
     tensor_rank: bool  # a low-rank step size is multiplied on the tensor cores
 
 
+class Walk(NamedTuple):
+    """How the walking kernels take a route: channels of a lane, and what to compile for; see csrc/cuda/walk.cuh."""
+
+    run: int
+    rank: int
+    part: int = 0  # of two kernels over a route in segments, or 0
+
+
+def walks(sequences: Any, channels: Any) -> bool:
+    """Whether the walking kernels are the faster ones; they take 32 channels at a time."""
+    return False
+
+
+def walk_run(channels: int, rank: int) -> int:
+    """Channels of a lane going forwards: two save loads, where sequences and registers are plenty."""
+    return 2 if channels % 64 == 0 and rank <= 16 else 1
+
+
 def narrow_segment(steps: Any) -> int:
     """Steps of a segment: maps of 7, 14, 28 and 56 tokens a side are cut into sevens without a rest, others seldom."""
     return 7 if steps % 7 == 0 else 8
@@ -131,6 +150,19 @@ def narrow_backward(types: Types, how: Narrow, dx: str, ddt: str) -> Specialisat
     return Specialisation("narrow_backward", _macros(types, **_narrow(types, how, 2), DX_TYPE=dx, DDT_TYPE=ddt))
 
 
+def walk_forward(types: Types, how: Walk) -> Specialisation:
+    return Specialisation("walk_forward", _macros(types, **_walk(how, ahead=2, blocks=4)))
+
+
+def walk_backward(types: Types, how: Walk, dx: str, ddt: str) -> Specialisation:
+    few_digits = types[2:4] == (
+        "Bfloat",
+        "Bfloat",
+    )  # of dB and dC: one term on the tensor cores is enough
+    more = dict(DX_TYPE=dx, DDT_TYPE=ddt, FEW_DIGITS=few_digits)
+    return Specialisation("walk_backward", _macros(types, **_walk(how, ahead=2, blocks=3), **more))
+
+
 def finish(types: tuple[str, str, str], states: int, rank: int, run: int) -> Specialisation:
     """Types of dt, B and C."""
     ddt = types[0] if states == 1 else "Float"
@@ -161,6 +193,11 @@ def _narrow(types: Types, how: Narrow, blocks: int) -> dict[str, Any]:
     flags = dict(SOFTPLUS=how.softplus, MERGE=how.merge, WHOLE=how.whole)
     flags |= dict(VECTOR=how.vector, VECTOR_RANK=how.vector_rank, TENSOR=how.tensor_rank)
     return sizes | flags
+
+
+def _walk(how: Walk, ahead: int, blocks: int) -> dict[str, Any]:
+    sizes = dict(RUN=how.run, RANK=how.rank, PASS=how.part, WARPS=WARPS, AHEAD=ahead, MIN_BLOCKS=blocks)
+    return sizes | dict(SOFTPLUS=True)
 
 
 def _macros(types: Types, **more: Any) -> tuple[tuple[str, str], ...]:

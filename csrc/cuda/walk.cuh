@@ -1,0 +1,225 @@
+// walk.cuh: what both passes share where sequences of one state a channel are many: a lane has a channel for itself.
+//
+// Grid: a warp = one (b, k), 32 kRun neighbouring channels, kRun of them a lane's own, and a segment of the route. It
+// walks along by itself in tiles of kTile steps; nothing goes from lane to lane but what a step has for all channels.
+// Routes are taken whole where there are enough of them (kPass 0); else a first launch takes each segment from nothing
+// (kPass 1), and in a second one a segment joins what the others before it have left (kPass 2).
+// Rows of x and dt are copied to shared memory asynchronously, kAhead tiles ahead, in pieces of 16 bytes, and results
+// leave the same way, so that what is read of a token is whole sectors wherever the next token lies.
+// Calls are those whose routes visit every token once, with softplus, channels neighbours, rows aligned.
+#pragma once
+#include "single.cuh"
+
+constexpr int kPass = PASS;
+constexpr int kRun = RUN;
+constexpr int kWarps = WARPS;  // of a block; they have nothing to do with each other
+constexpr int kAhead = AHEAD;
+constexpr int kTile = 16;
+constexpr int kBatch = 8;      // steps that are taken at once, so that loads and arithmetic of neighbours overlap
+constexpr int kChannels = 32 * kRun;
+constexpr float kNever = -6e4f;  // what is read of a step past the end: its step size is 0 then
+
+DEVICE unsigned shared_address(const void* at) { return (unsigned)__cvta_generic_to_shared(at); }
+DEVICE void copy_async(void* to, const void* from) {
+#if __CUDA_ARCH__ >= 800
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(to)), "l"(from) : "memory");
+#endif
+}
+DEVICE void commit_copies() {
+#if __CUDA_ARCH__ >= 800
+    asm volatile("cp.async.commit_group;" ::: "memory");
+#endif
+}
+template <int kLeft> DEVICE void await_copies() {  // all but the last kLeft groups
+#if __CUDA_ARCH__ >= 800
+    asm volatile("cp.async.wait_group %0;" ::"n"(kLeft) : "memory");
+#endif
+}
+
+DEVICE void write(void* to, uint4 v) {  // to global memory, which the compiler cannot see of an address of our making
+    asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
+}
+
+// base + index * step in one instruction.
+DEVICE unsigned long long multiply_add_wide(unsigned index, unsigned step, unsigned long long base) {
+    unsigned long long r;
+    asm("mad.wide.u32 %0, %1, %2, %3;" : "=l"(r) : "r"(index), "r"(step), "l"(base));
+    return r;
+}
+// The low half of a word to shared memory, without a copy of it.
+DEVICE void store_half(unsigned at, unsigned word) {
+    asm volatile("st.shared.u16 [%0], %1;" ::"r"(at), "r"(word) : "memory");
+}
+
+// Where a tensor's rows lie for a lane.
+struct Place {
+    unsigned long long base;
+    unsigned step;  // bytes between tokens
+
+    DEVICE char* at(int token) const { return (char*)multiply_add_wide(token, step, base); }
+};
+// `offset` in bytes.
+template <class T>
+DEVICE Place place_of(const void* data, long long batch, long long b, long long route, long long k, long long l,
+                      int offset) {
+    Place place = {(unsigned long long)data + (batch * b + route * k) * (long long)sizeof(T) + offset,
+                   (unsigned)(l * sizeof(T))};
+    keep(place.base);
+    return place;
+}
+
+// Rows of a tile, of which a lane moves pieces of 16 bytes.
+template <class T> struct alignas(16) Rows {
+    T at[kTile][kChannels];
+
+    static constexpr int kPieces = kChannels * (int)sizeof(T) / 16;  // of a row
+    static constexpr int kTurns = kTile * kPieces / 32;
+    DEVICE static int row(int lane, int turn) { return lane / kPieces + turn * (32 / kPieces); }
+
+    // The lane's channels of a row.
+    DEVICE void get(float* to, int step, int lane) const {
+        Pack<T, kRun> pack;
+        const char* from = (const char*)at[step] + lane * kRun * (int)sizeof(T);
+        if constexpr (sizeof(T) * kRun == 2) pack.words[0] = *(const unsigned short*)from;
+        else if constexpr (sizeof(T) * kRun == 4) pack.words[0] = *(const unsigned*)from;
+        else {
+            const uint2 two = *(const uint2*)from;
+            pack.words[0] = two.x, pack.words[1] = two.y;
+        }
+#pragma unroll
+        for (int j = 0; j < kRun; ++j) to[j] = pack.get(j);
+    }
+    DEVICE void set(const float* from, int step, int lane) {
+        Pack<T, kRun> pack;
+        pack.set(from);
+        char* to = (char*)at[step] + lane * kRun * (int)sizeof(T);
+        if constexpr (sizeof(T) * kRun == 2) *(unsigned short*)to = (unsigned short)pack.words[0];
+        else if constexpr (sizeof(T) * kRun == 4) *(unsigned*)to = pack.words[0];
+        else *(uint2*)to = make_uint2(pack.words[0], pack.words[1]);
+    }
+    // The same of kBatch steps.
+    DEVICE void put(const float (*from)[kRun], int start, int lane) {
+        if constexpr (sizeof(T) * kRun == 2) {
+            const unsigned to = shared_address(&at[start][lane]);
+#pragma unroll
+            for (int t = 0; t < kBatch; t += 2) {
+                const unsigned two = narrow_pair<T>(from[t][0], from[t + 1][0]);
+                store_half(to + t * (int)sizeof(at[0]), two);
+                store_half(to + (t + 1) * (int)sizeof(at[0]), two >> 16);
+            }
+        } else {
+#pragma unroll
+            for (int t = 0; t < kBatch; ++t) set(from[t], start + t, lane);
+        }
+    }
+    // The lane's piece of a row, in bytes from the warp's first channel.
+    DEVICE static int offset(int lane, int first) { return first * (int)sizeof(T) + lane % kPieces * 16; }
+    // Lane t % kTile has the token of step t.
+    DEVICE void fetch(const Place& place, int token, int lane) {
+#pragma unroll
+        for (int turn = 0; turn < kTurns; ++turn) {
+            const int of = __shfl_sync(kAll, token, row(lane, turn));
+            copy_async((char*)at[row(lane, turn)] + lane % kPieces * 16, place.at(of));
+        }
+    }
+    DEVICE void leave(const Place& place, int token, int lane, int rows) const {
+        if (rows >= kTile) leave_rows<false>(place, token, lane, rows);
+        else leave_rows<true>(place, token, lane, rows);
+    }
+    template <bool kSome> DEVICE void leave_rows(const Place& place, int token, int lane, int rows) const {
+#pragma unroll
+        for (int turn = 0; turn < kTurns; ++turn) {
+            const int of = __shfl_sync(kAll, token, row(lane, turn));
+            const uint4 piece = *(const uint4*)((const char*)at[row(lane, turn)] + lane % kPieces * 16);
+            if (!kSome || row(lane, turn) < rows) write(place.at(of), piece);
+        }
+    }
+};
+
+// The table of a route as lanes read it, one step each of a tile.
+struct Table {
+    unsigned long long base;
+    int last;
+
+    DEVICE Table(const Params& p, int route)
+        : base((unsigned long long)(p.indices + route * p.steps)), last((int)p.steps - 1) {
+        keep(base);
+    }
+    DEVICE int token(int tile, int lane) const {
+        return __ldg((const int*)multiply_add_wide(min(max(tile * kTile + lane % kTile, 0), last), 4, base));
+    }
+};
+
+// What a warp does: a segment of a route of one batch item, kChannels channels from `first` on. A segment is kTile-step
+// tiles from `from` to before `to`; there is one where routes are taken whole.
+struct Work {
+    int route, group, first, channel, segment, from, to;
+    long long batch, sequence;
+
+    DEVICE Work(const Params& p, int tiles, int lane, int warp) {
+        const int groups = (int)p.channels / kChannels, segments = kPass ? (int)p.segments : 1;
+        // The first pass has no use for the end of a route, or its start where it goes back.
+        const int count = segments - (kPass == 1);
+        long long unit = blockIdx.x * (long long)kWarps + warp;
+        route = (int)(unit % p.routes), unit /= p.routes;
+        group = (int)(unit % groups), unit /= groups;
+        segment = (int)(unit % count), batch = unit / count;
+        first = group * kChannels, channel = first + lane * kRun, sequence = batch * p.routes + route;
+        if (kPass == 1 && kBack) ++segment;
+        const int each = kPass ? (int)p.segment_tiles : tiles;
+        from = segment * each, to = min(from + each, tiles);
+    }
+    // Where segment `of` keeps what the first pass tells the second.
+    DEVICE long long edge(const Params& p, int of) const { return (sequence * p.segments + of) * p.channels + channel; }
+    // What precedes the segment, from that of all before it; kBack: all behind it.
+    DEVICE void join(const Params& p, float* state, const float* A) const {
+        if constexpr (kPass == 2) {
+            const int last = (int)p.segments - 1, count = kBack ? last - segment : segment;
+            const float steps = (float)p.segment_tiles * kTile * 1e-8f;  // see `decay`
+#pragma unroll 4
+            for (int i = 0; i < count; ++i) {
+                const long long at = edge(p, kBack ? last - i : i);
+#pragma unroll
+                for (int j = 0; j < kRun; ++j) {
+                    // The outermost segment has begun with what the route does.
+                    state[j] = fmaf(i ? ex2(fmaf(p.spans[at + j], A[j], steps)) : 0.f, state[j], p.edges[at + j]);
+                }
+            }
+        }
+    }
+    DEVICE void leave(const Params& p, const float* state, const float* span) const {
+#pragma unroll
+        for (int j = 0; j < kRun; ++j) p.edges[edge(p, segment) + j] = state[j], p.spans[edge(p, segment) + j] = span[j];
+    }
+};
+
+// What a step has for all channels.
+struct alignas(16) Pairs {
+    float2 at[kTile];  // B and C
+
+    DEVICE void put(float v, int lane) { (&at[0].x)[lane % kTile * 2 + lane / kTile] = v; }
+    template <int kCount> DEVICE void get(float2* to, int step) const {
+#pragma unroll
+        for (int t = 0; t < kCount; t += 2) {
+            const float4 two = *(const float4*)&at[step + t];
+            to[t] = make_float2(two.x, two.y), to[t + 1] = make_float2(two.z, two.w);
+        }
+    }
+};
+// The lower half of the lanes fetches B of the tile's steps, the upper half C.
+struct PairPlace {
+    Place place;
+    bool of_C;
+
+    DEVICE PairPlace(const Params& p, long long batch, int route, int lane) : of_C(lane >= kTile) {
+        place = of_C ? place_of<C_TYPE>(p.C, batch, p.C_b, route, p.C_k, p.C_l, 0)
+                     : place_of<B_TYPE>(p.B, batch, p.B_b, route, p.B_k, p.B_l, 0);
+    }
+    DEVICE float fetch(int token) const {
+        Pack<B_TYPE, 1> b;
+        Pack<C_TYPE, 1> c;
+        load<false>(b, (const B_TYPE*)place.at(token), 0, !of_C);
+        load<false>(c, (const C_TYPE*)place.at(token), 0, of_C);
+        return of_C ? c.get(0) : b.get(0) * kUnit;
+    }
+};

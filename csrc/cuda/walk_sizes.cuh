@@ -1,0 +1,112 @@
+// walk_sizes.cuh: step sizes of a tile in shared memory, read as they are or formed from a low rank, and their gradients.
+// A low-rank step size in bfloat16 is formed on the tensor cores from the high and low halves of the weights; its gradient
+// and that of the weights are products of the tile's gradients, in two halves as well.
+#pragma once
+#include "walk.cuh"
+
+constexpr int kDepth = (kRank + 15) / 16;  // 16 columns of the rank each
+
+// Columns of a low-rank step size as the lane holds them of A in `multiply_add`: rows are the tile's steps.
+struct Ranks {
+    unsigned words[kRank ? kDepth : 1][4];
+
+    DEVICE void fetch(const Place& place, int token, int lane) {  // the place of the lane's first column
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+            const char* row = place.at(__shfl_sync(kAll, token, lane / 4 + 8 * i));
+#pragma unroll
+            for (int word = 0; word < 2 * kDepth; ++word) {
+                const int rank = 8 * word + 2 * (lane & 3);
+                words[word / 2][word % 2 * 2 + i] = 0;
+                if (8 * word < kRank && (8 * word + 8 <= kRank || rank < kRank)) {
+                    words[word / 2][word % 2 * 2 + i] = __ldg((const unsigned*)(row + 16 * word));
+                }
+            }
+        }
+    }
+};
+
+// Step sizes before softplus, of a tile. Rows are padded so that a product's fragments meet distinct banks.
+struct alignas(16) Sizes { float at[kTile][kChannels + 8]; };
+
+// What the lanes hold of B in `multiply_add`: high and low halves of the weights, 16 bytes a lane.
+struct Weights {
+    uint4 words[kRank ? kDepth : 1][kRank ? 4 * kRun : 1][32];
+    float bias[kRank ? kChannels : 2];
+
+    DEVICE void read(const Params& p, long long route, int first, int lane) {
+        const long long at = route * p.channels + first;
+#pragma unroll 1
+        for (int n = 0; n < 4 * kRun; ++n) {
+#pragma unroll
+            for (int d = 0; d < kDepth; ++d) {
+                unsigned high[2], low[2];
+#pragma unroll
+                for (int i = 0; i < 2; ++i) {
+                    const int rank = 16 * d + 8 * i + 2 * (lane & 3);
+                    const float* weight = p.dt_weight + (at + 8 * n + lane / 4) * kRank + rank;
+                    const float v0 = rank < kRank ? weight[0] : 0.f, v1 = rank + 1 < kRank ? weight[1] : 0.f;
+                    split(v0 * kPerUnit, v1 * kPerUnit, high[i], low[i]);
+                }
+                words[d][n][lane] = make_uint4(high[0], high[1], low[0], low[1]);
+            }
+        }
+#pragma unroll
+        for (int j = 0; j < kRun; ++j) bias[lane + 32 * j] = p.dt_bias ? p.dt_bias[at + lane + 32 * j] * kPerUnit : 0.f;
+    }
+    DEVICE void form(Sizes& sizes, const Ranks& ranks, int lane) const {
+#pragma unroll
+        for (int n = 0; n < 4 * kRun; ++n) {
+            const float2 two = *(const float2*)&bias[8 * n + 2 * (lane & 3)];
+            float d[4] = {two.x, two.y, two.x, two.y};
+#pragma unroll
+            for (int k = 0; k < kDepth; ++k) {
+                const uint4 four = words[k][n][lane];
+                const unsigned high[2] = {four.x, four.y}, low[2] = {four.z, four.w};
+                multiply_add(d, ranks.words[k], high);
+                multiply_add(d, ranks.words[k], low);
+            }
+            float* to = &sizes.at[lane / 4][8 * n + 2 * (lane & 3)];
+            *(float2*)to = make_float2(d[0], d[1]);
+            *(float2*)(to + 8 * (kChannels + 8)) = make_float2(d[2], d[3]);
+        }
+    }
+};
+
+// Step sizes before softplus in shared memory: as they are read, or formed from a low rank.
+struct ReadSizes {
+    Rows<DT_TYPE> stages[kAhead + 1];
+
+    DEVICE void fetch(int stage, const Place& place, int token, int lane) { stages[stage].fetch(place, token, lane); }
+    DEVICE void read_weights(const Params&, int, int, int) {}
+    DEVICE void form(const Ranks&, int) {}
+    DEVICE void get(float* to, int stage, int t, int lane, const float* bias) const {
+        stages[stage].get(to, t, lane);
+#pragma unroll
+        for (int j = 0; j < kRun; ++j) to[j] = fmaf(to[j], kPerUnit, bias[j]);
+    }
+    DEVICE void set(const float* from, int stage, int t, int lane) { stages[stage].set(from, t, lane); }
+};
+struct FormedSizes {
+    Sizes sizes;
+    Weights weights;
+
+    DEVICE void read_weights(const Params& p, int route, int first, int lane) { weights.read(p, route, first, lane); }
+    DEVICE void fetch(int, const Place&, int, int) {}
+    DEVICE void form(const Ranks& ranks, int lane) { weights.form(sizes, ranks, lane); }
+    DEVICE void get(float* to, int, int t, int lane, const float*) const {
+        if constexpr (kRun == 1) {
+            to[0] = sizes.at[t][lane];
+        } else {
+            const float2 two = *(const float2*)&sizes.at[t][2 * lane];
+            to[0] = two.x, to[kRun - 1] = two.y;
+        }
+    }
+    DEVICE void set(const float* from, int, int t, int lane) {
+#pragma unroll
+        for (int j = 0; j < kRun; ++j) sizes.at[t][lane * kRun + j] = from[j];
+    }
+};
+template <bool kFormed> struct Choose { using Type = ReadSizes; };
+template <> struct Choose<true> { using Type = FormedSizes; };
+using StepSizes = Choose<(kRank > 0)>::Type;
