@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -66,6 +69,64 @@ def test_wide_heads_are_run_in_parts() -> None:
                                            (65, 129, F32, 5), (128, 129, F32, 2), (65, 129, BF16, 1)]:  # fmt: skip
         case = SsdCase(channels=channels, states=states, grid=(1, 2), heads=1, groups=1, dtypes=(dtype,) * 4)
         assert ssd_triton.parts_of(make_call(case)) == parts
+
+
+class Compiled:
+    """In place of a kernel: what it is launched with is compiled for a GPU, which need not be there."""
+
+    def __init__(self, kernel: Any) -> None:
+        self.kernel = kernel
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        return self.launch
+
+    def launch(self, *arguments: Any, **keywords: Any) -> None:
+        from triton.backends.compiler import GPUTarget
+        from triton.compiler import ASTSource
+        from triton.compiler import compile as build
+
+        options = {name: keywords.pop(name) for name in ("num_warps", "num_stages") if name in keywords}
+        given = inspect.signature(self.kernel.fn).bind(*arguments, **keywords).arguments
+        constants = {
+            n: v for n, v in given.items() if v is None or "constexpr" in str(self.kernel.fn.__annotations__.get(n))
+        }
+        kinds = {int: "i32", float: "fp32", F32: "*fp32", BF16: "*bf16"}
+        signature = {
+            n: "constexpr" if n in constants else kinds[v.dtype if isinstance(v, torch.Tensor) else type(v)]
+            for n, v in given.items()
+        }
+        build(ASTSource(self.kernel, signature, constants), target=GPUTarget("cuda", 90, 32), options=options)
+
+
+class Skipped:
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        return lambda *arguments, **keywords: None
+
+
+@pytest.mark.parametrize(
+    ("dtype", "chosen"),
+    [(F32, ("prepare", "forward", "states", "inputs", "weights", "rates")), (BF16, ("states", "inputs"))],
+    ids=str,
+)
+def test_kernels_compile(dtype: torch.dtype, chosen: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The compiler refuses some of what the interpreter runs."""
+    pytest.importorskip("triton")
+    from vision_mamba.ops.backends import ssd_triton_backward_kernels, ssd_triton_kernels
+
+    for module, names in (
+        (ssd_triton_kernels, ("prepare", "forward", "states")),
+        (ssd_triton_backward_kernels, ("inputs", "weights", "rates")),
+    ):
+        for name in names:
+            monkeypatch.setattr(module, name, Compiled(getattr(module, name)) if name in chosen else Skipped())
+    for tables in (ssd_triton.FORWARD, ssd_triton.BACKWARD):
+        for bits in (16, 32):
+            monkeypatch.setitem(tables, bits, {(256, 128): ssd_triton.Tile(16, 16)})
+    ssd_triton._plan.cache_clear()
+    call = make_call(SsdCase((1, 20), 1, 1, 16, 1, 16, dtypes=(dtype,) * 4))
+    ssd_triton._forward(call, True)
+    ssd_triton._backward(call, call.x.new_empty(0), torch.zeros_like(call.x), None)
+    ssd_triton._plan.cache_clear()
 
 
 @pytest.mark.parametrize("steps", [1, 5, 64, 197, 16384])
