@@ -35,18 +35,12 @@ from vision_mamba.train.progress import Progress, logging_to
 
 LOAD = "loading, as for validation", "loading, as for training", "model, forward", "model, training step"
 
+# Of the options of a run, those that its record tells; of its checkpoint, what the data and the processes were.
 TRAINED = (
-    "model",
-    "model_kwargs",
-    "img_size",
-    "epochs",
-    "batch_size",
-    "opt",
-    "lr",
-    "weight_decay",
-    "model_ema",
-    "seed",
+    *("model", "model_kwargs", "img_size", "epochs", "batch_size", "grad_accum_steps", "opt", "lr", "weight_decay"),
+    *("amp", "amp_dtype", "torchcompile", "fsdp", "model_ema", "workers", "seed"),
 )
+RUN = ("processes", "images", "seconds")
 REMEDY = (
     "Raise --workers (now {workers}), store the images smaller (a shorter side of twice the crop is enough), put them "
     "on a local disk or into tar files, install pillow-simd, or augment less."
@@ -132,11 +126,11 @@ def main(argv: list[str]) -> int:
 def record(row: dict[str, Any], given: argparse.Namespace) -> dict[str, Any]:
     """A row as results/ keeps it: with where it comes from and, of a run of tools/train.py, how that was trained."""
     case = "validation" if given.throughput is None else "throughput"
-    told = {"case": case, "data": "digits" if given.digits else given.dataset, **row}
+    told = {"case": case, "data": "digits" if given.digits else given.data_dir or given.dataset, **row}
     if row["model"] in given.checkpoint:
         content = checkpoint.read(row["model"])
         trained = content.get("args") or {}
-        told |= {"trained": {name: trained.get(name) for name in TRAINED} | {"seconds": content.get("seconds")}}
+        told |= {"trained": {name: trained.get(name) for name in TRAINED} | {name: content.get(name) for name in RUN}}
         told |= {"curve": rows(Path(row["model"]).parent)}
     return {**provenance(models.device(given.device), "vision_mamba", "tools", "configs", "csrc"), **told}
 
