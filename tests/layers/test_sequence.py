@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from timm.layers import PatchEmbed
 from torch import nn
 
+from tests.tolerances import relative_rms
 from vision_mamba.layers import Mamba, MixerStack, SequenceClassifier
 from vision_mamba.ssm import S4D
 
@@ -204,3 +205,18 @@ def classify(lengths: torch.Tensor) -> torch.Tensor:
 def test_refusals(call, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         call()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("fused", [True, False])
+def test_on_a_gpu(fused: bool) -> None:
+    """Either order gives what plain torch gives, with gradients, under autocast too."""
+    stack = MixerStack(64, 3, fused_add_norm=fused)
+    x = torch.randn(2, 50, 64)
+    exact, found = stack(x), stack.cuda()(x.cuda())
+    assert relative_rms(found, exact) < 1e-5
+    with torch.autocast("cuda", torch.bfloat16):
+        y = stack(x.cuda())
+    assert relative_rms(y, exact) < 2e-2
+    y.float().sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in stack.parameters())

@@ -8,7 +8,10 @@ import torch
 from timm.layers import DropPath, calculate_drop_path_rates
 from torch import Tensor, nn
 
+from vision_mamba import ops
+from vision_mamba.layers.joined import untouched
 from vision_mamba.layers.mamba import Mamba, StepProjection
+from vision_mamba.layers.norm import RMSNorm
 
 Cache = tuple[Tensor, ...]
 
@@ -19,7 +22,14 @@ def dtype_of(module: nn.Module) -> torch.dtype:
 
 
 def add_norm(x: Tensor, residual: Tensor | None, norm: nn.Module, wide: bool) -> tuple[Tensor, Tensor]:
-    """residual + x, and the norm of that, in the type of the norm; the sum in float32 at least if `wide`."""
+    """The norm of residual + x, in the type of the norm, and that sum, in float32 at least if `wide`.
+
+    On GPUs it is one pass over memory for the stack's own norm of a residual of the norm's type.
+    """
+    if residual is not None and isinstance(norm, RMSNorm) and untouched(norm, RMSNorm) and norm.eps is not None:
+        kind = residual.dtype
+        if norm.weight.dtype == kind == torch.promote_types(x.dtype, kind):
+            return ops.add_normed(residual, x, norm.weight, None, norm.eps, rms=True)
     total = x if residual is None else residual + x
     if wide:
         total = total.to(torch.promote_types(total.dtype, torch.float32))
@@ -84,7 +94,7 @@ class MixerStack(nn.Module):
     ) -> None:
         super().__init__()
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
-        norm = partial(nn.RMSNorm, eps=1e-5) if norm_layer is None else norm_layer
+        norm = partial(RMSNorm, eps=1e-5) if norm_layer is None else norm_layer
         self.dim, self.fused_add_norm, self.residual_in_fp32 = dim, fused_add_norm, residual_in_fp32
         rates = cast(list[float], calculate_drop_path_rates(drop_path_rate, depth))
         self.layers = nn.ModuleList(MixerBlock(norm(dim, **dd), mixer(dim, **dd), rate) for rate in rates)
