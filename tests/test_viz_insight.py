@@ -27,7 +27,8 @@ from vision_mamba.viz import (
 assert vision_mamba
 # Grids that are not square, and windows that hang over their edges.
 MODELS = [("test_vmamba", {}), ("test_vmamba", {"d_state": 4, "scan_order": "local_2"}), ("test_localvmamba", {}),
-          ("test_vim", {}), ("test_vim", {"class_token": "double"}), ("test_localvim", {})]  # fmt: skip
+          ("test_vim", {}), ("test_vim", {"class_token": "double"}), ("test_localvim", {}), ("test_plainmamba", {}),
+          ("test_efficientvmamba", {}), ("test_videomamba", {}), ("test_mambavision", {})]  # fmt: skip
 
 
 def scanned(name: str, kwargs: dict, size: tuple[int, int] = (48, 80)) -> list:
@@ -41,6 +42,7 @@ def test_the_implicit_attention_of_a_scan_times_its_input_is_its_output(name: st
         matrices = implicit_attention(scan, "none", skip=True)
         x, y = scan.call.x.double(), route_outputs(scan).double()
         if scan.laid_out:  # LocalVim's scans have an input of each route's own, in its order
+            x = x if x.dim() == 4 else x.unsqueeze(2)
             laid_back = x.new_zeros(x.shape[0], scan.tokens, *x.shape[2:])
             for k, route in enumerate(scan.table):
                 laid_back[:, route[route >= 0], k] = x[:, route >= 0, k]
@@ -71,6 +73,8 @@ def test_scans_are_told_by_their_layer_and_grid() -> None:
     found = scanned("test_vim", {})
     assert len(found) == 4 and found[0].grid == (3, 5) and found[0].tokens == 16
     assert found[0].patches.tolist() == [i for i in range(16) if i != 7]
+    found = scanned("test_mambavision", {})
+    assert [(scan.call.batch, scan.grid, scan.tokens) for scan in found] == [(4, (3, 3), 9)] * 2 + [(4, (2, 2), 4)]
     with pytest.raises(ValueError, match="no layer of ResNet is a selective scan"):
         scans_of(timm.create_model("test_resnet").eval(), torch.randn(1, 3, 32, 32))
 

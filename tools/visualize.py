@@ -214,7 +214,13 @@ def draw_routes(options: argparse.Namespace) -> None:
 
 
 def _chosen(found: list[Any], names: list[str] | None) -> list[Any]:
-    """The scans of the layers named, or of those whose maps have at least 16 patches, four at most."""
+    """The scans of the layers named, or of those whose maps have at least 16 patches, four at most; of one image."""
+    for scan in found:
+        if scan.call.batch > 1:
+            raise SystemExit(
+                f"visualize: {scan.layer} scans {scan.call.batch} windows of the image, each by itself; show images "
+                f"of one window, {scan.grid[0]} x {scan.grid[1]} patches."
+            )
     if names is None:
         large = [scan for scan in found if len(scan.patches) >= 16] or found
         return [large[round(i * (len(large) - 1) / 3)] for i in range(4)] if len(large) > 4 else large

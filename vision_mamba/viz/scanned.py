@@ -8,6 +8,7 @@ Ali et al. 2024, The Hidden Attention of Mamba Models, arXiv:2403.01590.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -32,7 +33,8 @@ class Scan:
         layer: name of the mixer in the model, such as "stages.0.blocks.1.ss2d".
         call: the operator's arguments.
         table: int64 (K, S), the token that each route visits at each step, -1 for none.
-        grid: rows and columns of the patches.
+        grid: rows and columns of the patches; of a window where a layer scans each by itself, and then the batch is
+            that of the windows.
         patches: int64 (rows * columns,), the place of each patch among the tokens; class tokens have the others.
     """
 
@@ -88,8 +90,9 @@ def scans_of(model: nn.Module, images: Tensor) -> list[Scan]:
         elif operator in _SCANS and here:
             call = ScanCall(*args[: len(ScanCall._fields)])
             name, grid = here[-1]
-            places = _patches(model, int(table[0].max()) + 1)
-            found.append(Scan(name, call, table[0].long(), grid, places))
+            # Without a table of its own a scan takes the tokens as they come, all of them.
+            visits = table.pop().long() if table else torch.arange(call.x.shape[1], device=call.x.device)[None]
+            found.append(Scan(name, call, visits, grid, _patches(model, int(visits.max()) + 1)))
 
     with torch.no_grad(), _noting(model, here), _Watch(seen):
         model(images)
@@ -100,12 +103,11 @@ def scans_of(model: nn.Module, images: Tensor) -> list[Scan]:
 
 @contextmanager
 def _noting(model: nn.Module, here: list[tuple[str, tuple[int, int]]]) -> Iterator[None]:
-    """Inside, `here` ends in the mixer that is running and its grid: a map's size, or the second and third argument."""
+    """Inside, `here` ends in the mixer that is running and its grid."""
 
     def enter(name: str) -> Callable[..., None]:
         def note(module: nn.Module, args: tuple[Any, ...]) -> None:
-            grid = tuple(args[0].shape[1:3]) if args[0].dim() == 4 else tuple(args[1:3])
-            here.append((name, (int(grid[0]), int(grid[1]))))
+            here.append((name, _grid(*args)))
 
         return note
 
@@ -121,6 +123,13 @@ def _noting(model: nn.Module, here: list[tuple[str, tuple[int, int]]]) -> Iterat
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def _grid(x: Tensor, *size: Any) -> tuple[int, int]:
+    """Rows and columns of what a mixer is given: a map, tokens with the size of theirs, or those of a square window."""
+    if x.dim() == 4:
+        return x.shape[1], x.shape[2]
+    return (int(size[0]), int(size[1])) if size else (math.isqrt(x.shape[1]),) * 2
 
 
 def _patches(model: nn.Module, tokens: int) -> Tensor:
