@@ -1,9 +1,11 @@
 // gate.cuh: y = x silu(z), or, with BACKWARD, dx and dz from dy, and y again where it is wanted. Rows of x, z and dz may lie
-// further apart than they are long.
+// further apart than they are long. Forwards x may come in SHARES that are added up first; the sum, rounded to their type,
+// is written too where it is wanted.
 // Grid: one thread = kRun neighbouring channels of a row.
 #include "rows.cuh"
 
 constexpr bool kBackward = BACKWARD;
+constexpr int kShares = SHARES;
 
 extern "C" __device__ int launch_shape[2] = {256, 0};
 
@@ -37,6 +39,19 @@ extern "C" __global__ void __launch_bounds__(256) gate(const __grid_constant__ R
         }
     } else {
         Pack<Y_TYPE, kRun> y;
+        if constexpr (kShares > 1) {
+#pragma unroll
+            for (int j = 0; j < kRun; ++j) out[0][j] = x.get(j);
+#pragma unroll
+            for (int k = 1; k < kShares; ++k) {
+                Pack<X_TYPE, kRun> share;
+                load<true>(share, (const X_TYPE*)p.x + row * p.x_l + k * p.channels + channel, 1, kRun);
+#pragma unroll
+                for (int j = 0; j < kRun; ++j) out[0][j] += share.get(j);
+            }
+            x.set(out[0]);
+            if (p.total) store<true>(x, (X_TYPE*)p.total + i * kRun, 1, kRun);
+        }
 #pragma unroll
         for (int j = 0; j < kRun; ++j) out[0][j] = x.get(j) * z.get(j) * sigmoid(z.get(j));
         y.set(out[0]);

@@ -26,20 +26,25 @@ struct Window {
     }
 };
 
-// Columns of an image of which the origin is its first element in this thread's channels.
-struct Map {
-    int height, width;
-    long long channels;
+// kRows rows of a map about a strip, from `first` on, in this thread's channels. An image has less than 2^31 elements.
+template <int kRows> struct Rowset {
+    int width, row, column;  // elements from a row, and from a column, to the next
+    unsigned there;          // bit r: whether that row is one of the map's
 
-    template <class T> DEVICE Pack<T, kRun> read(const T* origin, int row, int column) const {
+    DEVICE Rowset(const Rows& p, int first) : width((int)p.width), row((int)(p.width * p.channels)), column((int)p.channels), there(0) {
+#pragma unroll
+        for (int r = 0; r < kRows; ++r) there |= (unsigned)(first + r >= 0 && first + r < p.height) << r;
+    }
+    DEVICE bool holds(int r, int c) const { return (there >> r & 1) && (unsigned)c < (unsigned)width; }
+    // `rows` is where the first row begins, or would.
+    template <class T> DEVICE Pack<T, kRun> read(const T* rows, int r, int c) const {
         Pack<T, kRun> pack;
-        const bool there = row >= 0 && row < height && column >= 0 && column < width;
-        load<true>(pack, origin + ((long long)row * width + column) * channels, 1, there ? kRun : 0);
+        load<true>(pack, rows + (r * row + c * column), 1, holds(r, c) ? kRun : 0);
         return pack;
     }
-    template <class T> DEVICE void write(const float* v, T* origin, int row, int column, bool wanted) const {
+    template <class T> DEVICE void write(const float* v, T* rows, int r, int c, bool wanted) const {
         Pack<T, kRun> pack;
         pack.set(v);
-        store<true>(pack, origin + ((long long)row * width + column) * channels, 1, wanted && row < height ? kRun : 0);
+        store<true>(pack, rows + (r * row + c * column), 1, wanted && (there >> r & 1) ? kRun : 0);
     }
 };

@@ -9,8 +9,7 @@
 constexpr int kStrip = STRIP;
 
 extern "C" __global__ void __launch_bounds__(128, MIN_BLOCKS) map_backward(const __grid_constant__ Rows p) {
-    const Map map{(int)p.height, (int)p.width, p.channels};
-    const long long runs = p.channels / kRun, i = blockIdx.x * 128ll + threadIdx.x, strips = (map.height + kStrip - 1) / kStrip;
+    const long long runs = p.channels / kRun, i = blockIdx.x * 128ll + threadIdx.x, strips = (p.height + kStrip - 1) / kStrip;
     const long long pieces = p.batch * strips * p.chunks, worker = i / runs;
     if (worker >= p.workers) return;
     const int channel = (int)(i % runs) * kRun;
@@ -19,8 +18,9 @@ extern "C" __global__ void __launch_bounds__(128, MIN_BLOCKS) map_backward(const
     float sums[10][kRun] = {};
     for (long long piece = worker; piece < pieces; piece += p.workers) {
         const int top = (int)(piece / p.chunks % strips) * kStrip;
-        const int from = (int)(piece % p.chunks) * (int)p.chunk_steps, to = min(from + (int)p.chunk_steps, map.width);
-        const long long origin = piece / p.chunks / strips * p.tokens * p.channels + channel;
+        const int from = (int)(piece % p.chunks) * (int)p.chunk_steps, to = min(from + (int)p.chunk_steps, (int)p.width);
+        const Rowset<kStrip + 4> around(p, top - 2);
+        const long long origin = piece / p.chunks / strips * p.tokens * p.channels + channel + (top - 2ll) * around.row;
         const X_TYPE* x = (const X_TYPE*)p.x + origin;
         const X_TYPE* dy = (const X_TYPE*)p.dy + origin;
         X_TYPE* dx = (X_TYPE*)p.dx + origin;
@@ -30,7 +30,7 @@ extern "C" __global__ void __launch_bounds__(128, MIN_BLOCKS) map_backward(const
         for (int c = 0; c < 2; ++c) {
 #pragma unroll
             for (int r = 0; r < kStrip + 4; ++r) {
-                const Pack<X_TYPE, kRun> pack = map.read(x, top - 2 + r, from - 2 + c);
+                const Pack<X_TYPE, kRun> pack = around.read(x, r, from - 2 + c);
 #pragma unroll
                 for (int j = 0; j < kRun; ++j) ring[c][r][j] = pack.get(j);
             }
@@ -45,9 +45,9 @@ extern "C" __global__ void __launch_bounds__(128, MIN_BLOCKS) map_backward(const
 #pragma unroll
             for (int c = 0; c < 3; ++c) {
 #pragma unroll
-                for (int r = 0; r < kStrip + 4; ++r) ahead[c][r] = map.read(x, top - 2 + r, first + c + 1);
+                for (int r = 0; r < kStrip + 4; ++r) ahead[c][r] = around.read(x, r, first + c + 1);
 #pragma unroll
-                for (int r = 0; r < kStrip + 2; ++r) grads[c][r] = map.read(dy, top - 1 + r, first + c);
+                for (int r = 0; r < kStrip + 2; ++r) grads[c][r] = around.read(dy, r + 1, first + c);
             }
 #pragma unroll
             for (int c = 0; c < 3; ++c) {
@@ -86,7 +86,7 @@ extern "C" __global__ void __launch_bounds__(128, MIN_BLOCKS) map_backward(const
                             out[j] = fmaf(window.tap[t][j], g[(c + 2 - t % 3) % 3][r + 2 - t / 3][j], out[j]);
                         }
                     }
-                    map.write(out, dx, top + r, column - 1, column - 1 >= from && column - 1 < to);
+                    around.write(out, dx, r + 2, column - 1, column - 1 >= from && column - 1 < to);
                 }
             }
         }

@@ -5,13 +5,13 @@
 constexpr int kStrip = STRIP;
 
 extern "C" __global__ void __launch_bounds__(128, MIN_BLOCKS) map_forward(const __grid_constant__ Rows p) {
-    const Map map{(int)p.height, (int)p.width, p.channels};
-    const long long runs = p.channels / kRun, i = blockIdx.x * 128ll + threadIdx.x, strips = (map.height + kStrip - 1) / kStrip;
+    const long long runs = p.channels / kRun, i = blockIdx.x * 128ll + threadIdx.x, strips = (p.height + kStrip - 1) / kStrip;
     const long long piece = i / runs, strip = piece / p.chunks, batch = strip / strips;
     if (batch >= p.batch) return;
     const int channel = (int)(i % runs) * kRun, top = (int)(strip % strips) * kStrip;
-    const int from = (int)(piece % p.chunks) * (int)p.chunk_steps, to = min(from + (int)p.chunk_steps, map.width);
-    const long long origin = batch * p.tokens * p.channels + channel;
+    const int from = (int)(piece % p.chunks) * (int)p.chunk_steps, to = min(from + (int)p.chunk_steps, (int)p.width);
+    const Rowset<kStrip + 2> around(p, top - 1);
+    const long long origin = batch * p.tokens * p.channels + channel + (top - 1ll) * around.row;
     const X_TYPE* x = (const X_TYPE*)p.x + origin;
     X_TYPE* y = (X_TYPE*)p.y + origin;
     Window window;
@@ -21,7 +21,7 @@ extern "C" __global__ void __launch_bounds__(128, MIN_BLOCKS) map_forward(const 
     for (int c = 0; c < 2; ++c) {
 #pragma unroll
         for (int r = 0; r < kStrip + 2; ++r) {
-            const Pack<X_TYPE, kRun> pack = map.read(x, top - 1 + r, from - 1 + c);
+            const Pack<X_TYPE, kRun> pack = around.read(x, r, from - 1 + c);
 #pragma unroll
             for (int j = 0; j < kRun; ++j) ring[c][r][j] = pack.get(j);
         }
@@ -31,7 +31,7 @@ extern "C" __global__ void __launch_bounds__(128, MIN_BLOCKS) map_forward(const 
 #pragma unroll
         for (int c = 0; c < 3; ++c) {
 #pragma unroll
-            for (int r = 0; r < kStrip + 2; ++r) ahead[c][r] = map.read(x, top - 1 + r, first + c + 1);
+            for (int r = 0; r < kStrip + 2; ++r) ahead[c][r] = around.read(x, r, first + c + 1);
         }
 #pragma unroll
         for (int c = 0; c < 3; ++c) {
@@ -48,7 +48,7 @@ extern "C" __global__ void __launch_bounds__(128, MIN_BLOCKS) map_forward(const 
                     const float v = window.at(ring, c, r, j);
                     out[j] = v * sigmoid(v);
                 }
-                map.write(out, y, top + r, first + c, first + c < to);
+                around.write(out, y, r + 1, first + c, first + c < to);
             }
         }
     }

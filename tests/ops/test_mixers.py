@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import pytest
@@ -13,19 +15,43 @@ from torch import Tensor, nn
 from tests.tolerances import relative_rms
 from vision_mamba import ops
 from vision_mamba.layers import SS2D, BiMamba, bimamba, joined, ss2d
-from vision_mamba.layers.joined import Mlp
-from vision_mamba.layers.norm import LayerNorm, add_norm, joins_stream
+from vision_mamba.layers.norm import LayerNorm, RMSNorm
+from vision_mamba.models import vim, vmamba
 from vision_mamba.ops import conv, fused, mixers, norm
 from vision_mamba.ops.backends import rows_cuda
 from vision_mamba.ops.fused import Kernels
+
+
+def norms(kind: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
+    return partial(kind, eps=1e-5)
+
 
 MIXERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "ss2d": (lambda: SS2D(32, dt_rank=2), (2, 5, 7, 32)),
     "ss2d_of_three_states": (lambda: SS2D(16, d_state=3, ssm_ratio=2.0, conv_bias=True), (1, 4, 4, 16)),
     "bimamba": (lambda: BiMamba(32, d_state=4), (2, 11, 32)),
     "bimamba_sum": (lambda: BiMamba(16, d_conv=3, average=False), (1, 3, 16)),
-    "mlp": (lambda: Mlp(16, 48), (2, 3, 4, 16)),
+    "vmamba_blocks": (lambda: Blocks(vmamba.VMambaBlock(16, SS2D, LayerNorm, nn.GELU), 2), (2, 3, 4, 16)),
+    "vmamba_blocks_alone": (
+        lambda: Blocks(vmamba.VMambaBlock(16, SS2D, norms(RMSNorm), nn.GELU, 0.0), 2),
+        (1, 3, 4, 16),
+    ),
+    "vim_blocks": (lambda: Blocks(vim.Block(16, norms(RMSNorm), BiMamba), 2, 1, 7), (2, 7, 16)),
 }
+CHAINS = dict(vmamba_blocks=["norm_linear", "scan_map", "norm_mlp"], vim_blocks=["norm_linear", "scan_both_ways"])
+CHAINS |= dict(vmamba_blocks_alone=["norm_linear", "scan_map"])
+
+
+class Blocks(nn.Module):
+    """So many of a block after another, and what they are given beside the stream."""
+
+    def __init__(self, block: nn.Module, count: int, *given: int) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(copy.deepcopy(block) for _ in range(count))
+        self.given = given
+
+    def forward(self, x: Tensor) -> Tensor:
+        return joined.run(self.blocks, x, *self.given)
 
 
 def make(name: str) -> tuple[nn.Module, Tensor]:
@@ -76,17 +102,30 @@ def stand_ins(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     for name, kernel in kernels.items():
         monkeypatch.setattr(rows_cuda, name, kernel)
 
-    def norm_backward(kept: Any, options: Any, grads: Any, again: Tensor | None = None) -> Any:
-        if again is not None:
-            again.copy_(kernels["NORM"].forward((kept[0], None, *kept[1:3]), options, False)[0][0])
-        x, _, weight, bias = kernels["NORM"].backward((kept[0], None, *kept[1:3]), options, grads)
-        return x, None, weight, bias
+    def norm_forward(tensors: fused.Tensors, options: dict[str, Any], keep: bool) -> Any:
+        x, branch, weight, bias = tensors
+        found = norm.plain_normed(*tensors, **options)
+        total, marker = (x, None) if branch is None else (x + branch, branch.new_empty(0))
+        return (found if options["stream"] else (found,)), (total, weight, bias, marker)
+
+    def norm_backward(kept: Any, options: Any, grads: Any, again: Tensor) -> Any:
+        x, weight, bias, branch = kept
+        kernel, options = kernels["NORM"], options | dict(stream=False)
+        again.copy_(kernel.forward((x, None, weight, bias), options, False)[0][0].view_as(again))
+        dx, _, dweight, dbias = kernel.backward((x, None, weight, bias), options, grads[:1])
+        dx = dx if len(grads) == 1 or grads[1] is None else dx + grads[1]
+        return dx, None if branch is None else dx.to(branch.dtype), dweight, dbias
+
+    monkeypatch.setattr(rows_cuda, "NORM", kernels["NORM"]._replace(forward=norm_forward))
 
     def gate_backward(y: Tensor, z: Tensor, dout: Tensor, dz: Tensor, again: Tensor) -> Tensor:
         dy, found = kernels["GATED"].backward((y, z), {}, (dout,))
         dz.copy_(found)
         again.copy_(conv.plain_gated(y, z))
         return dy
+
+    def gated_sum(shares: Tensor, z: Tensor, keep: bool) -> tuple[Tensor, Tensor]:
+        return conv.plain_gated(shares.sum(2), z), shares.sum(2)
 
     def conv_backward(kept: Any, options: Any, grads: Any, dx: Tensor) -> Any:
         found = kernels["CONV_BOTH_WAYS"].backward(kept, options, grads)
@@ -100,14 +139,14 @@ def stand_ins(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
             (dh,) = torch.autograd.grad(a, h, dy)
         return a.detach(), dh, dh.sum(0)
 
-    for function in (norm_backward, gate_backward, conv_backward, gelu_backward):
+    for function in (norm_backward, gate_backward, gated_sum, conv_backward, gelu_backward):
         monkeypatch.setattr(rows_cuda, function.__name__, function)
     monkeypatch.setattr(rows_cuda, "sum_rows", lambda x: x.sum(0))
-    for layers in (ss2d, bimamba, joined):
+    for layers in (ss2d, bimamba, vim, vmamba):
         monkeypatch.setattr(layers, "eager_on_gpu", lambda x: True)
     monkeypatch.setattr(fused, "_by_kernels", lambda tensors: True)
     ran: list[str] = []
-    for chain in (mixers.mlp, mixers.scan_map, mixers.scan_both_ways):
+    for chain in (mixers.norm_linear, mixers.norm_mlp, mixers.scan_map, mixers.scan_both_ways):
         kernels[chain.name] = chain._make_kernels()
         monkeypatch.setattr(
             chain,
@@ -124,7 +163,7 @@ def test_is_what_the_layers_are(name: str, request: pytest.FixtureRequest) -> No
     ran = request.getfixturevalue("stand_ins")
     for result, other in zip(run(mixer, x), expected, strict=True):
         assert relative_rms(result, other) < 1e-6
-    assert len(ran) == 1
+    assert ran == (CHAINS[name] * 2 if name in CHAINS else ran[:1]) and ran
 
 
 def test_layers_that_were_touched_run_one_by_one(stand_ins: list[str]) -> None:
@@ -138,13 +177,22 @@ def test_layers_that_were_touched_run_one_by_one(stand_ins: list[str]) -> None:
     mixer.out_norm = nn.LayerNorm(32)
     mixer(x)
     assert len(seen) == 1 and len(stand_ins) == 1
-    mlp, x = make("mlp")
-    mlp.train().drop1.p = 0.5
-    mlp(x)
-    mlp.eval()(x)
-    mlp.act = nn.GELU(approximate="tanh")
-    mlp(x)
-    assert len(stand_ins) == 2
+    assert stand_ins == ["scan_map"]
+
+
+def test_blocks_that_were_touched_run_one_by_one(stand_ins: list[str]) -> None:
+    model, x = make("vmamba_blocks")
+    first, second = model.blocks
+    first.mlp.act = nn.GELU(approximate="tanh")
+    second.register_forward_hook(lambda *_: None)
+    model(x)
+    assert stand_ins == ["scan_map"] * 2
+    first.mlp.act = nn.GELU()
+    first.mlp.drop1.p = 0.5
+    model(x)
+    assert stand_ins == ["scan_map"] * 4
+    model.eval()(x)
+    assert stand_ins[4:] == [*CHAINS["vmamba_blocks"], "scan_map"]
 
 
 @pytest.mark.gpu
@@ -167,25 +215,3 @@ def test_on_gpu(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
         assert torch.equal(result, again[i]), i
         # Rounded between layers, as the layers round.
         assert relative_rms(result, rounded[i]) <= 1.5 * relative_rms(one_by_one[i], rounded[i]) + 1e-3, i
-
-
-@pytest.mark.gpu
-def test_on_gpu_a_stream_and_its_norm() -> None:
-    torch.manual_seed(0)
-    layer = LayerNorm(24).cuda()
-    x, branch = torch.randn(2, 9, 24, device="cuda"), torch.randn(2, 9, 24, device="cuda")
-    assert joins_stream(x, layer) and not joins_stream(x.cpu(), layer)
-
-    def whole(add: Callable[..., tuple[Tensor, Tensor]], branch: Tensor | None) -> list[Tensor]:
-        given = [t.detach().requires_grad_() for t in (x, branch) if t is not None]
-        y, total = add(layer, *given) if branch is not None else add(layer, given[0], None)
-        wanted = [*given, *layer.parameters()]
-        return [y, total, *torch.autograd.grad((y * y).sum() + (total**3).sum(), wanted)]
-
-    def plain(layer: nn.Module, x: Tensor, branch: Tensor | None) -> tuple[Tensor, Tensor]:
-        total = x if branch is None else x + branch
-        return F.layer_norm(total, (24,), layer.weight, layer.bias, layer.eps), total
-
-    for addend in (branch, None):
-        for result, other in zip(whole(add_norm, addend), whole(plain, addend), strict=True):
-            torch.testing.assert_close(result, other)

@@ -144,7 +144,10 @@ class BiMamba(RouteMamba):
 
     def forward(self, x: Tensor, height: int = 1, width: int = 0) -> Tensor:
         """The grid that the tokens form is of no matter here: both ways are along the sequence."""
-        x = self.in_proj(x)
+        return self.mix(self.in_proj(x))
+
+    def mix(self, x: Tensor) -> Tensor:
+        """What is behind in_proj: (B, L, 2 D) -> (B, L, E)."""
         if not torch.jit.is_scripting():
             y = self._joined(x)
             if y is not None:

@@ -1,10 +1,19 @@
-"""Where several layers may run as one, by kernels: see `ops.mixers`. Elsewhere each runs by itself."""
+"""Where several layers may run as one, by kernels: see `ops.mixers`. Elsewhere each runs by itself.
+
+A block of a residual stream that can do so has two methods more: `joins(x)` says whether it does now, and
+`join(x, branch, ...)` takes the stream and what is still to be added to it, and gives both on. So a sum is taken where
+it is read next, together with the norm there.
+"""
+
+from collections.abc import Iterable
+from typing import Any
 
 import timm.layers
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as of_modules
 
+from vision_mamba.layers.norm import LayerNorm, RMSNorm
 from vision_mamba.ops import mixers
 
 
@@ -24,33 +33,51 @@ def untouched(module: object, *kinds: type[nn.Module]) -> bool:
     )
 
 
-class Mlp(timm.layers.Mlp):
-    """timm's, of which kernels keep one tensor of hidden width for the backward pass rather than two."""
+def is_usual_norm(norm: object) -> bool:
+    return untouched(norm, LayerNorm, RMSNorm) and norm.weight is not None and norm.eps is not None  # type: ignore
 
-    def __init__(
-        self,
-        in_features: int,
-        hidden_features: int,
-        act_layer: type[nn.Module] = nn.GELU,
-        drop: float = 0.0,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__(in_features, hidden_features, act_layer=act_layer, drop=drop, device=device, dtype=dtype)
 
-    def forward(self, x: Tensor) -> Tensor:
-        if not torch.jit.is_scripting():
-            y = self._joined(x)
-            if y is not None:
-                return y
-        x = self.drop1(self.act(self.fc1(x)))
-        return self.drop2(self.fc2(self.norm(x)))
+def is_usual_mlp(mlp: object) -> bool:
+    """Whether an MLP is two linear layers about an exact GELU, without dropout now."""
+    if not untouched(mlp, timm.layers.Mlp):
+        return False
+    assert isinstance(mlp, timm.layers.Mlp)
+    exact = untouched(mlp.act, nn.GELU, timm.layers.GELU) and getattr(mlp.act, "approximate", "none") == "none"
+    drops = mlp.training and (mlp.drop1.p > 0 or mlp.drop2.p > 0)
+    linear = untouched(mlp.fc1, nn.Linear) and untouched(mlp.fc2, nn.Linear)
+    return exact and not drops and linear and type(mlp.norm) is nn.Identity
 
-    def _joined(self, x: Tensor) -> Tensor | None:
-        if not (eager_on_gpu(x) and untouched(self.fc1, nn.Linear) and untouched(self.fc2, nn.Linear)):
-            return None
-        exact = untouched(self.act, nn.GELU, timm.layers.GELU) and getattr(self.act, "approximate", "none") == "none"
-        drops = self.training and (self.drop1.p > 0 or self.drop2.p > 0)
-        if not exact or drops or type(self.norm) is not nn.Identity:
-            return None
-        return mixers.mlp(x, self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias)
+
+def norm_linear(x: Tensor, branch: Tensor | None, norm: Any, linear: Any) -> tuple[Tensor, Tensor]:
+    """linear(norm(x + branch)) of a usual norm and a layer without bias, and x + branch."""
+    how = dict(eps=norm.eps, rms=isinstance(norm, RMSNorm))
+    found = mixers.norm_linear(x, branch, norm.weight, getattr(norm, "bias", None), linear.weight, **how)
+    if found is None:
+        x = x if branch is None else x + branch
+        found = linear(norm(x)), x
+    return found
+
+
+def norm_mlp(x: Tensor, branch: Tensor | None, norm: Any, mlp: Any) -> tuple[Tensor, Tensor]:
+    """mlp(norm(x + branch)) of a usual norm and a usual MLP, and x + branch."""
+    how = dict(eps=norm.eps, rms=isinstance(norm, RMSNorm))
+    first, second = mlp.fc1, mlp.fc2
+    parameters = (norm.weight, getattr(norm, "bias", None), first.weight, first.bias, second.weight, second.bias)
+    found = mixers.norm_mlp(x, branch, *parameters, **how)
+    if found is None:
+        x = x if branch is None else x + branch
+        found = mlp(norm(x)), x
+    return found
+
+
+def run(blocks: Iterable[nn.Module], x: Tensor, *given: Any) -> Tensor:
+    """Blocks one after the other, joined where they can be."""
+    branch: Tensor | None = None
+    for block in blocks:
+        joining: Any = block
+        if hasattr(block, "join") and joining.joins(x):
+            x, branch = joining.join(x, branch, *given)
+        else:
+            x = block(x if branch is None else x + branch, *given)
+            branch = None
+    return x if branch is None else x + branch

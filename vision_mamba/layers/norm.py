@@ -9,7 +9,6 @@ from timm.layers import register_notrace_function
 from torch import Tensor, nn
 
 from vision_mamba import ops
-from vision_mamba.layers.joined import eager_on_gpu, untouched
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -21,13 +20,10 @@ def _normed(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, rms: boo
         shape = [x.shape[-1]]
         return F.rms_norm(x, shape, weight, eps) if rms else F.layer_norm(x, shape, weight, bias, eps)
     else:
-        return ops.normed(x, weight, bias, eps, rms=rms, out_dtype=_out_dtype(x, before_product))
-
-
-def _out_dtype(x: Tensor, before_product: bool) -> torch.dtype | None:
-    if before_product and x.is_cuda and torch.is_autocast_enabled("cuda"):
-        return torch.get_autocast_dtype("cuda")
-    return None
+        out_dtype = None
+        if before_product and x.is_cuda and torch.is_autocast_enabled("cuda"):
+            out_dtype = torch.get_autocast_dtype("cuda")
+        return ops.normed(x, weight, bias, eps, rms=rms, out_dtype=out_dtype)
 
 
 class LayerNorm(timm.layers.LayerNorm):
@@ -65,18 +61,3 @@ def before_product(norm: Module) -> Module:
     if isinstance(norm, (LayerNorm, RMSNorm)):
         norm.before_product = True
     return norm
-
-
-def joins_stream(x: Tensor, *norms: nn.Module) -> bool:
-    """Whether `add_norm` may stand for additions to x and these norms."""
-    return eager_on_gpu(x) and all(
-        untouched(norm, LayerNorm, RMSNorm) and norm.weight is not None and norm.eps is not None for norm in norms
-    )
-
-
-def add_norm(norm: nn.Module, x: Tensor, branch: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The norm of x + branch, and that sum, in one pass forwards and backwards; without a branch, of x and x itself."""
-    rms, before_product = isinstance(norm, RMSNorm), bool(norm.before_product)
-    bias = None if rms else norm.bias
-    dtype = _out_dtype(x, before_product)
-    return ops.add_normed(x, branch, norm.weight, bias, norm.eps, rms=rms, out_dtype=dtype)  # type: ignore[arg-type]

@@ -151,8 +151,11 @@ class SS2D(nn.Module):
         )  # fmt: skip
 
     def forward(self, x: Tensor) -> Tensor:
+        return self.mix(self.in_proj(x))
+
+    def mix(self, x: Tensor) -> Tensor:
+        """What is behind in_proj: (B, H, W, D), or (B, H, W, 2 D) with a gate, -> (B, H, W, C)."""
         height, width = x.shape[1], x.shape[2]
-        x = self.in_proj(x)
         z: Tensor | None = None
         if self.gate:
             x, z = x.chunk(2, dim=-1)

@@ -10,6 +10,7 @@ from timm.models import checkpoint_seq
 from timm.models._input import update_model_input_size
 from torch import Tensor, nn
 
+from vision_mamba.layers.joined import eager_on_gpu, run, untouched
 from vision_mamba.models.builder import build
 from vision_mamba.models.taps import in_asked_order, take_indices
 
@@ -24,11 +25,12 @@ class Stage(nn.Module):
         self.grad_checkpointing = False
 
     def run_blocks(self, x: Tensor) -> Tensor:
-        if self.grad_checkpointing and not torch.jit.is_scripting():
-            x = checkpoint_seq(self.blocks, x)
-        else:
-            x = self.blocks(x)
-        return x
+        if not torch.jit.is_scripting():
+            if self.grad_checkpointing:
+                return checkpoint_seq(self.blocks, x)
+            if eager_on_gpu(x) and untouched(self.blocks, nn.Sequential):
+                return run(self.blocks, x)
+        return self.blocks(x)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.run_blocks(self.downsample(x))

@@ -37,8 +37,9 @@ from torch import Tensor, nn
 from vision_mamba.layers.bimamba import BiMamba
 from vision_mamba.layers.embed import PatchGrid, StridedPatchEmbed
 from vision_mamba.layers.init import init_in_float32_
+from vision_mamba.layers.joined import eager_on_gpu, is_usual_norm, norm_linear, run, untouched
 from vision_mamba.layers.local import LocalMamba
-from vision_mamba.layers.norm import NORMS, RMSNorm, add_norm, before_product, joins_stream
+from vision_mamba.layers.norm import NORMS, RMSNorm, before_product
 from vision_mamba.layers.tokens import CLASS_TOKENS, class_first, insert_class, resample_pos_embed, rotation
 from vision_mamba.models.builder import build
 from vision_mamba.models.checkpoint import require_all_used, unwrap
@@ -78,10 +79,22 @@ class Block(nn.Module):
     def forward(self, x: Tensor, height: int, width: int, turns: Tensor | None = None) -> Tensor:
         if turns is not None:
             x = apply_rot_embed(x, turns[0], turns[1])
-        if not torch.jit.is_scripting() and joins_stream(x, self.norm):
-            y, x = add_norm(self.norm, x, None)
-            return x + self.drop_path(self.ls(self.mixer(y, height, width)))
         return x + self.drop_path(self.ls(self.mixer(self.norm(x), height, width)))
+
+    def joins(self, x: Tensor) -> bool:
+        """Whether the norm runs with what is before and behind it; see `layers.joined`."""
+        usual = untouched(self, Block) and is_usual_norm(self.norm)
+        return eager_on_gpu(x) and usual and untouched(self.mixer, BiMamba) and untouched(self.mixer.in_proj, nn.Linear)
+
+    def join(
+        self, x: Tensor, branch: Tensor | None, height: int, width: int, turns: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """As forward, of a stream x + branch, into a stream and what is to be added to it."""
+        if turns is not None:
+            x, branch = apply_rot_embed(x if branch is None else x + branch, turns[0], turns[1]), None
+        mixer: Any = self.mixer
+        y, x = norm_linear(x, branch, self.norm, mixer.in_proj)
+        return x, self.drop_path(self.ls(mixer.mix(y)))
 
 
 class VisionMamba(nn.Module):
@@ -391,14 +404,22 @@ class VisionMamba(nn.Module):
             self.reset_classifier(0, "")
         return taken
 
+    def _run_blocks(self, x: Tensor, height: int, width: int, turns: Tensor | None) -> Tensor:
+        if not torch.jit.is_scripting():
+            if self.grad_checkpointing:
+                for block in self.blocks:
+                    x = checkpoint(block, x, height, width, turns)
+                return x
+            if eager_on_gpu(x):
+                return run(self.blocks, x, height, width, turns)
+        for block in self.blocks:
+            x = block(x, height, width, turns)
+        return x
+
     def forward_features(self, x: Tensor) -> Tensor:
         """(B, in_chans, H, W) images -> (B, L, E) normed tokens, the class token first."""
         x, height, width, turns = self._embed(x)
-        for block in self.blocks:
-            if self.grad_checkpointing and not torch.jit.is_scripting():
-                x = checkpoint(block, x, height, width, turns)
-            else:
-                x = block(x, height, width, turns)
+        x = self._run_blocks(x, height, width, turns)
         return class_first(self.norm(x), self.class_token)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:

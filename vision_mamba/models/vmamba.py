@@ -17,14 +17,14 @@ from typing import Any
 
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import DropPath, get_act_layer, get_norm_layer
+from timm.layers import DropPath, Mlp, get_act_layer, get_norm_layer
 from timm.models import generate_default_cfgs, register_model, register_model_deprecations
 from torch import Tensor, nn
 
 from vision_mamba.layers import SS2D, SSD2D
 from vision_mamba.layers.efficient import InvertedBlock, ScanBesideConv
-from vision_mamba.layers.joined import Mlp
-from vision_mamba.layers.norm import NORMS, add_norm, before_product, joins_stream
+from vision_mamba.layers.joined import eager_on_gpu, is_usual_mlp, is_usual_norm, norm_linear, norm_mlp, untouched
+from vision_mamba.layers.norm import NORMS, before_product
 from vision_mamba.layers.patch import DOWNSAMPLES, STEMS
 from vision_mamba.models.checkpoint import rename, require_all_used, unwrap
 from vision_mamba.models.pyramid import Pyramid, Stage, build_pyramid, drop_path_rates
@@ -71,14 +71,26 @@ class VMambaBlock(nn.Module):
             self.drop_path2 = DropPath(drop_path) if drop_path > 0.0 else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        if not torch.jit.is_scripting() and self.mlp is not None and joins_stream(x, self.norm1, self.norm2):
-            y, x = add_norm(self.norm1, x, None)
-            y, x = add_norm(self.norm2, x, self.drop_path1(self.ss2d(y)))
-            return x + self.drop_path2(self.mlp(y))
         x = x + self.drop_path1(self.ss2d(self.norm1(x)))
         if self.mlp is not None:
             x = x + self.drop_path2(self.mlp(self.norm2(x)))
         return x
+
+    def joins(self, x: Tensor) -> bool:
+        """Whether the norms run with what is before and behind them; see `layers.joined`."""
+        mixer = untouched(self.ss2d, SS2D) and untouched(self.ss2d.in_proj, nn.Linear)
+        mlp = self.mlp is None or (is_usual_mlp(self.mlp) and is_usual_norm(self.norm2))
+        return eager_on_gpu(x) and untouched(self, VMambaBlock) and mixer and mlp and is_usual_norm(self.norm1)
+
+    def join(self, x: Tensor, branch: Tensor | None) -> tuple[Tensor, Tensor]:
+        """As forward, of a stream x + branch, into a stream and what is to be added to it."""
+        mixer: Any = self.ss2d
+        y, x = norm_linear(x, branch, self.norm1, mixer.in_proj)
+        added: Tensor = self.drop_path1(mixer.mix(y))
+        if self.mlp is not None:
+            added, x = norm_mlp(x, added, self.norm2, self.mlp)
+            added = self.drop_path2(added)
+        return x, added
 
 
 def _efficient(dim: int, mixer: Callable[..., nn.Module], *args: Any, **kwargs: Any) -> VMambaBlock:

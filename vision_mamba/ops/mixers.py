@@ -19,8 +19,12 @@ def _kernels(name: str) -> Any:
     return make
 
 
-#: fc2(gelu(fc1(x))), of x and the weights and biases of the two. Backward computes GELU's result once more.
-mlp = Joined("mlp", _kernels("MLP"))
+#: Of a stream x and a branch or None: linear(norm(x + branch)), and x + branch. Of the norm it keeps the sum alone.
+norm_linear = Joined("norm_linear", _kernels("NORM_LINEAR"))
+
+#: Of a stream x and a branch or None: fc2(gelu(fc1(norm(x + branch)))), and x + branch. It keeps the sum, and what
+#: fc1 gives.
+norm_mlp = Joined("norm_mlp", _kernels("NORM_MLP"))
 
 #: VMamba's mixer behind its first projection: with u = `conv_map`(x) and columns (r_k, B_k, C_k) = X_k u,
 #: out_proj(norm(sum_k scan_k(u, W_k r_k + b_k, A_k, B_k, C_k, D_k))). Of maps it keeps x, u and the sum.

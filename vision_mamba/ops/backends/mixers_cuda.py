@@ -22,18 +22,22 @@ from vision_mamba.ops.registry import scans
 Options = dict[str, Any]
 
 
+def _product_type(x: Tensor) -> torch.dtype:
+    """The type that a linear layer behind x computes in."""
+    return torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else x.dtype
+
+
 def _refuses(tensors: Tensors, products: tuple[int, ...]) -> bool:
-    """Whether the kernels do not take these, where `products` are the places of weights that x is multiplied by.
+    """Whether the kernels do not take these, where `products` are the places of weights that linear layers have.
 
     Without autocast those have x's type, or plain torch says what is wrong.
     """
     x = tensors[0]
     assert x is not None
-    if x.dtype not in TYPES or x.numel() == 0 or not x.is_contiguous():
+    dtype = _product_type(x)
+    if x.dtype not in TYPES or dtype not in TYPES or x.numel() == 0 or not x.is_contiguous():
         return True
-    if torch.is_autocast_enabled("cuda"):
-        return x.dtype != torch.get_autocast_dtype("cuda")
-    return any(tensors[place].dtype != x.dtype for place in products)  # type: ignore[union-attr]
+    return not torch.is_autocast_enabled("cuda") and any(tensors[i].dtype != dtype for i in products)  # type: ignore
 
 
 def _product_of_sums(left: Tensor, right: Tensor) -> Tensor:
@@ -43,35 +47,95 @@ def _product_of_sums(left: Tensor, right: Tensor) -> Tensor:
     return torch.mm(left.t(), right, out_dtype=torch.float32)
 
 
-# An MLP.
+def _as(found: tuple[Tensor | None, ...], parameters: Tensors | list[Tensor | None]) -> Tensors:
+    """Gradients in the types of their parameters."""
+    return tuple(
+        None if grad is None or parameter is None else grad.to(parameter.dtype)
+        for grad, parameter in zip(found, parameters, strict=True)
+    )
 
 
-def _refuses_mlp(tensors: Tensors, options: Options) -> bool:
-    return _refuses(tensors, (1, 2, 3, 4))
+# A norm of a stream, and what reads it.
+
+
+def _refuses_norm(tensors: Tensors, options: Options) -> bool:
+    x = tensors[0]
+    assert x is not None
+    return _refuses(tensors, tuple(range(4, len(tensors)))) or rows_cuda.NORM.refuses(tensors[:4], _norm(x, options))
+
+
+def _norm(x: Tensor, options: Options) -> Options:
+    return dict(eps=options["eps"], rms=options["rms"], out_dtype=_product_type(x), stream=True)
+
+
+def _linear_forward(tensors: Tensors, options: Options, keep: bool) -> tuple[tuple[Tensor, ...], Tensors]:
+    x, _, _, _, weight = tensors
+    assert x is not None and weight is not None
+    (n, total), of_norm = rows_cuda.NORM.forward(tensors[:4], _norm(x, options), keep)
+    with without_autocast(x.device):
+        matrix = weight.to(n.dtype)
+        return (F.linear(n, matrix), total), (matrix, weight, *of_norm)
+
+
+def _linear_backward(kept: Tensors, options: Options, grads: Tensors) -> Tensors:
+    (dout, dtotal), (matrix, weight, *of_norm) = grads, kept
+    assert matrix is not None
+    if dout is None:
+        return (*_of_stream(dtotal, of_norm), None, None, None)
+    with without_autocast(dout.device):
+        dout = dout.flatten(0, -2).contiguous()
+        n = dout.new_empty((len(dout), matrix.shape[1]))
+        found = _norm_backward(of_norm, options, dout @ matrix, dtotal, n)
+        return *found, *_as((_product_of_sums(dout, n),), [weight])
+
+
+def _of_stream(dtotal: Tensor | None, of_norm: list[Tensor | None]) -> Tensors:
+    """Gradients of the stream and the branch from that of their sum alone."""
+    branch = of_norm[3]
+    return dtotal, None if branch is None or dtotal is None else dtotal.to(branch.dtype)
+
+
+def _norm_backward(
+    of_norm: list[Tensor | None], options: Options, dn: Tensor, dtotal: Tensor | None, n: Tensor
+) -> Tensors:
+    """Gradients of the stream, the branch and the norm's parameters; what the norm gave is written to n."""
+    x = of_norm[0]
+    assert x is not None
+    how = dict(eps=options["eps"], rms=options["rms"], out_dtype=n.dtype, stream=True)
+    return rows_cuda.norm_backward(tuple(of_norm), how, (dn.view(x.shape), dtotal), again=n)
+
+
+NORM_LINEAR = Kernels(_refuses_norm, _linear_forward, _linear_backward)
 
 
 def _mlp_forward(tensors: Tensors, options: Options, keep: bool) -> tuple[tuple[Tensor, ...], Tensors]:
-    x, weight1, bias1, weight2, bias2 = tensors
+    x, _, _, _, weight1, bias1, weight2, bias2 = tensors
     assert x is not None and weight1 is not None and bias1 is not None and weight2 is not None and bias2 is not None
+    (n, total), of_norm = rows_cuda.NORM.forward(tensors[:4], _norm(x, options), keep)
     with without_autocast(x.device):
-        first, second = weight1.to(x.dtype), weight2.to(x.dtype)
-        h = F.linear(x.flatten(0, -2), first, bias1.to(x.dtype))
-        y = F.linear(F.gelu(h), second, bias2.to(x.dtype))
-    return (y.view(*x.shape[:-1], y.shape[-1]),), (x, h, first, second, *tensors[1:])
+        first, second = weight1.to(n.dtype), weight2.to(n.dtype)
+        h = F.linear(n, first, bias1.to(n.dtype))
+        y = F.linear(F.gelu(h), second, bias2.to(n.dtype))
+    return (y, total), (h, first, second, *tensors[4:], *of_norm)
 
 
 def _mlp_backward(kept: Tensors, options: Options, grads: Tensors) -> Tensors:
-    (dy,), (x, h, first, second, *parameters) = grads, kept
-    assert dy is not None and x is not None and h is not None and first is not None and second is not None
-    dy = dy.flatten(0, -2).contiguous()
-    with without_autocast(x.device):
-        a, dh, dbias1 = rows_cuda.gelu_backward(h, dy @ second)
-        found = (_product_of_sums(dh, x.flatten(0, -2)), dbias1, _product_of_sums(dy, a), rows_cuda.sum_rows(dy))
-        dx = (dh @ first).view(x.shape)
-    return dx, *(grad.to(parameter.dtype) for grad, parameter in zip(found, parameters, strict=True))  # type: ignore
+    (dy, dtotal), (h, first, second, weight1, bias1, weight2, bias2, *of_norm) = grads, kept
+    assert h is not None and first is not None and second is not None
+    if dy is None:
+        return (*_of_stream(dtotal, of_norm), *(None,) * 6)
+    with without_autocast(dy.device):
+        dy = dy.flatten(0, -2).contiguous()
+        a, dh, dbias1 = rows_cuda.gelu_backward(h.flatten(0, -2), dy @ second)
+        dweight2, dbias2 = _product_of_sums(dy, a), rows_cuda.sum_rows(dy)
+        del a
+        n = dh.new_empty((len(dh), first.shape[1]))
+        found = _norm_backward(of_norm, options, dh @ first, dtotal, n)
+        sums = (_product_of_sums(dh, n), dbias1, dweight2, dbias2)
+        return *found, *_as(sums, [weight1, bias1, weight2, bias2])
 
 
-MLP = Kernels(_refuses_mlp, _mlp_forward, _mlp_backward)
+NORM_MLP = Kernels(_refuses_norm, _mlp_forward, _mlp_backward)
 
 
 # What both mixers do with a scan.
@@ -105,7 +169,7 @@ def _scan_backward(call: ScanCall, saved: Tensor, dy: Tensor) -> tuple[Tensor, T
 
 
 def _refuses_map(tensors: Tensors, options: Options) -> bool:
-    return _refuses(tensors, (3, 10)) or rows_cuda.CONV_MAP.refuses(tensors[:3], {})
+    return _refuses(tensors, (3, 11)) or rows_cuda.CONV_MAP.refuses(tensors[:3], {})
 
 
 def _map_forward(tensors: Tensors, options: Options, keep: bool) -> tuple[tuple[Tensor, ...], Tensors]:
@@ -116,13 +180,13 @@ def _map_forward(tensors: Tensors, options: Options, keep: bool) -> tuple[tuple[
         projection, out_weight = projection.to(x.dtype), out_weight.to(x.dtype)
         columns = F.linear(u.flatten(1, 2), projection.flatten(0, 1)).unflatten(-1, projection.shape[:2])
         y, saved = _scan_forward(_scan_call(u.flatten(1, 2), columns, tuple(of_scan), options["out_dtype"]), keep)
-        (n,), _ = rows_cuda.NORM.forward((y, None, norm_weight, norm_bias), _norm(x, options), keep)
+        (n,), _ = rows_cuda.NORM.forward((y, None, norm_weight, norm_bias), _out_norm(x, options), keep)
         out = F.linear(n, out_weight)
     kept = (x, u, columns, y, saved, projection, out_weight, *tensors[1:])
     return (out.unflatten(1, x.shape[1:3]),), kept
 
 
-def _norm(x: Tensor, options: Options) -> Options:
+def _out_norm(x: Tensor, options: Options) -> Options:
     return dict(eps=options["eps"], rms=False, out_dtype=x.dtype, stream=False)
 
 
@@ -136,7 +200,7 @@ def _map_backward(kept: Tensors, options: Options, grads: Tensors) -> Tensors:
         n = torch.empty_like(y, dtype=x.dtype)
         dn = (dout @ out_weight).view(y.shape)
         of_norm = (y, norm_weight, norm_bias, None)
-        dy, _, *dnorm = rows_cuda.norm_backward(of_norm, _norm(x, options), (dn,), again=n)
+        dy, _, *dnorm = rows_cuda.norm_backward(of_norm, _out_norm(x, options), (dn,), again=n)
         assert dy is not None
         dout_weight = _product_of_sums(dout, n.flatten(0, 1))
         call = _scan_call(u.flatten(1, 2), columns, tuple(of_scan), options["out_dtype"])
@@ -147,14 +211,6 @@ def _map_backward(kept: Tensors, options: Options, grads: Tensors) -> Tensors:
         dx, *dconv = rows_cuda.CONV_MAP.backward((x, weight, bias), {}, (du.view(x.shape),))
     found = (*dconv, dprojection, *dscan, None, *dnorm, dout_weight)
     return dx, *_as(found, parameters)
-
-
-def _as(found: tuple[Tensor | None, ...], parameters: list[Tensor | None]) -> tuple[Tensor | None, ...]:
-    """Gradients in the types of their parameters."""
-    return tuple(
-        None if grad is None or parameter is None else grad.to(parameter.dtype)
-        for grad, parameter in zip(found, parameters, strict=True)
-    )
 
 
 SCAN_MAP = Kernels(_refuses_map, _map_forward, _map_backward)
@@ -180,8 +236,8 @@ def _both_ways_forward(tensors: Tensors, options: Options, keep: bool) -> tuple[
         (u,), _ = rows_cuda.CONV_BOTH_WAYS.forward((x, weight, bias), {}, keep)
         projection, out_weight = projection.to(xz.dtype), out_weight.to(xz.dtype)
         columns = torch.bmm(_by_route(u), projection.transpose(1, 2)).unflatten(1, xz.shape[:2]).permute(1, 2, 0, 3)
-        y, saved = _scan_forward(_scan_call(u, columns, tuple(of_scan), None), keep)
-        (g,), _ = rows_cuda.GATED.forward((y, z), {}, keep)
+        shares, saved = _scan_forward(_scan_call(u, columns, tuple(of_scan), None)._replace(merge=False), keep)
+        g, y = rows_cuda.gated_sum(shares, z, keep)
         out = _scaled_product(g.flatten(0, 1), out_weight.t(), options["scale"])
     return (out.unflatten(0, xz.shape[:2]),), (xz, columns, y, saved, projection, out_weight, *tensors[1:])
 

@@ -20,6 +20,7 @@ MAX_WIDTH = 1024  # channels of a norm's row, which a group of lanes holds in re
 TAPS = 4  # of the convolution; fewer are filled up with zeros
 _HEADER = "rows.cuh"
 MAP_STRIPS = {True: 4, False: 2}  # rows of a map that a thread of the forward and backward convolution takes together
+MAP_RUNS = {True: 2, False: 2}  # channels of such a thread
 MAP_BLOCKS = {True: 3, False: 3}  # of theirs that a multiprocessor holds
 _RING = 7  # tokens that a thread of the convolution takes together
 
@@ -336,7 +337,7 @@ def _refuses_map(tensors: Tensors, options: dict[str, Any]) -> bool:
         return True  # plain torch says what is wrong
     if torch.is_autocast_enabled("cuda") and x.dtype != torch.get_autocast_dtype("cuda"):
         return True  # torch's convolution casts, and so does its result
-    return _unfit(*tensors)
+    return _unfit(*tensors) or x.numel() // len(x) >= 2**31
 
 
 def _map_sizes(x: Tensor, run: int, strip: int) -> tuple[int, dict[str, int]]:
@@ -356,7 +357,7 @@ def _map_forward(tensors: Tensors, options: dict[str, Any], keep: bool = True) -
     x, weight, bias = tensors
     assert x is not None and weight is not None
     y = torch.empty_like(x)
-    run = _run(2, x)
+    run = _run(MAP_RUNS[True], x)
     pieces, fields = _map_sizes(x, run, MAP_STRIPS[True])
     grid = (pieces * (x.shape[3] // run) + 127) // 128
     _start(map_convolution, (True, x.dtype, run), grid, fields, x=x, weight=_whole(weight), bias=_whole(bias), y=y)
@@ -367,7 +368,7 @@ def _map_backward(kept: Tensors, options: dict[str, Any], grads: Tensors) -> Ten
     (dy,), (x, weight, bias) = grads, kept
     assert x is not None and weight is not None and dy is not None
     dy = dy.to(x.dtype).contiguous()
-    run = _run(2, x, dy)
+    run = _run(MAP_RUNS[False], x, dy)
     pieces, fields = _map_sizes(x, run, MAP_STRIPS[False])
     channels = x.shape[3]
     fields["workers"] = workers = min(
