@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from timm.data.auto_augment import AugmentOp
 
 from tests.train import runs
 from vision_mamba.train.bad_images import unreadable, without_unreadable
@@ -207,6 +208,14 @@ def test_batches_are_the_same_from_the_middle_of_an_epoch_and_with_any_number_of
         rest = load(start, workers)
         assert len(rest) == 3 - start
         assert all(torch.equal(a, b) for a, b in zip(whole[start:], rest, strict=True))
+
+
+@pytest.mark.parametrize("name", ["Posterize", "PosterizeIncreasing", "PosterizeOriginal"])
+@pytest.mark.parametrize("level", [0, 10])
+def test_augmentations_take_every_level(name: str, level: int) -> None:
+    image = Image.fromarray(np.full((4, 4, 3), 200, np.uint8))
+    left = AugmentOp(name, 1.0, level, {})(image).getpixel((0, 0))
+    assert left in ((0, 0, 0), (192, 192, 192), (200, 200, 200)), "no bits, four at least, all"
 
 
 def test_too_few_images_for_a_batch(tmp_path: Path) -> None:

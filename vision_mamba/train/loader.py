@@ -14,7 +14,8 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-from timm.data import create_transform
+from PIL import Image
+from timm.data import auto_augment, create_transform
 from timm.data.dataset import IterableImageDataset
 from timm.data.distributed_sampler import OrderedDistributedSampler
 from timm.data.loader import PrefetchLoader, fast_collate
@@ -26,6 +27,15 @@ from vision_mamba.train.images import ImageSet
 from vision_mamba.train.options import Config
 from vision_mamba.train.parallel import World
 from vision_mamba.train.sampler import EpochBatches, epoch_batches
+
+
+def _posterized(image: Image.Image, bits: int, **options: Any) -> Image.Image:
+    """Colours of so many bits, of 0 too, which RandAugment asks for now and then and Pillow refuses from 13 on."""
+    return _posterize(image, bits, **options) if bits else Image.new(image.mode, image.size)
+
+
+_posterize = auto_augment.posterize
+auto_augment.NAME_TO_OP |= {name: _posterized for name, op in auto_augment.NAME_TO_OP.items() if op is _posterize}
 
 
 class _Ahead:
@@ -83,7 +93,7 @@ class Feed:
         self.loader.generator.manual_seed(epoch)  # of which the processes' own seeds are drawn
 
     def begin(self, epoch: int, batch: int) -> None:
-        """Let the loading processes work on the pass from there on already, so that its first batch is ready in time."""
+        """Let the loading processes work on the pass from there on already, so that its first batch is ready."""
         self.at(epoch, batch)
         self._ahead.begin()
 
