@@ -1,4 +1,4 @@
-"""Time whole mixers, `layers.Mamba` and `layers.Mamba2`, under bfloat16 autocast on a GPU, and put the figures on record.
+"""Time whole mixers, `layers.Mamba` and `layers.Mamba2`, under bfloat16 autocast on a GPU, for the record.
 
     python tools/bench/mixers.py --out results/mixers.jsonl
 
