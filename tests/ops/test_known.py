@@ -21,16 +21,17 @@ def run(addresses: list[int]) -> tuple[Tensor, Tensor, Tensor]:
 @pytest.fixture
 def known() -> Known:
     known = Known(4)
-    known.add(run, CALL, "more")
+    known.add(run, "cuda", CALL, "more")
     return known
 
 
-def test_the_same_kind_of_call_is_run(known: Known) -> None:
+def test_the_same_kind_of_call_is_found(known: Known) -> None:
     other = X + 1
-    found = known.run((other, *CALL[1:]), "more")
-    assert found is not None and found[0].tolist() == [t.data_ptr() for t in (other, Y, A)]
+    found = known.find((other, *CALL[1:]), "more")
+    assert found is not None and found[0].run is run and found[0].backend == "cuda"
+    assert found[1] == [t.data_ptr() for t in (other, Y, A)]
     with torch.no_grad():
-        assert known.run(CALL, "more") is not None
+        assert known.find(CALL, "more") is not None
 
 
 @pytest.mark.parametrize(
@@ -50,20 +51,20 @@ def test_the_same_kind_of_call_is_run(known: Known) -> None:
     ids=["type", "strides", "device", "class", "negation", "alignment", "twice", "tensor", "flag", "count"],
 )
 def test_another_is_not(known: Known, other: tuple) -> None:
-    assert known.run(other, "more") is None
+    assert known.find(other, "more") is None
 
 
 def test_what_else_decides(known: Known) -> None:
-    assert known.run(CALL, "less") is None
+    assert known.find(CALL, "less") is None
     with use_backend("eager"):
-        assert known.run(CALL, "more") is None
+        assert known.find(CALL, "more") is None
     with torch.inference_mode():
-        assert known.run((torch.randn(2, 3), *CALL[1:]), "more") is None
+        assert known.find((torch.randn(2, 3), *CALL[1:]), "more") is None
 
 
 def test_the_oldest_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(known_calls, "_MOST", 3)
     known = Known(4)
     for flag in range(5):
-        known.add(run, (*CALL[:4], flag))
-    assert [known.run((*CALL[:4], flag)) is not None for flag in range(5)] == [False, False, True, True, True]
+        known.add(run, "cuda", (*CALL[:4], flag))
+    assert [known.find((*CALL[:4], flag)) is not None for flag in range(5)] == [False, False, True, True, True]

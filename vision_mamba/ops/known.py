@@ -24,9 +24,12 @@ _ALIGNMENT = 16  # bytes, of where every tensor of a known call begins: as far a
 _MOST = 1024
 
 
-class _Seen(NamedTuple):
+class Seen(NamedTuple):
+    """A kind of call, and what runs it."""
+
     same: Any  # .check(*tensors): whether they are like those that it was made of
     run: Run
+    backend: str
 
 
 class Known:
@@ -38,18 +41,18 @@ class Known:
 
     def __init__(self, count: int) -> None:
         self._count = count
-        self._seen: dict[tuple[Any, ...], list[_Seen]] = {}
+        self._seen: dict[tuple[Any, ...], list[Seen]] = {}
 
-    def run(self, arguments: tuple[Any, ...], *more: Any) -> tuple[Tensor, Tensor, Tensor] | None:
-        """What a call gives, if one like it was added with the same `more`."""
+    def find(self, arguments: tuple[Any, ...], *more: Any) -> tuple[Seen, list[int]] | None:
+        """What is known of a call, and the addresses to run it on, if one like it was added with the same `more`."""
         key, tensors = self._key(arguments, more)
         for seen in self._seen.get(key, ()):
             if seen.same.check(*tensors):
                 addresses = [tensor.data_ptr() for tensor in tensors]
-                return seen.run(addresses) if _aligned(addresses) else None
+                return (seen, addresses) if _aligned(addresses) else None
         return None
 
-    def add(self, run: Run, arguments: tuple[Any, ...], *more: Any) -> None:
+    def add(self, run: Run, backend: str, arguments: tuple[Any, ...], *more: Any) -> None:
         key, tensors = self._key(arguments, more)
         if _TensorGuards is None or not _aligned([tensor.data_ptr() for tensor in tensors]):
             return
@@ -57,7 +60,7 @@ class Known:
             del self._seen[next(iter(self._seen))]
         same = _TensorGuards(*tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None)
         # Of calls that differ in strides or in who wants gradients alone, a few; the newest are asked first.
-        self._seen[key] = [_Seen(same, run), *self._seen.get(key, ())][:8]
+        self._seen[key] = [Seen(same, run, backend), *self._seen.get(key, ())][:8]
 
     def _key(self, arguments: tuple[Any, ...], more: tuple[Any, ...]) -> tuple[tuple[Any, ...], list[Tensor]]:
         """What a call is found by, and its tensors."""

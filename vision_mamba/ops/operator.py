@@ -103,11 +103,15 @@ class Operator:
     def choose(self, arguments: tuple[Any, ...]) -> Backend:
         return self.registry.choose(*self.parse(arguments))
 
-    def _seen(self, arguments: tuple[Any, ...], save: bool) -> tuple[Tensor, Tensor, Tensor] | None:
-        """What a call on a GPU gives if one like it was seen before."""
+    def _seen(self, arguments: tuple[Any, ...], save: bool) -> tuple[tuple[Tensor, Tensor, Tensor], str] | None:
+        """What a call on a GPU gives, and by which backend, if one like it was seen before."""
         if not arguments[0].is_cuda:
             return None
-        return self.known.run(arguments, save, self._covered(arguments))
+        found = self.known.find(arguments, save, self._covered(arguments))
+        if found is None:
+            return None
+        seen, addresses = found
+        return seen.run(addresses), seen.backend
 
     def _covered(self, arguments: tuple[Any, ...]) -> bool:
         """Whether the routes visit every token; reads the index table, if there is one that was not read."""
@@ -117,7 +121,7 @@ class Operator:
     def _forward(self, *arguments: Any, save: bool = True) -> tuple[Tensor, Tensor, Tensor]:
         seen = self._seen(arguments, save)
         if seen is not None:
-            return seen
+            return seen[0]
         call, name = self.parse(arguments)
         self._check_known(call)
         self._check_values(call)
@@ -126,7 +130,7 @@ class Operator:
             return call.new_output(), call.new_last_state(), backend.new_saved(call)
         run = None if backend.prepare is None else backend.prepare(call, save)
         if run is not None:
-            self.known.add(run, arguments, save, self._covered(arguments))
+            self.known.add(run, backend.name, arguments, save, self._covered(arguments))
         y, last, saved = backend.forward(call, save)
         if backend.backward is None:  # kernels fill what new_output gives them
             y, last = _laid_out(y, call.new_output()), _laid_out(last, call.new_last_state())
@@ -168,7 +172,7 @@ class Operator:
         if torch._C._len_torch_dispatch_stack() == 0:  # nobody is watching below either: saves the way back through
             seen = self._seen(arguments, False)  # the dispatcher
             if seen is not None:
-                return seen[:2]
+                return seen[0][:2]
             if all(map(_as_in_memory, arguments)):
                 return self._run(*arguments)
         with torch._C._AutoDispatchBelowAutograd():
@@ -234,16 +238,19 @@ class _Run(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, operator: Operator, *arguments: Any) -> tuple[Tensor, Tensor]:
         call, name = operator.parse(arguments)
-        backend = operator.registry.choose(call, name)
-        ctx.operator, ctx.kernel = operator, backend.backward is not None
-        # Named from here on: what this backend keeps, only this backend can use.
-        arguments = (*call, backend.name)
+        unwatched = torch._C._len_torch_dispatch_stack() == 0
         with torch._C._AutoDispatchBelowAutograd():
-            if ctx.kernel:
-                y, last, saved = operator.forward_op(*arguments)
+            seen = operator._seen(arguments, True) if unwatched else None
+            if seen is not None:
+                (y, last, saved), name = seen
+                ctx.operator, ctx.kernel = operator, True
             else:
-                y, last = operator.run_op(*arguments)
-                saved = None
+                backend = operator.registry.choose(call, name)
+                ctx.operator, ctx.kernel, name = operator, backend.backward is not None, backend.name
+                given = arguments if unwatched else (*call, name)
+                y, last, saved = operator.forward_op(*given) if ctx.kernel else (*operator.run_op(*given), None)
+        # Named from here on: what this backend keeps, only this backend can use.
+        arguments = (*call, name)
         ctx.set_materialize_grads(False)
         if not call.return_last_state:
             ctx.mark_non_differentiable(last)

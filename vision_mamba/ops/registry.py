@@ -37,7 +37,7 @@ class Backend:
         automatic: False for one that runs when it is named alone.
         fast_on: types of devices where one that is not fast is the fastest way all the same.
         prepare: (call, save) -> `forward` for each call that differs from this one in values and addresses alone, given
-            the tensors among its arguments; None for a call that is looked at anew each time.
+            the addresses of its tensors; None for a call that is looked at anew each time.
     """
 
     name: str
@@ -49,7 +49,7 @@ class Backend:
     fast: bool = True
     automatic: bool = True
     fast_on: tuple[str, ...] = ()
-    prepare: Callable[[Any, bool], Callable[[list[Tensor]], tuple[Tensor, Tensor, Tensor]] | None] | None = None
+    prepare: Callable[[Any, bool], Callable[[list[int]], tuple[Tensor, Tensor, Tensor]] | None] | None = None
 
 
 _forced: str | None = None
