@@ -35,13 +35,11 @@ class Work(NamedTuple):
 
 def _scan(backend: str, case: Case) -> Work:
     call = cases.make_call(case)
+    tables = [call.indices if call.indices is None else call.indices.cuda(i) for i in range(torch.cuda.device_count())]
     names = [name for name in scan_call.GRADIENTS if getattr(call, name) is not None]
 
     def function(*tensors: Tensor) -> tuple[Tensor, ...]:
-        given = call._replace(**dict(zip(names, tensors, strict=True)))
-        if case.order is not None:
-            indices = torch.ops.vision_mamba.scan_indices(tensors[0], case.order, *case.grid)
-            given = given._replace(indices=indices)
+        given = call._replace(indices=tables[tensors[0].device.index or 0], **dict(zip(names, tensors, strict=True)))
         y, last = torch.ops.vision_mamba.cross_selective_scan(*given, backend)
         return (y, last) if call.return_last_state else (y,)
 
