@@ -540,7 +540,7 @@ def _in_order(device: torch.device, routes: int, tokens: int) -> Tensor:
     return table
 
 
-_tables_in_order: dict[tuple[torch.device, int, int], Tensor] = {}
+_tables_in_order = Plans()
 
 
 def _rank_in_kernel(call: ScanCall) -> bool:

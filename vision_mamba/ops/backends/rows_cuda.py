@@ -95,7 +95,7 @@ SHIPPED = (
 )
 
 
-@functools.cache
+@functools.lru_cache(1024)
 def _launch(
     make: Callable[..., nvrtc.Specialisation],
     how: tuple[Any, ...],
