@@ -10,7 +10,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
 
-from bench import floor, plot, render, run
+from bench import counters, floor, plot, render, run
 from bench.cases import CASES, ScanCase, make_call
 
 from vision_mamba.ops import contract, selective_scan
@@ -79,3 +79,20 @@ def test_floor_counts_bytes_and_exponentials(monkeypatch: pytest.MonkeyPatch) ->
     assert floor.floor_ms(call, "fwd") == forward
     assert floor.floor_ms(call, "bwd") == backward
     assert floor.floor_ms(call, "fwdbwd") == {name: forward[name] + backward[name] for name in forward}
+
+
+def test_counters_are_read_from_the_profilers_table() -> None:
+    report = "\n".join(
+        (
+            "==PROF== Connected to process 7",
+            f'"ID","Kernel Name","{counters.DURATION}","launch__grid_size","something_else"',
+            '"","","ns","",""',
+            '"0","walk_forward(Params)","1,234,500.00","768","3"',
+            '"1","merge","98,000","n/a","3"',
+        )
+    )
+    assert counters.parse(report) == [
+        ("walk_forward", {counters.DURATION: 1234500.0, "launch__grid_size": 768.0}),
+        ("merge", {counters.DURATION: 98000.0}),
+    ]
+    assert counters.parse("==ERROR== no permission") == []
