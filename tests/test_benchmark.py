@@ -60,11 +60,39 @@ def test_one_model_that_fails_does_not_end_the_others(tmp_path: Path, monkeypatc
     assert not (tmp_path / "none.png").exists(), "there is nothing to draw"
 
 
+def test_says_where_one_overtakes_the_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    common = {"batch_size": 8, "mode": "eager", "pass": "infer", "device": "a", "dtype": "b", "torch": "c"}
+
+    def rows(name: str, *rates: float) -> list[dict[str, object]]:
+        sizes = (224, 448, 896)
+        return [
+            common | dict(case=name, img_size=s, images_per_s=r, ms=[1, 1, 1])
+            for s, r in zip(sizes, rates, strict=False)
+        ]
+
+    records = (
+        rows("vmamba_tiny_s1l8", 100, 50, 25) + rows("vit_small_patch16_224", 200, 25, 6) + rows("convnext_tiny", 90)
+    )
+    (sentence,) = benchmark.crossovers(records)
+    assert sentence == (
+        "infer, batch 8, eager: vmamba_tiny_s1l8 is behind vit_small_patch16_224 at 224 px, overtakes it at 317 px, "
+        "4.17 times its rate at 896 px"
+    )
+    path, picture = tmp_path / "records.jsonl", tmp_path / "accuracy.png"
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    assert run(monkeypatch, "--draw", path, "--accuracy-png", picture, "--device", "cpu") == 0
+    assert sentence in capsys.readouterr().out and picture.read_bytes().startswith(b"\x89PNG")
+    assert benchmark.published_top1("vmamba_tiny_s1l8") == 82.6 and benchmark.published_top1("test_vim") is None
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["vmamba_tinny"], "no model is named vmamba_tinny"),
         (["test_vmamba", "--device", "cpu", "--mode", "graph"], "graph needs a CUDA device"),
+        ([], "name models to time, or --draw records"),
     ],
 )
 def test_says_what_it_can_not_do(

@@ -16,9 +16,11 @@ import argparse
 import csv
 import fnmatch
 import json
+import math
 import sys
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import timm
@@ -35,6 +37,13 @@ from vision_mamba.text import destination
 
 MODES, PASSES = ("eager", "compile", "graph"), ("infer", "train")
 DTYPES = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
+#: Of timm's models, as their papers have it: arXiv 2201.03545, 2103.14030, 2405.07992, 2012.12877 (DeiT-S).
+PUBLISHED_TOP1 = {
+    "convnext_tiny": 82.1,
+    "swin_tiny_patch4_window7_224": 81.3,
+    "mambaout_tiny": 82.7,
+    "vit_small_patch16_224": 79.8,
+}
 CHANNELS_LAST = ("convnext*", "resnet*", "efficientnet*", "regnet*", "mobilenet*")  # of timm's, where --channels-last
 Step = Callable[[], Any]
 
@@ -235,6 +244,73 @@ def draw(rows: list[dict[str, Any]], path: str) -> None:
     plt.close(figure)
 
 
+def crossovers(rows: list[dict[str, Any]]) -> list[str]:
+    """Between which sizes of the image one of ours overtakes another's model, or is overtaken, in images a second.
+
+    Between two sizes that were timed, rates are taken for powers of the side.
+    """
+    rates: dict[tuple[Any, ...], dict[str, dict[int, float]]] = {}
+    for row in rows:
+        group = rates.setdefault((row["pass"], row["batch_size"], row["mode"]), {})
+        group.setdefault(row["case"], {})[row["img_size"]] = row["images_per_s"]
+    found = []
+    for (which, batch, mode), models in rates.items():
+        for ours, other in ((a, b) for a in models if _is_ours(a) for b in models if not _is_ours(b)):
+            sides = sorted(models[ours].keys() & models[other].keys())
+            if len(sides) < 2:
+                continue
+            leads = [math.log(models[ours][side] / models[other][side]) for side in sides]
+            words = [f"{'ahead of' if leads[0] > 0 else 'behind'} {other} at {sides[0]} px"]
+            for i in range(1, len(sides)):
+                if (leads[i] > 0) != (leads[i - 1] > 0):
+                    share = leads[i - 1] / (leads[i - 1] - leads[i])
+                    side = sides[i - 1] * (sides[i] / sides[i - 1]) ** share
+                    words.append(f"{'overtakes it' if leads[i] > 0 else 'is overtaken'} at {side:.0f} px")
+            words.append(f"{math.exp(leads[-1]):.2f} times its rate at {sides[-1]} px")
+            found.append(f"{which}, batch {batch}, {mode}: {ours} is {', '.join(words)}")
+    return found
+
+
+def _is_ours(name: str) -> bool:
+    return timm.model_entrypoint(name).__module__.startswith("vision_mamba.")
+
+
+def published_top1(name: str) -> float | None:
+    """Per cent of ImageNet-1k at the model's own size, as its authors have it."""
+    known = timm.get_pretrained_cfg(name)
+    notes = [] if known is None or not known.notes else known.notes
+    return next((float(note.split()[1]) for note in notes if note.startswith("top-1 ")), PUBLISHED_TOP1.get(name))
+
+
+def draw_accuracy(rows: list[dict[str, Any]], path: str) -> None:
+    """Published accuracy against images a second, a panel a pass, of models at the size that both are for."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    def fits(row: dict[str, Any]) -> bool:
+        known = timm.get_pretrained_cfg(row["case"])
+        return published_top1(row["case"]) is not None and known.input_size[1] == row["img_size"]  # type: ignore
+
+    rows = [row for row in rows if fits(row)]
+    kinds = sorted({(row["pass"], row["batch_size"], row["mode"]) for row in rows})
+    figure, axes = plt.subplots(1, max(1, len(kinds)), figsize=(6 * max(1, len(kinds)), 4.5), squeeze=False)
+    for axis, (which, batch, mode) in zip(axes[0], kinds, strict=False):
+        for row in rows:
+            if (row["pass"], row["batch_size"], row["mode"]) == (which, batch, mode):
+                place = (row["images_per_s"], published_top1(row["case"]))
+                axis.plot(*place, "o" if _is_ours(row["case"]) else "s", color="C0" if _is_ours(row["case"]) else "C7")
+                axis.annotate(row["case"], place, fontsize=6, xytext=(3, 3), textcoords="offset points")
+        axis.set_xscale("log")
+        axis.set_xlabel("images a second")
+        axis.set_ylabel("ImageNet top-1 as published, %")
+        axis.set_title(f"{which}, batch {batch}, {mode}", fontsize=9)
+    figure.tight_layout()
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
 def cases(chosen: argparse.Namespace) -> Iterator[tuple[str, int, int, str, str]]:
     for name in chosen.models:
         for size in chosen.img_size:
@@ -246,7 +322,7 @@ def cases(chosen: argparse.Namespace) -> Iterator[tuple[str, int, int, str, str]
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("models", nargs="+", help="names or patterns of timm's and ours, such as 'vmamba_tiny*'")
+    parser.add_argument("models", nargs="*", help="names or patterns of timm's and ours, such as 'vmamba_tiny*'")
     parser.add_argument("--img-size", type=int, nargs="+", default=[224], help="sides of the image (default: 224)")
     parser.add_argument("--batch-size", type=int, nargs="+", default=[128], help="(default: 128)")
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="of autocast (default: bfloat16)")
@@ -258,7 +334,11 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--out", type=destination, help="append the records to this file, one JSON line a figure")
     parser.add_argument("--csv", type=destination, help="write a table in timm's columns")
     parser.add_argument("--png", type=destination, help="draw images a second")
+    parser.add_argument("--accuracy-png", type=destination, help="draw published accuracy against images a second")
+    parser.add_argument("--draw", nargs="+", help="time nothing: show and draw these records")
     chosen = parser.parse_args()
+    if bool(chosen.models) == bool(chosen.draw):
+        parser.error("name models to time, or --draw records")
     names: list[str] = []
     for pattern in chosen.models:
         found = timm.list_models(pattern) if "*" in pattern else [pattern] * timm.is_model(pattern)
@@ -277,7 +357,7 @@ def main() -> int:
     if torch.cuda.is_available():
         torch.backends.cudnn.benchmark = True
     source = provenance(chosen.device)
-    rows = []
+    rows = [json.loads(line) for path in chosen.draw or () for line in Path(path).read_text().splitlines()]
     for case in track(list(cases(chosen)), description="timing", console=console):
         rows.append(source | benchmark(chosen, case))
         console.print(*case, rows[-1].get("error") or f"{rows[-1]['ms'][1]} ms", highlight=False)
@@ -288,6 +368,10 @@ def main() -> int:
     if chosen.csv:
         write_csv(rows, chosen.csv)
     timed = [row for row in rows if "error" not in row]
+    for sentence in crossovers(timed):
+        Console(soft_wrap=True).print(sentence, highlight=False)
+    if chosen.accuracy_png:
+        draw_accuracy(timed, chosen.accuracy_png)
     if chosen.png and timed:
         draw(timed, chosen.png)
     return int(not timed)

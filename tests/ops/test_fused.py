@@ -39,7 +39,11 @@ def test_runs_kernels_in_eager_mode_alone(monkeypatch: pytest.MonkeyPatch) -> No
     weight, bias = torch.randn(2, 32, 4, device="cuda"), torch.randn(2, 32, device="cuda")
     exact = conv.plain_conv_both_ways(x, weight, bias)
     torch.testing.assert_close(ops.conv_both_ways(x, weight, bias), exact)
-    torch.testing.assert_close(torch.compile(ops.conv_both_ways, fullgraph=True)(x, weight, bias), exact)
+    compiled = torch.compile(ops.conv_both_ways, fullgraph=True)(x, weight, bias)
+    torch.testing.assert_close(compiled, exact)
+    torch.testing.assert_close(
+        torch.autograd.grad(compiled.sum(), x)[0], torch.autograd.grad(exact.sum(), x, retain_graph=True)[0]
+    )
     torch.testing.assert_close(torch.vmap(lambda row: ops.conv_both_ways(row[None], weight, bias)[0])(x), exact)
     (dx,) = torch.autograd.grad(ops.conv_both_ways(x, weight, bias).sum(), x, create_graph=False)
     torch.testing.assert_close(dx, torch.autograd.grad(exact.sum(), x)[0])

@@ -21,15 +21,64 @@ def plain_conv_both_ways(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 
 def _shifted_conv_both_ways(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """Sums of shifted tokens, which a compiler joins to one pass over them."""
+    """Sums of shifted tokens, which a compiler joins to few passes over them."""
     length, taps = x.shape[1], weight.shape[2]
     padded = F.pad(x, (0, 0, taps - 1, taps - 1))
     shifted = [padded[:, j : j + length] for j in range(2 * taps - 1)]
     y0 = bias[0] + sum(weight[0, :, j] * shifted[j] for j in range(taps))
     y1 = bias[1] + sum(weight[1, :, j] * shifted[2 * taps - 2 - j] for j in range(taps))
+    return F.silu(torch.stack((y0, y1), 2)).to(x.dtype)
+
+
+def _compiled_conv_both_ways(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """For compilers: the kernels as an operator that they do not look into, or what they make most of themselves."""
     # As torch's convolution does, which autocast casts.
-    dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else x.dtype
-    return F.silu(torch.stack((y0, y1), 2)).to(dtype)
+    x = x.to(torch.get_autocast_dtype("cuda")) if torch.is_autocast_enabled("cuda") else x
+    if x.dtype == torch.float64 or weight.shape[2] > 4 or not _has_conv_kernels():
+        return _shifted_conv_both_ways(x, weight, bias)
+    return _conv_both_ways_of_kernels(x, weight, bias)
+
+
+@torch.compiler.assume_constant_result
+def _has_conv_kernels() -> bool:
+    from vision_mamba.ops.backends import rows_cuda
+
+    return rows_cuda.available()
+
+
+@torch.library.custom_op("vision_mamba::conv_both_ways", mutates_args=(), device_types="cuda")
+def _conv_both_ways_of_kernels(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    if x.numel() == 0:
+        return x.new_empty((x.shape[0], x.shape[1], 2, x.shape[2]))
+    x = x if x.stride(2) == 1 else x.contiguous()
+    return _conv_kernels().forward((x, weight, bias), {}, False)[0][0]
+
+
+@torch.library.custom_op("vision_mamba::conv_both_ways_backward", mutates_args=(), device_types="cuda")
+def _conv_both_ways_backward(dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    if x.numel() == 0:
+        return torch.zeros_like(x), torch.zeros_like(weight), torch.zeros_like(bias)
+    x = x if x.stride(2) == 1 else x.contiguous()
+    dx, dweight, dbias = _conv_kernels().backward((x, weight, bias), {}, (dy,))
+    assert dx is not None and dweight is not None and dbias is not None
+    return dx, dweight.contiguous(), dbias.contiguous()
+
+
+@_conv_both_ways_of_kernels.register_fake
+def _(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return x.new_empty((x.shape[0], x.shape[1], 2, x.shape[2]))
+
+
+@_conv_both_ways_backward.register_fake
+def _(dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    dx, dweight, dbias = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (x, weight, bias))
+    return dx, dweight, dbias
+
+
+_conv_both_ways_of_kernels.register_autograd(
+    lambda ctx, dy: _conv_both_ways_backward(dy, *ctx.saved_tensors),
+    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs),
+)
 
 
 def plain_conv_along(x: Tensor, weight: Tensor, bias: Tensor | None, *, before: int) -> Tensor:
@@ -77,7 +126,7 @@ def _gate_kernels() -> Kernels:
     return rows_cuda.GATED
 
 
-_fused_conv = Fused("conv_both_ways", _conv_kernels, plain_conv_both_ways, _shifted_conv_both_ways)
+_fused_conv = Fused("conv_both_ways", _conv_kernels, plain_conv_both_ways, _compiled_conv_both_ways)
 _fused_along = Fused("conv_along", _along_kernels, plain_conv_along)
 _fused_map = Fused("conv_map", _map_kernels, plain_conv_map)
 _fused_gate = Fused("gated", _gate_kernels, plain_gated)

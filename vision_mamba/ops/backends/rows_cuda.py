@@ -127,6 +127,11 @@ def _run(most: int, *tensors: Tensor | None) -> int:
     return run
 
 
+def available() -> bool:
+    """Whether the current device runs these kernels."""
+    return _unavailable(torch.device("cuda", torch.cuda.current_device())) is None
+
+
 def _unfit(*tensors: Tensor | None) -> bool:
     """Whether kernels cannot take these: no NVRTC, nothing to do, or float64."""
     first = tensors[0]
