@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from vision_mamba.provenance import provenance
-from vision_mamba.text import destination
+from vision_mamba.text import destination, natural, positive
 from vision_mamba.train import checkpoint, validate
 from vision_mamba.train import model as models
 from vision_mamba.train.bad_images import BadImages
@@ -75,16 +75,18 @@ exit status: 0 done, 1 failed, 2 wrong options.""",
     )
     parser.add_argument("--class-map", metavar="FILE", help="class names in the order of the model's outputs")
     parser.add_argument("--real-labels", metavar="FILE", help="JSON of several labels an image, as of ReaL")
-    parser.add_argument("--img-size", type=int, metavar="N", help="side of the images [the model's own]")
+    parser.add_argument("--img-size", type=positive, metavar="N", help="side of the images [the model's own]")
     parser.add_argument("--crop-pct", type=float, metavar="X", help="share of the side that is kept [the model's own]")
-    parser.add_argument("--batch-size", type=int, default=64, metavar="N", help="images a batch [64]")
-    parser.add_argument("--workers", type=int, default=2, metavar="N", help="processes that load [2]")
+    parser.add_argument("--batch-size", type=positive, default=64, metavar="N", help="images a batch [64]")
+    parser.add_argument("--workers", type=natural, default=2, metavar="N", help="processes that load [2]")
     parser.add_argument("--device", help="cpu, cuda, mps [the accelerator if there is one]")
     parser.add_argument("--amp", action="store_true", help="mixed precision")
     parser.add_argument("--amp-dtype", choices=tuple(HALVES), default="bfloat16", help="[bfloat16]")
-    parser.add_argument("--skip-bad-images", type=int, default=0, metavar="N", help="pass over so many unreadable [0]")
+    parser.add_argument(
+        "--skip-bad-images", type=natural, default=0, metavar="N", help="pass over so many unreadable [0]"
+    )
     parser.add_argument("--throughput", nargs="?", const="", metavar="CONFIG", help="speeds, augmenting as that config")
-    parser.add_argument("--batches", type=int, default=20, metavar="N", help="batches a speed is taken over [20]")
+    parser.add_argument("--batches", type=positive, default=20, metavar="N", help="batches a speed is taken over [20]")
     parser.add_argument("--csv", type=destination, metavar="FILE", help="write the table as well")
     parser.add_argument(
         "--json", type=destination, metavar="FILE", help="append a line for each model, with where it comes from"
@@ -99,6 +101,10 @@ def main(argv: list[str]) -> int:
     try:
         if not (given.checkpoint or given.model) or (given.weights and len(given.model) != 1):
             raise ConfigError("give --checkpoint FILE or --model NAME, and --weights FILE with one --model.")
+        if given.checkpoint and (given.img_size or given.crop_pct):
+            raise ConfigError(
+                "--img-size and --crop-pct go with --model; a checkpoint has the sizes it was trained with."
+            )
         found: list[dict[str, Any]] = []
         with logging_to(Console(stderr=True)):
             for label, make in sources(given):
@@ -112,6 +118,16 @@ def main(argv: list[str]) -> int:
     if given.throughput is not None and not given.dry_run:
         for row in found:
             sys.stdout.write(advice(row, given.workers))
+    try:
+        keep(found, given)
+    except OSError as error:
+        sys.stderr.write(f"error: {error.filename} cannot be written: {error.strerror}.\n")
+        return 1
+    return 0
+
+
+def keep(found: list[dict[str, Any]], given: argparse.Namespace) -> None:
+    """Write the rows where they are asked for."""
     if given.csv:
         with open(given.csv, "w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, list(found[0]))
@@ -120,7 +136,6 @@ def main(argv: list[str]) -> int:
     if given.json:
         with open(given.json, "a", encoding="utf-8") as file:
             file.writelines(json.dumps(record(row, given)) + "\n" for row in found)
-    return 0
 
 
 def record(row: dict[str, Any], given: argparse.Namespace) -> dict[str, Any]:
@@ -147,7 +162,8 @@ def sources(given: argparse.Namespace) -> list[tuple[str, Callable[[], Classifie
 
 def config_of(given: argparse.Namespace) -> Config:
     """The options on images, as training has them."""
-    chosen = {"dataset": "digits" if given.digits else given.dataset, "data_dir": given.data_dir}
+    dataset = READER.rules["dataset"].checked(given.dataset, "--dataset")
+    chosen = {"dataset": "digits" if given.digits else dataset, "data_dir": given.data_dir}
     chosen |= {"val_split": given.val_split, "class_map": given.class_map, "workers": given.workers}
     return Config(**chosen, batch_size=given.batch_size, skip_bad_images=given.skip_bad_images)
 

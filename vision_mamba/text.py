@@ -41,6 +41,17 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def natural(text: str) -> int:
+    """The same for a whole number that may be 0.
+
+    >>> natural("0")
+    0
+    """
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least 0, got {text!r}")
+    return int(text)
+
+
 def destination(text: str) -> str:
     """The value of a flag that names a file to write, as argparse's `type`: its folder is made if there is none.
 

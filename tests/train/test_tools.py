@@ -137,6 +137,22 @@ def test_validating_a_checkpoint(trained: Path, tmp_path: Path, capsys: pytest.C
     assert status == 0 and "top1" not in out
 
 
+@pytest.mark.parametrize(
+    "words, told",
+    [
+        (("--dataset", "hfsd/cats"), "--dataset is 'hfsd/cats', which is unknown"),
+        (("--img-size", "64"), "a checkpoint has the sizes it was trained with"),
+        (("--csv", "/dev/full"), "No space left on device"),
+    ],
+)
+def test_validating_what_cannot_be(
+    trained: Path, capsys: pytest.CaptureFixture[str], words: tuple[str, str], told: str
+) -> None:
+    checkpoint, images = trained / "output" / "run" / "last.pth", trained / "images"
+    status, _, err = run(capsys, validate, "--checkpoint", checkpoint, "--data-dir", images, "--workers", "0", *words)
+    assert status in (1, 2) and told in err
+
+
 def test_validating_tells_who_waits_for_whom(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = (
         "--checkpoint",
