@@ -153,6 +153,9 @@ def benchmark(chosen: argparse.Namespace, case: tuple[str, int, int, str, str]) 
         sized: dict[str, Any] = dict(img_size=size) if fixed else {}
         with device:  # random numbers for weights are drawn where they are wanted
             model = timm.create_model(name, **sized)
+        if chosen.checkpointing and which == "train":
+            model.set_grad_checkpointing()
+            row["checkpointing"] = True
         images = torch.randn(batch, 3, size, size, device=device)
         if chosen.channels_last and any(fnmatch.fnmatch(name, pattern) for pattern in CHANNELS_LAST):
             model, images = model.to(memory_format=torch.channels_last), images.to(memory_format=torch.channels_last)
@@ -329,6 +332,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--pass", dest="passes", nargs="+", choices=PASSES, default=list(PASSES))
     parser.add_argument("--mode", nargs="+", choices=MODES, default=["eager"], help="(default: eager)")
     parser.add_argument("--channels-last", action="store_true", help="for timm's convolutional models")
+    parser.add_argument("--checkpointing", action="store_true", help="recompute blocks in the backward pass")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--seconds", type=float, default=2.0, help="of a figure (default: 2)")
     parser.add_argument("--out", type=destination, help="append the records to this file, one JSON line a figure")

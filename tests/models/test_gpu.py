@@ -60,3 +60,35 @@ def test_is_captured_in_a_graph(name: str) -> None:
         logits.zero_()
         graph.replay()
     assert torch.equal(logits, expected)
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_checkpoints_change_no_gradient(name: str) -> None:
+    torch.manual_seed(0)
+    model = timm.create_model(name, num_classes=5).cuda().train()
+    images = torch.randn(2, 3, *model.default_cfg["input_size"][1:], device="cuda")
+    logits, grads = step(model, images)
+    model.set_grad_checkpointing()
+    found, found_grads = step(model, images)
+    assert (found - logits).norm() <= 1e-5 * logits.norm()
+    scale = max(grad.norm() for grad in grads)
+    for (parameter, _), grad, other in zip(model.named_parameters(), grads, found_grads, strict=True):
+        assert (other - grad).norm() <= 1e-4 * max(grad.norm(), 1e-3 * scale), parameter
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_anomalies_are_not_found_in_half_precision(name: str) -> None:
+    torch.manual_seed(0)
+    model = timm.create_model(name, num_classes=5).cuda().train()
+    images = torch.randn(2, 3, *model.default_cfg["input_size"][1:], device="cuda")
+    scaler = torch.amp.GradScaler("cuda", init_scale=1024.0)
+    optimizer = torch.optim.SGD(model.parameters(), 1e-3)
+    with torch.autograd.detect_anomaly(), torch.autocast("cuda", torch.float16):
+        loss = model(images).float().square().mean()
+        scaler.scale(loss).backward()
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    scaler.step(optimizer)
+    scaler.update()
+    assert scaler.get_scale() == 1024.0, "the step was not left out"
+    assert all(parameter.dtype == torch.float32 for parameter in model.parameters())
+    assert any(not torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
