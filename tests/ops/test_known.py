@@ -6,8 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.cases import BF16, F16, F32, Case, make_call
+from vision_mamba.ops import autograd, contract, use_backend
 from vision_mamba.ops import known as known_calls
-from vision_mamba.ops import use_backend
+from vision_mamba.ops.backends import cuda
 from vision_mamba.ops.known import Known
 
 X, Y, A = torch.randn(2, 3), torch.randn(2, 3), torch.rand(4, 5)
@@ -68,3 +70,32 @@ def test_the_oldest_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
     for flag in range(5):
         known.add(run, "cuda", (*CALL[:4], flag))
     assert [known.find((*CALL[:4], flag)) is not None for flag in range(5)] == [False, False, True, True, True]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(order="cross", states=1, channels=64, rank=4, dtypes=(BF16,) * 4),
+        Case(order="cross", states=1, channels=20, dtypes=(F16,) * 4, out_dtype=F32),
+        Case(order="local_2", states=16, channels=24, state=True),  # with padding steps
+        Case(grid=(1, 900), routes=1, batch=1, states=16, channels=32, dtypes=(BF16,) * 4),  # in segments
+        Case(order="bidirectional", states=3, shared_x=False, layout="channels_first"),
+        Case(routes=2, states=16, shared_x=False, merge=False),
+    ],
+    ids=str,
+)
+def test_a_call_run_again_gives_what_it_gives_anew(case: Case) -> None:
+    call = make_call(case, device="cuda")
+    other = call._replace(x=0.5 * call.x, dt=call.dt + 1)
+    scan, known = torch.ops.vision_mamba.cross_selective_scan, autograd.operator.known
+    with torch.no_grad():
+        known.clear()
+        scan(*call, "cuda")
+        assert known.find((*call, "cuda"), False, contract.visits_all(call)) is not None
+        again = scan(*other, "cuda")
+        known.clear()
+        cuda._forward_plans.clear()
+        anew = scan(*other, "cuda")
+    for a, b in zip(again, anew, strict=True):
+        assert torch.equal(a, b) and a.stride() == b.stride() and a.dtype == b.dtype
