@@ -56,6 +56,13 @@ def test_another_is_not(known: Known, other: tuple) -> None:
     assert known.find(other, "more") is None
 
 
+def test_tensors_may_begin_anywhere_at_the_same_offset() -> None:
+    part, other, aligned = (torch.randn(9)[start : start + 6].view(2, 3) for start in (1, 1, 0))
+    known = Known(4)
+    known.add(run, "cuda", (part, *CALL[1:]))
+    assert known.find((other, *CALL[1:])) is not None and known.find((aligned, *CALL[1:])) is None
+
+
 def test_what_else_decides(known: Known) -> None:
     assert known.find(CALL, "less") is None
     with use_backend("eager"):

@@ -20,7 +20,7 @@ _TensorGuards: Any = getattr(guards, "TensorGuards", None)  # private: without i
 #: Runs a known call again, given the addresses of its tensors in the order of its arguments; it may change the list.
 Run = Callable[[list[int]], tuple[Tensor, Tensor, Tensor]]
 
-_ALIGNMENT = 16  # bytes, of where every tensor of a known call begins: as far as kernels ask
+_ALIGNMENT = 16  # bytes: kernels ask no more of where a tensor begins
 _MOST = 1024
 
 
@@ -28,6 +28,7 @@ class Seen(NamedTuple):
     """A kind of call, and what runs it."""
 
     same: Any  # .check(*tensors): whether they are like those that it was made of
+    offsets: list[int]  # of where the tensors begin, from a multiple of the alignment
     run: Run
     backend: str
 
@@ -49,18 +50,20 @@ class Known:
         for seen in self._seen.get(key, ()):
             if seen.same.check(*tensors):
                 addresses = [tensor.data_ptr() for tensor in tensors]
-                return (seen, addresses) if _aligned(addresses) else None
+                if _offsets(addresses) == seen.offsets:
+                    return seen, addresses
         return None
 
     def add(self, run: Run, backend: str, arguments: tuple[Any, ...], *more: Any) -> None:
         key, tensors = self._key(arguments, more)
-        if _TensorGuards is None or not _aligned([tensor.data_ptr() for tensor in tensors]):
+        if _TensorGuards is None:
             return
         if len(self._seen) >= _MOST:
             del self._seen[next(iter(self._seen))]
         same = _TensorGuards(*tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None)
-        # Of calls that differ in strides or in who wants gradients alone, a few; the newest are asked first.
-        self._seen[key] = [Seen(same, run, backend), *self._seen.get(key, ())][:8]
+        seen = Seen(same, _offsets([tensor.data_ptr() for tensor in tensors]), run, backend)
+        # Of calls that differ in strides, places or who wants gradients alone, a few; the newest are asked first.
+        self._seen[key] = [seen, *self._seen.get(key, ())][:8]
 
     def _key(self, arguments: tuple[Any, ...], more: tuple[Any, ...]) -> tuple[tuple[Any, ...], list[Tensor]]:
         """What a call is found by, and its tensors."""
@@ -70,8 +73,5 @@ class Known:
         return key, [tensor for tensor in places if tensor is not None]
 
 
-def _aligned(addresses: list[int]) -> bool:
-    together = 0
-    for address in addresses:
-        together |= address
-    return together % _ALIGNMENT == 0
+def _offsets(addresses: list[int]) -> list[int]:
+    return [address % _ALIGNMENT for address in addresses]
