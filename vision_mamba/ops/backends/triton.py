@@ -71,7 +71,7 @@ FORWARD = {
     256: Tile(1, 2, 4, parts=16, warps=4),
 }
 BACKWARD = {
-    1: Tile(1, 64, 4),
+    1: Tile(1, 32, 4, registers=168),
     4: Tile(2, 16, 8, parts=2),
     16: Tile(2, 8, 4, parts=4, warps=2, registers=168),
     64: Tile(1, 4, 4, parts=8, warps=4),
@@ -156,8 +156,6 @@ def _forward(call: ScanCall, save: bool) -> tuple[Tensor, Tensor, Tensor]:
     if not contract.visits_all(call):
         shares.zero_()
     tile, keep = tile_for(FORWARD, call.states), tile_for(BACKWARD, call.states)
-    if save:  # states are written between tiles
-        tile = tile._replace(steps=min(tile.steps, keep.steps))
     with _on(call.x.device):
         call = _taken(call)
         segments = _segments(call, tile, max(tile.steps, keep.steps))
@@ -185,13 +183,15 @@ def _backward(call: ScanCall, saved: Tensor, dy: Tensor | None, dlast: Tensor | 
     tile = tile_for(BACKWARD, call.states)
     blocks = -(-call.channels // tile.channels)
     dx, dB, dC = (torch.empty_like(t) for t in (call.x, call.B, call.C))
-    ddt = _new_whole(call) if call.rank else torch.empty_like(call.dt)
+    inside = _rank_inside(call)
+    ddt = _new_whole(call) if call.rank and not inside else torch.empty_like(call.dt)
+    ddt_shares = _shares(ddt, blocks if inside else 1)
     dx_shares = _shares(dx, call.routes, _rounded(dx)) if call.shared_x else dx
     dx_target = dx_shares.movedim(0, 2) if call.shared_x else dx
     dB_shares, dC_shares = _shares(dB, blocks), _shares(dC, blocks)
     dinitial = None if call.initial_state is None else call.initial_state.new_empty(call.initial_state.shape)
     if not contract.visits_all(call):
-        for shares in (dx_shares, ddt, dB_shares, dC_shares):
+        for shares in (dx_shares, ddt_shares, dB_shares, dC_shares):
             shares.zero_()
     if dy is not None and call.merge:
         dy = dy.unsqueeze(2).expand(-1, -1, call.routes, -1)
@@ -201,6 +201,8 @@ def _backward(call: ScanCall, saved: Tensor, dy: Tensor | None, dlast: Tensor | 
         edges = _new_edges(call, segments)
         rows = (call.batch * segments, call.routes, call.states + 2, call.channels)
         per_channel = call.x.new_empty(rows, dtype=torch.float32)
+        rows = (call.batch * segments, call.routes, call.channels, call.rank)
+        dweights = call.x.new_empty(rows, dtype=torch.float32) if inside else None
         for ends in (True, False)[segments == 1 :]:
             _scan(call).backward[_grid(call, tile, segments - ends)](
                 *_inputs(small),
@@ -209,7 +211,7 @@ def _backward(call: ScanCall, saved: Tensor, dy: Tensor | None, dlast: Tensor | 
                 _padded_states(dlast),
                 *edges,
                 dx_target,
-                ddt,
+                *((ddt_shares, dweights) if call.states == 1 else (ddt,)),
                 dB_shares,
                 dC_shares,
                 per_channel,
@@ -217,10 +219,11 @@ def _backward(call: ScanCall, saved: Tensor, dy: Tensor | None, dlast: Tensor | 
                 *_sizes(small, segments),
                 *((0,) * 4 if dy is None else dy.stride()),
                 *dx_target.stride(),
-                *ddt.stride(),
+                *(ddt_shares if call.states == 1 else ddt).stride(),
                 *dB_shares.stride(),
                 *dC_shares.stride(),
                 ENDS=ends,
+                **(_low_rank_inside(call) if call.states == 1 else {}),
                 **_constants(small, tile, dy, dx_target, ddt, dB_shares[0], dC_shares[0]),
             )
         if call.shared_x:
@@ -228,7 +231,10 @@ def _backward(call: ScanCall, saved: Tensor, dy: Tensor | None, dlast: Tensor | 
         _merge(dB_shares, dB)
         _merge(dC_shares, dC)
         dweight = None
-        if call.rank:
+        if dweights is not None:
+            _merge(ddt_shares, ddt)
+            dweight = dweights.sum(0)
+        elif call.rank:
             ddt, dweight = _multiply_back(call, ddt)
     dA, dD, dbias = per_channel.sum(0).split([call.states, 1, 1], dim=1)
     found: dict[str, Tensor | None] = dict(x=dx, dt=ddt, A=dA.mT, B=dB, C=dC, D=dD.squeeze(1))
@@ -243,13 +249,23 @@ def _new_whole(call: ScanCall) -> Tensor:
 
 def _taken(call: ScanCall) -> ScanCall:
     """The call as the scan takes it: dt of one state and small rank as it is, else multiplied out."""
-    if not call.rank or (call.states == 1 and call.rank <= _SMALL_RANK):
+    if not call.rank or _rank_inside(call):
         return call
     dt = _new_whole(call)
     _kernels("low_rank").multiply_out[_low_rank_grid(call)](
         call.dt, _dense(call.dt_weight), dt, *_low_rank_sizes(call), **_low_rank_constants(call)
     )
     return call._replace(dt=dt, dt_weight=None)
+
+
+def _rank_inside(call: ScanCall) -> bool:
+    """Whether the scan multiplies a step size of low rank itself, out and back."""
+    return call.states == 1 and 0 < call.rank <= _SMALL_RANK
+
+
+def _low_rank_inside(call: ScanCall) -> dict[str, Any]:
+    """Constants of a backward pass that multiplies a step size of low rank back."""
+    return dict(PRECISION_LOW=_precision(call.dt.device, call.dt.dtype), RANKS=_padded(call.rank or 1))
 
 
 def _multiply_back(call: ScanCall, ddt: Tensor) -> tuple[Tensor, Tensor]:

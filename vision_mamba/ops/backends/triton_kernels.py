@@ -14,7 +14,8 @@ sees which register it is. The row strides are kept from specialisation for that
 would make the compiler spread a tile's rows over the lanes to load 16 bytes each.
 
 Low rank: a tile of dt is the product of STEPS rows of columns with dt_weight, on the tensor cores where there are any,
-with each float32 in several terms. Backward leaves the gradient of all of dt, for triton_low_rank.py.
+with each float32 in several terms. Backward multiplies the gradient of that tile back at once: to columns on the tensor
+cores, as a share of each block of channels, and to weights in registers.
 
 Backward: forward saves the states every STEPS steps. From there a program computes the tile's states once more, keeps
 them in registers, and walks back with g_t = dL/dh_t = C_t dy_t + exp(s_{t+1} A) g_{t+1}. No (B, L, D, N) anywhere.
@@ -103,6 +104,31 @@ def _load_weight(p_dt_weight, i_k, channels, rank, o_d, o_r, m_d, m_r):
     # (BLOCK_R, channels)
     o_weight = (i_k * channels + o_d)[None, :] * rank + o_r[:, None]
     return tl.load(p_dt_weight + o_weight, mask=m_d[None, :] & m_r[:, None], other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _product(b_low, b_weight, b_rest, PRECISION: tl.constexpr):
+    """(STEPS, channels): columns times weights. For tensor cores, columns of 16 bits are one term, weights are two."""
+    if PRECISION == "ieee" or b_low.dtype == tl.float32:
+        return tl.dot(b_low.to(tl.float32), b_weight, input_precision=PRECISION)
+    elif b_low.dtype == tl.bfloat16:
+        return tl.dot(b_low, b_weight) + tl.dot(b_low, b_rest)
+    else:
+        b_low = b_low.to(tl.float32)
+        return tl.dot(b_low, b_weight, input_precision="tf32") + tl.dot(b_low, b_rest, input_precision="tf32")
+
+
+@triton.jit
+def _terms(b_weight, p_low, PRECISION: tl.constexpr):
+    """Weights as `_product` takes them: the first 8 or 11 bits, and those that follow."""
+    if PRECISION == "ieee" or p_low.dtype.element_ty == tl.float32:
+        return b_weight, b_weight
+    elif p_low.dtype.element_ty == tl.bfloat16:
+        b_high = b_weight.to(tl.bfloat16)
+        return b_high, (b_weight - b_high.to(tl.float32)).to(tl.bfloat16)
+    else:
+        b_high = (b_weight.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)
+        return b_high, b_weight - b_high
 
 
 @triton.jit
@@ -264,6 +290,7 @@ def forward(
             b_h = _pass_on(b_h, b_A, p_ends, p_spans, (i_bk * segments + i_before) * channels + o_d, m_d)
     if p_dt_weight is not None:
         b_weight = _load_weight(p_dt_weight, i_k, channels, rank, o_c, o_r, m_c, m_r)
+        b_high, b_rest = _terms(b_weight, p_dt, PRECISION)
 
     first_step, last_step = _segment(i_s, segments, steps, SAVED if SAVED > STEPS else STEPS)
     b_span = tl.zeros((STEPS, GROUPS, LANES), tl.float32)
@@ -274,9 +301,9 @@ def forward(
         p_x, p_dt, p_B, p_C, o_token, o_d, o_r, m_d, m_r, s_xl, s_xd, s_dtl, s_dtd, s_Bl, s_Cl, p_dt_weight is None
     )
     for start in range(first_step, last_step, STEPS):
-        if p_saved is not None:  # noqa: SIM102 (the first condition is settled by the compiler, the second is not)
+        i_tile = i_bk * tl.cdiv(steps, SAVED) + start // SAVED
+        if p_saved is not None and SAVED > STEPS:  # noqa: SIM102 (the first is settled by the compiler)
             if start % SAVED == 0:
-                i_tile = i_bk * tl.cdiv(steps, SAVED) + start // SAVED
                 tl.store(p_saved + i_tile * channels + o_d, b_h, mask=m_d)
         next_x, next_dt, next_B, next_C = _load_ahead(
             p_x, p_dt, p_B, p_C, o_next, o_d, o_r, m_d, m_r, s_xl, s_xd, s_dtl, s_dtd, s_Bl, s_Cl, p_dt_weight is None
@@ -288,7 +315,7 @@ def forward(
         if p_dt_weight is None:
             b_v = b_dt.to(tl.float32)
         else:
-            b_v = _fold(tl.dot(b_dt.to(tl.float32), b_weight, input_precision=PRECISION), GROUPS, LANES)
+            b_v = _fold(_product(b_dt, b_high, b_rest, PRECISION), GROUPS, LANES)
         b_v += b_bias[None, :, :]
         b_s = _softplus(b_v) if SOFTPLUS else b_v
         b_s = tl.where((start + o_t < steps)[:, None, None], b_s, 0.0)  # past the end the state stays as it is
@@ -296,6 +323,8 @@ def forward(
         b_u = b_s * b_x * b_B.to(tl.float32)[:, None, None]
         b_y = tl.zeros((STEPS, GROUPS, LANES), tl.float32)
         for t in tl.static_range(STEPS):
+            if p_saved is not None and SAVED <= STEPS and t % SAVED == 0:
+                tl.store(p_saved + (i_tile + t // SAVED) * channels + o_d, b_h, mask=m_d & (start + t < steps))
             b_h = _row(b_a, o_t, t) * b_h + _row(b_u, o_t, t)
             b_y = _put(b_y, o_t, t, b_h)
         if ENDS:
@@ -333,7 +362,8 @@ def backward(
     p_ends,  # as forward: what each segment adds to what it hands back to the one before
     p_spans,
     p_dx,
-    p_ddt,  # of a dt that comes whole
+    p_ddt,  # of a dt that comes whole, or of its columns a share of each block of channels
+    p_dweight,  # (B, segments, K, D, R) or None
     p_dB,  # a share of each block of channels, as dC
     p_dC,
     p_dper_channel,  # (B, segments, K, N + 2, D): gradients of A, D, dt_bias
@@ -367,6 +397,7 @@ def backward(
     s_dxl,
     s_dxk,
     s_dxd,
+    s_ddtp,
     s_ddtb,
     s_ddtl,
     s_ddtk,
@@ -389,6 +420,8 @@ def backward(
     BLOCK_R: tl.constexpr,
     LONG: tl.constexpr,
     PRECISION: tl.constexpr,
+    PRECISION_LOW: tl.constexpr,  # of the gradient of the columns
+    RANKS: tl.constexpr,  # room for those of its weights
 ):
     blocks = tl.cdiv(channels, GROUPS * LANES)
     i_d, i_bk = tl.program_id(0) % blocks, tl.program_id(0) // blocks
@@ -405,8 +438,10 @@ def backward(
     p_B += i_b * s_Bb + i_k * s_Bk
     p_C += i_b * s_Cb + i_k * s_Ck
     p_dx += i_b * s_dxb + i_k * s_dxk
-    p_ddt += i_b * s_ddtb + i_k * s_ddtk
     i_share = i_d.to(tl.int64)
+    p_ddt += i_b * s_ddtb + i_k * s_ddtk
+    if p_dt_weight is not None:
+        p_ddt += i_share * s_ddtp
     p_dB += i_share * s_dBp + i_b * s_dBb + i_k * s_dBk
     p_dC += i_share * s_dCp + i_b * s_dCb + i_k * s_dCk
     if p_dy is not None:
@@ -425,8 +460,11 @@ def backward(
         for i_after in range(segments - 1, i_s, -1):
             b_g = _pass_on(b_g, b_A, p_ends, p_spans, (i_bk * segments + i_after) * channels + o_d, m_d)
     b_dA, b_dD, b_dbias = tl.zeros_like(b_g), tl.zeros_like(b_g), tl.zeros_like(b_g)
+    b_dweight = tl.zeros((RANKS, GROUPS, LANES), tl.float32)
+    o_rank = tl.arange(0, RANKS)
     if p_dt_weight is not None:
         b_weight = _load_weight(p_dt_weight, i_k, channels, rank, o_c, o_r, m_c, m_r)
+        b_high, b_rest = _terms(b_weight, p_dt, PRECISION)
 
     if ENDS:
         i_s += 1  # the first segment hands nothing back
@@ -464,7 +502,7 @@ def backward(
         if p_dt_weight is None:
             b_v = b_dt.to(tl.float32)
         else:
-            b_v = _fold(tl.dot(b_dt.to(tl.float32), b_weight, input_precision=PRECISION), GROUPS, LANES)
+            b_v = _fold(_product(b_dt, b_high, b_rest, PRECISION), GROUPS, LANES)
         b_v += b_bias[None, :, :]
         m_t = (start + o_t < steps)[:, None, None]
         b_s = tl.where(m_t, _softplus(b_v) if SOFTPLUS else b_v, 0.0)
@@ -507,7 +545,15 @@ def backward(
             b_dbias += tl.sum(b_dv, 0)
             m_tile = (o_token >= 0)[:, None, None] & m_d[None, :, :]
             tl.store(p_dx + _place(o_token, o_d, s_dxl, s_dxd), b_dx, mask=m_tile)
-            tl.store(p_ddt + _place(o_token, o_d, s_ddtl, s_ddtd), b_dv, mask=m_tile)
+            if p_dt_weight is None:
+                tl.store(p_ddt + _place(o_token, o_d, s_ddtl, s_ddtd), b_dv, mask=m_tile)
+            else:
+                b_ddt = tl.reshape(b_dv, (STEPS, GROUPS * LANES))
+                b_dlow = tl.dot(b_weight, tl.trans(b_ddt), input_precision=PRECISION_LOW)
+                m_low = m_r[:, None] & (o_token >= 0)[None, :]
+                tl.store(p_ddt + o_token[None, :] * s_ddtl + o_r[:, None] * s_ddtd, b_dlow, mask=m_low)
+                b_low = _load_rows(p_dt, o_token, o_rank, o_rank < rank, s_dtl, s_dtd).to(tl.float32)
+                b_dweight += tl.sum(b_low[:, :, None, None] * b_dv[:, None, :, :], 0)
         o_token, o_next = o_next, o_after
         b_x, b_dt, b_B, b_C, b_dy = next_x, next_dt, next_B, next_C, next_dy
 
@@ -520,6 +566,10 @@ def backward(
         tl.store(p_dper_channel + o_d, b_dA, mask=m_d)
         tl.store(p_dper_channel + channels + o_d, b_dD, mask=m_d)
         tl.store(p_dper_channel + 2 * channels + o_d, b_dbias, mask=m_d)
+        if p_dt_weight is not None:
+            p_dweight += ((i_b * segments + i_s) * routes + i_k) * channels * rank
+            o_weight = o_d[None, :, :] * rank + o_rank[:, None, None]
+            tl.store(p_dweight + o_weight, b_dweight, mask=m_d[None, :, :] & (o_rank < rank)[:, None, None])
         if p_dinitial is not None:  # noqa: SIM102
             if i_s == 0:
                 tl.store(p_dinitial + o_state, b_g, mask=m_d)

@@ -223,9 +223,9 @@ def forward(
         p_x, p_dt, p_B, p_C, o_token, o_d, o_n, m_d, m_n, s_xl, s_xd, s_dtl, s_dtd, s_Bl, s_Bn, s_Cl, s_Cn
     )
     for start in range(first_step, last_step, STEPS):
-        if p_saved is not None:  # noqa: SIM102 (the first condition is settled by the compiler, the second is not)
+        i_tile = i_bk * tl.cdiv(steps, SAVED) + start // SAVED
+        if p_saved is not None and SAVED > STEPS:  # noqa: SIM102 (the first is settled by the compiler)
             if start % SAVED == 0:
-                i_tile = i_bk * tl.cdiv(steps, SAVED) + start // SAVED
                 tl.store(p_saved + i_tile * channels * BLOCK_N + o_h, b_h, mask=m_h)
         next_x, next_dt, next_B, next_C = _load_ahead(
             p_x, p_dt, p_B, p_C, o_next, o_d, o_n, m_d, m_n, s_xl, s_xd, s_dtl, s_dtd, s_Bl, s_Bn, s_Cl, s_Cn
@@ -243,6 +243,9 @@ def forward(
         b_Cs = _spread_states(b_C, STEPS, RUNS, RUN, WARPS, LANES, PARTS)
         b_ys = tl.zeros((STEPS, GROUPS, WARPS, LANES, PARTS), tl.float32)
         for t in tl.static_range(STEPS):
+            if p_saved is not None and SAVED <= STEPS and t % SAVED == 0:
+                o_saved = (i_tile + t // SAVED) * channels * BLOCK_N + o_h
+                tl.store(p_saved + o_saved, b_h, mask=m_h & (start + t < steps))
             b_a = tl.exp2(_channels(b_ss, o_t, t) * b_A + BIAS)
             b_h = b_a * b_h + _channels(b_us, o_t, t) * _states(b_Bs, o_t, t)
             if not ENDS:
