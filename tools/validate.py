@@ -213,7 +213,7 @@ def speeds(classifier: Classifier, given: argparse.Namespace) -> dict[str, Any]:
 
     def step() -> None:
         classifier.model.train()
-        learner.gradients([(images, targets)], 0, 0)
+        learner.gradients([(images, targets)], 0, 0).tolist()  # as training waits for them
         learner.apply(0, 1)
 
     feeds = (

@@ -18,7 +18,7 @@ from vision_mamba.train.learner import Learner
 gradients = Learner.gradients
 
 
-def faulty(self: Learner, group: Any, epoch: int, batch: int) -> tuple[float, float]:
+def faulty(self: Learner, group: Any, epoch: int, batch: int) -> torch.Tensor:
     rank, step = map(int, os.environ["FAULT"].split())
     if self.world.rank == rank and batch == step:
         if os.environ.get("FAULT_KIND") == "kill":

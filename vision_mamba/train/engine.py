@@ -114,8 +114,12 @@ class Trainer:
         self.learner.task.train()
         asked, self.rate = False, None
         seen, began = 0, time.perf_counter()
-        for group in _groups(stop.until_asked(self.training), self.config.grad_accum_steps):
-            loss, norm = self.learner.gradients(group, position.epoch, position.batch)
+        groups = _groups(stop.until_asked(self.training), self.config.grad_accum_steps)
+        group = next(groups, None)
+        while group is not None:
+            figures = self.learner.gradients(group, position.epoch, position.batch)
+            following = next(groups, None)  # on its way to the device while that computes
+            loss, norm = figures.tolist()
             asked = self._step(len(group), loss, norm, stop)
             images = self.world.size * sum(len(targets) for _, targets in group)
             seen += images
@@ -125,6 +129,7 @@ class Trainer:
                 break
             if interval and self.learner.done(0, position.batch) % interval == 0:
                 self.save()
+            group = following
         self._stop_if(asked or self._asked(stop), stop)
 
     def _step(self, batches: int, loss: float, norm: float, stop: StopSignals) -> bool:

@@ -99,13 +99,14 @@ class Learner:
         """Updates until a position."""
         return epoch * self.updates + -(-batch // self.config.grad_accum_steps)
 
-    def gradients(self, group: Sequence[tuple[Tensor, Tensor]], epoch: int, batch: int) -> tuple[float, float]:
+    def gradients(self, group: Sequence[tuple[Tensor, Tensor]], epoch: int, batch: int) -> Tensor:
         """Compute the gradients of a group of batches, limited as the options say.
 
         Args:
             epoch, batch: the position of the first of them, of which all random numbers are a function.
 
-        Returns: the loss in this process, and the norm of the gradient over all processes before it was limited.
+        Returns: the loss in this process, and the norm of the gradient over all processes before it was limited, on
+            the device, which may still compute.
         """
         if self.mixup is not None:
             self.mixup.mixup_enabled = not self.config.mixup_off_epoch or epoch < self.config.mixup_off_epoch
@@ -127,8 +128,7 @@ class Learner:
                 self.scaler.scale(loss / len(group)).backward()
             losses.append(loss.detach().float())
         self.scaler.unscale_(self.optimizer)
-        loss, norm = torch.stack([torch.stack(losses).mean(), self._limited()]).tolist()
-        return loss, norm
+        return torch.stack([torch.stack(losses).mean(), self._limited()])
 
     def _limited(self) -> Tensor:
         """Limit the gradients; returns their norm before."""

@@ -184,7 +184,7 @@ def _step_on_noise(trainer: Trainer) -> None:
     learner.task.train()
     images = torch.rand(batch, *trainer.extras["data_config"]["input_size"], device=trainer.world.device)
     targets = torch.randint(len(trainer.extras["classes"]), (batch,), device=trainer.world.device)
-    loss, norm = learner.gradients([(images, targets)] * trainer.config.grad_accum_steps, 0, 0)
+    loss, norm = learner.gradients([(images, targets)] * trainer.config.grad_accum_steps, 0, 0).tolist()
     learner.apply(0, 1)
     _log.info(
         "dry run: one step on random images has loss %.4f and gradient norm %.4g; nothing was written", loss, norm

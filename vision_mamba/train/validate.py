@@ -115,13 +115,15 @@ def measure(
 
 
 def loading_rate(feed: Feed, batches: int) -> float:
-    """Images a second that a loader gives, after the first batch, for which its processes start."""
+    """Images a second that a loader gives for long, pass after pass: when all that was ready before is used up."""
+    ready = 1 + feed.loader.num_workers * (feed.loader.prefetch_factor or 0)
     images, began = 0, 0.0
-    for number, (batch, _) in enumerate(itertools.islice(feed, batches + 1)):
-        if number == 0:
-            began = time.perf_counter()
-        else:
+    passes = itertools.chain.from_iterable(itertools.repeat(feed))
+    for number, (batch, _) in enumerate(itertools.islice(passes, ready + batches)):
+        if number >= ready:
             images += len(batch)
+        elif number == ready - 1:
+            began = time.perf_counter()
     _wait(feed.device)
     return images / max(time.perf_counter() - began, 1e-9)
 
