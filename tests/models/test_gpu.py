@@ -12,6 +12,18 @@ from tests.tolerances import LOGITS
 pytestmark = pytest.mark.gpu
 
 
+@pytest.fixture(autouse=True)
+def whole_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch's convolutions round float32 to ten bits by default."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+
+
+@pytest.fixture(autouse=True)
+def full_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch's convolutions keep ten bits of float32 on GPUs unless told otherwise."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+
+
 def step(model: torch.nn.Module, images: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
     logits = model(images)
     loss = (logits.float() * torch.linspace(-1, 1, logits.shape[-1], device=logits.device)).sum()

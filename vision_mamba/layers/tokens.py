@@ -1,5 +1,6 @@
 """Class tokens among patches, and what tells a token its place: resampled position embeddings and rotations."""
 
+import functools
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
@@ -9,7 +10,7 @@ from timm.layers import (
     register_notrace_function,
     resample_abs_pos_embed,
 )
-from torch import Tensor
+from torch import Tensor, nn
 
 #: Where class tokens stand, and how many they are: among M patches at M // 2, before them, at both ends, or nowhere.
 CLASS_TOKENS = {"middle": 1, "head": 1, "double": 2, "none": 0}
@@ -93,20 +94,37 @@ def rotation(like: Tensor, size: list[int], old_size: list[int], class_token: st
 
     Returns: float32 (2, L, E).
     """
-    if not torch.jit.is_scripting() and torch.jit.is_tracing():
-        # A trace holds for one size. What it records of the way to this table, ONNX takes for one of more axes;
-        # of what another thread does it records nothing.
-        sides, ones = [int(side) for side in size], torch.ones(1, int(like.shape[-1]), device=like.device)
-        with ThreadPoolExecutor(1) as thread:
-            return thread.submit(rotation, ones, sides, old_size, class_token, resample).result()
+    if not torch.jit.is_scripting():
+        if torch.jit.is_tracing():
+            # A trace holds for one size. What it records of the way to this table, ONNX takes for one of more axes;
+            # of what another thread does it records nothing.
+            sides, ones = [int(side) for side in size], torch.ones(1, int(like.shape[-1]), device=like.device)
+            with ThreadPoolExecutor(1) as thread:
+                return thread.submit(rotation, ones, sides, old_size, class_token, resample).result()
+        if not torch.compiler.is_compiling() and type(like) in (Tensor, nn.Parameter):
+            return _kept_rotation(like.shape[-1], tuple(size), tuple(old_size), class_token, resample, like.device)
+    return _make_rotation(like.shape[-1], size, old_size, class_token, resample, like.device)
+
+
+@functools.lru_cache(maxsize=64)
+def _kept_rotation(
+    dim: int, size: tuple[int, ...], old_size: tuple[int, ...], class_token: str, resample: bool, device: torch.device
+) -> Tensor:
+    """The table, made once: from the CPU it could not be brought while a CUDA graph is captured."""
+    # One made under inference mode could not be kept for backward later.
+    with torch.inference_mode(False), torch.device(device):
+        return _make_rotation(dim, list(size), list(old_size), class_token, resample, device)
+
+
+def _make_rotation(
+    dim: int, size: list[int], old_size: list[int], class_token: str, resample: bool, device: torch.device
+) -> Tensor:
     grid = old_size if resample else size
     reference = [14, 14]  # 224 pixels in patches of 16
-    table = torch.stack(
-        build_rotary_pos_embed(grid, dim=like.shape[-1], in_pixels=False, ref_feat_shape=reference, device=like.device)
-    )
+    table = torch.stack(build_rotary_pos_embed(grid, dim=dim, in_pixels=False, ref_feat_shape=reference, device=device))
     if resample and not (size[0] == old_size[0] and size[1] == old_size[1]):
         parts = [resample_abs_pos_embed(part[None], size, old_size, 0, antialias=False) for part in table.unbind()]
         table = torch.cat(parts)
     n = count_class_tokens(class_token)
-    still = torch.tensor([0.0, 1.0], device=table.device).view(2, 1, 1).expand(2, n, table.shape[2])
+    still = torch.arange(2.0, device=table.device).view(2, 1, 1).expand(2, n, table.shape[2])
     return insert_class(table, still, class_token)
