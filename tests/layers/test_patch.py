@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 
+from vision_mamba.layers.embed import StridedPatchEmbed
 from vision_mamba.layers.patch import DOWNSAMPLES, STEMS, PatchMerging
 
 SIZES = [(32, 48), (33, 47), (8, 9)]
@@ -37,3 +38,10 @@ def test_patches_are_joined_rows_first_and_odd_maps_padded_by_zeros() -> None:
         merge.reduction.weight.copy_(torch.eye(4))
         y = merge(torch.arange(1.0, 10.0).view(1, 3, 3, 1))
     assert y.flatten(1, 2)[0].tolist() == [[1, 4, 2, 5], [3, 6, 0, 0], [7, 0, 8, 0], [9, 0, 0, 0]]
+
+
+def test_patches_as_one_product_are_the_convolution() -> None:
+    embed = StridedPatchEmbed(20, (4, 8), in_chans=2, embed_dim=6)
+    x = torch.randn(3, 2, 20, 24)
+    assert not embed._is_product(x), "on a CPU the convolution runs"
+    torch.testing.assert_close(embed._product(x), embed(x))

@@ -38,7 +38,7 @@ MIXERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     ),
     "vim_blocks": (lambda: Blocks(vim.Block(16, norms(RMSNorm), BiMamba), 2, 1, 7), (2, 7, 16)),
 }
-CHAINS = dict(vmamba_blocks=["norm_linear", "scan_map", "norm_mlp"], vim_blocks=["norm_linear", "scan_both_ways"])
+CHAINS = dict(vmamba_blocks=["norm_linear", "scan_map", "norm_mlp"], vim_blocks=["norm_both_ways"])
 CHAINS |= dict(vmamba_blocks_alone=["norm_linear", "scan_map"])
 
 
@@ -108,10 +108,11 @@ def stand_ins(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
         total, marker = (x, None) if branch is None else (x + branch, branch.new_empty(0))
         return (found if options["stream"] else (found,)), (total, weight, bias, marker)
 
-    def norm_backward(kept: Any, options: Any, grads: Any, again: Tensor) -> Any:
+    def norm_backward(kept: Any, options: Any, grads: Any, again: Tensor | None = None) -> Any:
         x, weight, bias, branch = kept
         kernel, options = kernels["NORM"], options | dict(stream=False)
-        again.copy_(kernel.forward((x, None, weight, bias), options, False)[0][0].view_as(again))
+        if again is not None:
+            again.copy_(kernel.forward((x, None, weight, bias), options, False)[0][0].view_as(again))
         dx, _, dweight, dbias = kernel.backward((x, None, weight, bias), options, grads[:1])
         dx = dx if len(grads) == 1 or grads[1] is None else dx + grads[1]
         return dx, None if branch is None else dx.to(branch.dtype), dweight, dbias
@@ -146,7 +147,9 @@ def stand_ins(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
         monkeypatch.setattr(layers, "eager_on_gpu", lambda x: True)
     monkeypatch.setattr(fused, "_by_kernels", lambda tensors: True)
     ran: list[str] = []
-    for chain in (mixers.norm_linear, mixers.norm_mlp, mixers.scan_map, mixers.scan_both_ways):
+    for chain in vars(mixers).values():
+        if not isinstance(chain, fused.Joined):
+            continue
         kernels[chain.name] = chain._make_kernels()
         monkeypatch.setattr(
             chain,
@@ -195,6 +198,17 @@ def test_blocks_that_were_touched_run_one_by_one(stand_ins: list[str]) -> None:
     assert stand_ins[4:] == [*CHAINS["vmamba_blocks"], "scan_map"]
 
 
+@pytest.mark.parametrize("name", ["vmamba_blocks", "vmamba_blocks_alone", "vim_blocks"])
+def test_the_stream_alone_has_a_gradient(name: str, stand_ins: list[str]) -> None:
+    model, x = make(name)
+    x.requires_grad_()
+    stream, _ = model.blocks[0].join(x, None, *model.given)
+    (found,) = torch.autograd.grad(stream.sum(), x)
+    assert stand_ins == CHAINS[name]
+    if name != "vmamba_blocks":  # there the mixer's branch is part of it already
+        assert torch.equal(found, torch.ones_like(x))
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", MIXERS)
 def test_on_gpu(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -214,4 +228,4 @@ def test_on_gpu(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for i, result in enumerate(half):
         assert torch.equal(result, again[i]), i
         # Rounded between layers, as the layers round.
-        assert relative_rms(result, rounded[i]) <= 1.5 * relative_rms(one_by_one[i], rounded[i]) + 1e-3, i
+        assert relative_rms(result, rounded[i]) <= 2 * relative_rms(one_by_one[i], rounded[i]) + 2e-3, i

@@ -1,6 +1,7 @@
 """The token mixer of Vim: one selective state-space model read from both ends of a token sequence."""
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -9,7 +10,8 @@ from torch import Tensor, nn
 
 from vision_mamba import scans
 from vision_mamba.layers.init import init_a_log_, init_dt_bias_, init_dt_weight_
-from vision_mamba.layers.joined import eager_on_gpu, untouched
+from vision_mamba.layers.joined import eager_on_gpu, norm_linear, untouched
+from vision_mamba.layers.norm import RMSNorm
 from vision_mamba.layers.scan import SelectiveScan
 from vision_mamba.ops import mixers
 from vision_mamba.ops.conv import conv_both_ways, gated, plain_conv_both_ways, plain_gated
@@ -160,13 +162,28 @@ class BiMamba(RouteMamba):
         y = self.scan(x, dt, A, B, C, D, self.dt_weight, self.dt_bias, 1, x.shape[1])
         return self.out_proj(_gated(y, z))
 
+    def _usual(self) -> bool:
+        return not (self.norm_columns or self.scan.exportable) and untouched(self.out_proj, nn.Linear)
+
+    def _behind(self, like: Tensor) -> tuple[Tensor | None, ...]:
+        """What all behind in_proj needs to run as one, for tokens like these."""
+        A, indices = -torch.exp(self.A_log), self.scan.table(like, 1, like.shape[1])
+        of_scan = (A, self.D, self.dt_weight, self.dt_bias, indices)
+        return self.conv_weight, self.conv_bias, self.x_proj_weight, *of_scan, self.out_proj.weight
+
     def _joined(self, xz: Tensor) -> Tensor | None:
         """All behind in_proj as one, where that can be."""
-        usual = not (self.norm_columns or self.scan.exportable or self.out_proj.bias is not None)
-        if not (usual and eager_on_gpu(xz) and untouched(self.out_proj, nn.Linear)):
+        if not (eager_on_gpu(xz) and self._usual()):
             return None
-        indices = self.scan.table(xz, 1, xz.shape[1])
-        return mixers.scan_both_ways(
-            xz, self.conv_weight, self.conv_bias, self.x_proj_weight, -torch.exp(self.A_log), self.D, self.dt_weight,
-            self.dt_bias, indices, self.out_proj.weight, scale=self.scale,
-        )  # fmt: skip
+        return mixers.scan_both_ways(xz, *self._behind(xz), scale=self.scale)
+
+    def mix_normed(self, x: Tensor, branch: Tensor | None, norm: Any) -> tuple[Tensor, Tensor]:
+        """The mixer of a usual norm of x + branch, and that sum; as one where that can be."""
+        if self._usual():
+            given = (x, branch, norm.weight, getattr(norm, "bias", None), self.in_proj.weight, *self._behind(x))
+            how = dict(eps=norm.eps, rms=isinstance(norm, RMSNorm), scale=self.scale)
+            found = mixers.norm_both_ways(*given, **how)
+            if found is not None:
+                return found
+        y, x = norm_linear(x, branch, norm, self.in_proj)
+        return self.mix(y), x

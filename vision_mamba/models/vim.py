@@ -37,7 +37,7 @@ from torch import Tensor, nn
 from vision_mamba.layers.bimamba import BiMamba
 from vision_mamba.layers.embed import PatchGrid, StridedPatchEmbed
 from vision_mamba.layers.init import init_in_float32_
-from vision_mamba.layers.joined import eager_on_gpu, is_usual_norm, norm_linear, run, untouched
+from vision_mamba.layers.joined import eager_on_gpu, is_usual_norm, run, untouched
 from vision_mamba.layers.local import LocalMamba
 from vision_mamba.layers.norm import NORMS, RMSNorm, before_product
 from vision_mamba.layers.tokens import CLASS_TOKENS, class_first, insert_class, resample_pos_embed, rotation
@@ -93,8 +93,8 @@ class Block(nn.Module):
         if turns is not None:
             x, branch = apply_rot_embed(x if branch is None else x + branch, turns[0], turns[1]), None
         mixer: Any = self.mixer
-        y, x = norm_linear(x, branch, self.norm, mixer.in_proj)
-        return x, self.drop_path(self.ls(mixer.mix(y)))
+        y, x = mixer.mix_normed(x, branch, self.norm)
+        return x, self.drop_path(self.ls(y))
 
 
 class VisionMamba(nn.Module):

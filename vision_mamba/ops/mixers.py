@@ -33,3 +33,7 @@ scan_map = Joined("scan_map", _kernels("SCAN_MAP"))
 #: Vim's mixer behind its first projection, of which x and z are the halves: with u = `conv_both_ways`(x) and columns as
 #: above, scale * out_proj(gated(sum_k scan_k(...), z)). Of sequences it keeps x, z and the sum.
 scan_both_ways = Joined("scan_both_ways", _kernels("SCAN_BOTH_WAYS"))
+
+#: `norm_linear` and `scan_both_ways` one after the other. Of sequences it keeps the stream and the sum over the routes:
+#: x and z take a product to compute again, and more memory than anything else that a layer could keep.
+norm_both_ways = Joined("norm_both_ways", _kernels("NORM_BOTH_WAYS"))

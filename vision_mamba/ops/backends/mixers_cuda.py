@@ -6,6 +6,7 @@ convolution are computed twice. Gradients that meet are added up by the products
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -144,10 +145,11 @@ NORM_MLP = Kernels(_refuses_norm, _mlp_forward, _mlp_backward)
 def _scan_call(
     u: Tensor, columns: Tensor, parameters: tuple[Tensor | None, ...], out_dtype: torch.dtype | None
 ) -> ScanCall:
-    """Of columns (B, L, K, R + 2 N) and A, D, the weight and bias of step sizes, the table."""
+    """Of columns (B, L, K, R + 2 N), or more, and A, D, the weight and bias of step sizes, the table."""
     A, D, dt_weight, dt_bias, indices = parameters
     assert A is not None and dt_weight is not None
-    dt, B, C = columns.split([dt_weight.shape[2], A.shape[2], A.shape[2]], -1)
+    rank, states = dt_weight.shape[2], A.shape[2]
+    dt, B, C = columns[..., : rank + 2 * states].split([rank, states, states], -1)
     return ScanCall(u, dt, A, B, C, D, indices, dt_weight, dt_bias, out_dtype=out_dtype)
 
 
@@ -156,13 +158,26 @@ def _scan_forward(call: ScanCall, keep: bool) -> tuple[Tensor, Tensor]:
     return y, saved
 
 
-def _scan_backward(call: ScanCall, saved: Tensor, dy: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor | None, ...]]:
-    """Gradients of u, of the columns, and of A, D and the weight and bias of step sizes."""
+def _scan_backward(
+    call: ScanCall, saved: Tensor, dy: Tensor, width: int
+) -> tuple[Tensor, Tensor, tuple[Tensor | None, ...]]:
+    """Gradients of u, of so many columns of a route, and of A, D and the weight and bias of step sizes."""
     backend = scans.choose(call, None)
     assert backend.backward is not None, backend.name
     du, ddt, dA, dB, dC, dD, dweight, dbias, _ = backend.backward(call, saved, dy, None)
     assert du is not None and ddt is not None and dB is not None and dC is not None
-    return du, torch.cat((ddt, dB, dC), -1), (dA, dD, dweight, dbias)
+    parts = [ddt, dB, dC]
+    missing = width - sum(part.shape[-1] for part in parts)
+    if missing:
+        parts.append(dC.new_zeros((*dC.shape[:-1], missing)))
+    return du, torch.cat(parts, -1), (dA, dD, dweight, dbias)
+
+
+def _filled_up(projection: Tensor, dtype: torch.dtype, step: int) -> Tensor:
+    """(K, R + 2 N, D) with zeros to a multiple of `step` columns a route: products of other widths are far slower."""
+    missing = -projection.shape[1] % step
+    projection = projection.to(dtype)
+    return F.pad(projection, (0, 0, 0, missing)) if missing else projection
 
 
 # VMamba's.
@@ -177,7 +192,8 @@ def _map_forward(tensors: Tensors, options: Options, keep: bool) -> tuple[tuple[
     assert x is not None and projection is not None and out_weight is not None and norm_weight is not None
     with without_autocast(x.device):
         (u,), _ = rows_cuda.CONV_MAP.forward((x, weight, bias), {}, keep)
-        projection, out_weight = projection.to(x.dtype), out_weight.to(x.dtype)
+        projection = _filled_up(projection, x.dtype, 8 // math.gcd(8, len(projection)))
+        out_weight = out_weight.to(x.dtype)
         columns = F.linear(u.flatten(1, 2), projection.flatten(0, 1)).unflatten(-1, projection.shape[:2])
         y, saved = _scan_forward(_scan_call(u.flatten(1, 2), columns, tuple(of_scan), options["out_dtype"]), keep)
         (n,), _ = rows_cuda.NORM.forward((y, None, norm_weight, norm_bias), _out_norm(x, options), keep)
@@ -192,7 +208,8 @@ def _out_norm(x: Tensor, options: Options) -> Options:
 
 def _map_backward(kept: Tensors, options: Options, grads: Tensors) -> Tensors:
     (dout,), (x, u, columns, y, saved, projection, out_weight, *parameters) = grads, kept
-    weight, bias, _, *of_scan, norm_weight, norm_bias, _ = parameters
+    weight, bias, given, *of_scan, norm_weight, norm_bias, _ = parameters
+    assert given is not None
     assert dout is not None and x is not None and u is not None and columns is not None and y is not None
     assert saved is not None and projection is not None and out_weight is not None
     with without_autocast(x.device):
@@ -204,10 +221,10 @@ def _map_backward(kept: Tensors, options: Options, grads: Tensors) -> Tensors:
         assert dy is not None
         dout_weight = _product_of_sums(dout, n.flatten(0, 1))
         call = _scan_call(u.flatten(1, 2), columns, tuple(of_scan), options["out_dtype"])
-        du, dcolumns, dscan = _scan_backward(call, saved, dy)
+        du, dcolumns, dscan = _scan_backward(call, saved, dy, projection.shape[1])
         du, dcolumns = du.flatten(0, 1), dcolumns.flatten(2).flatten(0, 1)
         du.addmm_(dcolumns, projection.flatten(0, 1))
-        dprojection = _product_of_sums(dcolumns, u.flatten(0, 2)).view(projection.shape)
+        dprojection = _product_of_sums(dcolumns, u.flatten(0, 2)).view(projection.shape)[:, : given.shape[1]]
         dx, *dconv = rows_cuda.CONV_MAP.backward((x, weight, bias), {}, (du.view(x.shape),))
     found = (*dconv, dprojection, *dscan, None, *dnorm, dout_weight)
     return dx, *_as(found, parameters)
@@ -234,7 +251,7 @@ def _both_ways_forward(tensors: Tensors, options: Options, keep: bool) -> tuple[
     with without_autocast(xz.device):
         x, z = xz.chunk(2, -1)
         (u,), _ = rows_cuda.CONV_BOTH_WAYS.forward((x, weight, bias), {}, keep)
-        projection, out_weight = projection.to(xz.dtype), out_weight.to(xz.dtype)
+        projection, out_weight = _filled_up(projection, xz.dtype, 8), out_weight.to(xz.dtype)
         columns = torch.bmm(_by_route(u), projection.transpose(1, 2)).unflatten(1, xz.shape[:2]).permute(1, 2, 0, 3)
         shares, saved = _scan_forward(_scan_call(u, columns, tuple(of_scan), None)._replace(merge=False), keep)
         g, y = rows_cuda.gated_sum(shares, z, keep)
@@ -253,7 +270,8 @@ def _scaled_product(left: Tensor, right: Tensor, scale: float) -> Tensor:
 
 def _both_ways_backward(kept: Tensors, options: Options, grads: Tensors) -> Tensors:
     (dout,), (xz, columns, y, saved, projection, out_weight, *parameters) = grads, kept
-    weight, bias, _, *of_scan, _ = parameters
+    weight, bias, given, *of_scan, _ = parameters
+    assert given is not None
     assert dout is not None and xz is not None and columns is not None and y is not None
     assert saved is not None and projection is not None and out_weight is not None
     scale = options["scale"]
@@ -267,16 +285,51 @@ def _both_ways_backward(kept: Tensors, options: Options, grads: Tensors) -> Tens
         dout_weight = _product_of_sums(dout, g.flatten(0, 1)) * scale
         del g, dg
         (u,), of_conv = rows_cuda.CONV_BOTH_WAYS.forward((x, weight, bias), {}, True)
-        du, dcolumns, dscan = _scan_backward(_scan_call(u, columns, tuple(of_scan), None), saved, dy)
-        du, dcolumns = _by_route(du), _by_route(dcolumns)
-        du.baddbmm_(dcolumns, projection)
-        if u.dtype == torch.float32:
-            dprojection = torch.bmm(dcolumns.transpose(1, 2), _by_route(u))
-        else:
-            dprojection = torch.bmm(dcolumns.transpose(1, 2), _by_route(u), out_dtype=torch.float32)
-        du = du.transpose(0, 1).view(u.shape)
+        call = _scan_call(u, columns, tuple(of_scan), None)
+        du, dcolumns, dscan = _scan_backward(call, saved, dy, projection.shape[1])
+        _by_route(du).baddbmm_(_by_route(dcolumns), projection)
+        # Of the product of all routes with all only the diagonal is wanted; it is faster than one product a route.
+        crossed = _product_of_sums(dcolumns.flatten(2).flatten(0, 1), u.flatten(2).flatten(0, 1))
+        crossed = crossed.view(*projection.shape[:2], *u.shape[2:])[:, : given.shape[1]]
+        dprojection = crossed.diagonal(dim1=0, dim2=2).permute(2, 0, 1).contiguous()
         _, *dconv = rows_cuda.conv_backward(of_conv, {}, (du,), dx)
     return dxz, *_as((*dconv, dprojection, *dscan, None, dout_weight), parameters)
 
 
 SCAN_BOTH_WAYS = Kernels(_refuses_both_ways, _both_ways_forward, _both_ways_backward)
+
+
+def _refuses_norm_both_ways(tensors: Tensors, options: Options) -> bool:
+    x, weight = tensors[0], tensors[4]
+    assert x is not None and weight is not None
+    if _refuses_norm(tensors[:5], options) or x.dim() != 3:
+        return True
+    xz = torch.empty(1, 1, len(weight), dtype=_product_type(x), device=x.device)
+    return _refuses_both_ways((xz, *tensors[5:]), options)
+
+
+def _norm_both_ways_forward(tensors: Tensors, options: Options, keep: bool) -> tuple[tuple[Tensor, ...], Tensors]:
+    (xz, total), of_linear = _linear_forward(tensors[:5], options, keep)
+    (out,), kept = _both_ways_forward((xz, *tensors[5:]), options, keep)
+    return (out, total), (*of_linear, *kept[1:])
+
+
+def _norm_both_ways_backward(kept: Tensors, options: Options, grads: Tensors) -> Tensors:
+    (dout, dtotal), (matrix, weight, *of_norm), behind = grads, kept[:6], kept[6:]
+    x, *of_its_norm = of_norm[:3]
+    assert matrix is not None and x is not None
+    if dout is None:
+        return (*_of_stream(dtotal, of_norm), *(None,) * (len(behind) - 2))
+    with without_autocast(x.device):
+        how = dict(eps=options["eps"], rms=options["rms"], out_dtype=matrix.dtype, stream=True)
+        (n, _), _ = rows_cuda.NORM.forward((x, None, *of_its_norm), how, False)
+        dxz, *found = _both_ways_backward((F.linear(n, matrix), *behind), options, (dout,))
+        assert dxz is not None
+        dxz = dxz.flatten(0, 1)
+        dweight = _product_of_sums(dxz, n.flatten(0, 1))
+        del n
+        of_stream = rows_cuda.norm_backward(tuple(of_norm), how, ((dxz @ matrix).view(x.shape), dtotal))
+    return *of_stream, *_as((dweight,), [weight]), *found
+
+
+NORM_BOTH_WAYS = Kernels(_refuses_norm_both_ways, _norm_both_ways_forward, _norm_both_ways_backward)

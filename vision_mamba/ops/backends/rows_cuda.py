@@ -19,9 +19,9 @@ from vision_mamba.ops.fused import Kernels, Tensors
 MAX_WIDTH = 1024  # channels of a norm's row, which a group of lanes holds in registers
 TAPS = 4  # of the convolution; fewer are filled up with zeros
 _HEADER = "rows.cuh"
-MAP_STRIPS = {True: 4, False: 2}  # rows of a map that a thread of the forward and backward convolution takes together
-MAP_RUNS = {True: 2, False: 2}  # channels of such a thread
-MAP_BLOCKS = {True: 3, False: 3}  # of theirs that a multiprocessor holds
+MAP_STRIPS = {True: 2, False: 2}  # rows of a map that a thread of the forward and backward convolution takes together
+MAP_RUNS = {True: 4, False: 2}  # channels of such a thread
+MAP_BLOCKS = {True: 4, False: 3}  # of theirs that a multiprocessor holds
 _RING = 7  # tokens that a thread of the convolution takes together
 
 Macros = dict[str, Any]
