@@ -61,6 +61,41 @@ def test_matches_the_reference(case: Case, poisoned: None) -> None:
         assert_close(name, found[name], reference)
 
 
+def walked() -> list[Case]:
+    """Scans for the walking kernels: odd lengths, every way to share lanes and to read step sizes, the types mixed."""
+    half = (BF16,) * 4
+    found = [
+        Case(channels=channels, states=1, order="cross", rank=rank, dtypes=half, grid=grid, state=grid[0] % 2 == 1)
+        for grid in ((1, 1), (5, 7), (14, 14))
+        for channels, rank in ((96, 0), (64, 6), (32, 24), (128, 48), (96, 2))
+    ]
+    mixed = ((F32, F32, F32, F32), (F16, F16, F16, F16), (F16, BF16, F32, F16), (BF16, F32, F16, F32))
+    found += [Case(channels=64, states=1, order="cross", grid=(9, 11), dtypes=types, state=True) for types in mixed]
+    found += [Case(channels=192, states=1, grid=(1, 197), shared_x=False, merge=False, dtypes=half, out_dtype=F32)]
+    found += [Case(channels=160, states=1, routes=3, grid=(1, 33), skip=False, bias=False, dtypes=half)]
+    return [*found, Case(channels=32, states=1, order="cross", grid=(56, 56), dtypes=(F32,) * 4)]
+
+
+@pytest.mark.parametrize("pieces", ["whole", "segments"])
+@pytest.mark.parametrize("case", walked(), ids=str)
+def test_walks(case: Case, pieces: str, poisoned: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    launched = []
+    walks = cuda.kernels.walk_forward
+    monkeypatch.setattr(cuda.kernels, "walk_forward", lambda *how: launched.append(how) or walks(*how))
+    monkeypatch.setattr(cuda.kernels, "walks", lambda *_: True)
+    if pieces == "whole":
+        monkeypatch.setattr(cuda.kernels, "wide_segments", lambda *_: (1, 0))
+    monkeypatch.setattr(cuda, "_forward_plans", {})
+    monkeypatch.setattr(autograd.operator, "known", Known(10))
+    monkeypatch.setattr(cuda, "_backward_plans", {})
+    found = run(make_call(case, device="cuda"), "cuda")
+    assert launched
+    for name, reference in expected(case).items():
+        assert_close(name, found[name], reference)
+    again = run(make_call(case, device="cuda"), "cuda")
+    assert all(torch.equal(again[name], tensor) for name, tensor in found.items())
+
+
 def many() -> list[Case]:
     """Scans to be taken in one piece, as where sequences are many; few go in segments."""
     found = [
@@ -76,7 +111,7 @@ def many() -> list[Case]:
 def test_routes_in_one_piece(case: Case, poisoned: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cuda.kernels, "wide_segments", lambda *_: (1, 0))
     monkeypatch.setattr(cuda, "_forward_plans", {})
-    monkeypatch.setattr(autograd.operator, "known", Known(10))
+    monkeypatch.setattr(autograd.operator, "known", Known(10, 5))
     monkeypatch.setattr(cuda, "_backward_plans", {})
     found = run(make_call(case, device="cuda"), "cuda")
     for name, reference in expected(case).items():

@@ -22,7 +22,7 @@ def run(addresses: list[int]) -> tuple[Tensor, Tensor, Tensor]:
 
 @pytest.fixture
 def known() -> Known:
-    known = Known(4)
+    known = Known(4, 3)
     known.add(run, "cuda", CALL, "more")
     return known
 
@@ -58,7 +58,7 @@ def test_another_is_not(known: Known, other: tuple) -> None:
 
 def test_tensors_may_begin_anywhere_at_the_same_offset() -> None:
     part, other, aligned = (torch.randn(9)[start : start + 6].view(2, 3) for start in (1, 1, 0))
-    known = Known(4)
+    known = Known(4, 3)
     known.add(run, "cuda", (part, *CALL[1:]))
     assert known.find((other, *CALL[1:])) is not None and known.find((aligned, *CALL[1:])) is None
 
@@ -73,7 +73,7 @@ def test_what_else_decides(known: Known) -> None:
 
 def test_the_oldest_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(known_calls, "_MOST", 3)
-    known = Known(4)
+    known = Known(4, 3)
     for flag in range(5):
         known.add(run, "cuda", (*CALL[:4], flag))
     assert [known.find((*CALL[:4], flag)) is not None for flag in range(5)] == [False, False, True, True, True]

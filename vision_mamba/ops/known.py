@@ -38,10 +38,11 @@ class Known:
 
     Args:
         count: of the arguments that are tensors, or may be; they come first.
+        required: those of them that cannot be absent.
     """
 
-    def __init__(self, count: int) -> None:
-        self._count = count
+    def __init__(self, count: int, required: int) -> None:
+        self._count, self._required = count, required
         self._seen: dict[tuple[Any, ...], list[Seen]] = {}
 
     def find(self, arguments: tuple[Any, ...], *more: Any) -> tuple[Seen, list[int]] | None:
@@ -65,12 +66,15 @@ class Known:
         # Of calls that differ in strides, places or who wants gradients alone, a few; the newest are asked first.
         self._seen[key] = [seen, *self._seen.get(key, ())][:8]
 
+    def clear(self) -> None:
+        self._seen.clear()
+
     def _key(self, arguments: tuple[Any, ...], more: tuple[Any, ...]) -> tuple[tuple[Any, ...], list[Tensor]]:
         """What a call is found by, and its tensors."""
-        places = arguments[: self._count]
-        absent = tuple([tensor is None for tensor in places])
-        key = (arguments[0].shape, arguments[2].shape, absent, arguments[self._count :], forced(), more)
-        return key, [tensor for tensor in places if tensor is not None]
+        count = self._count
+        tensors = [tensor for tensor in arguments[:count] if tensor is not None]
+        absent = tuple([tensor is None for tensor in arguments[self._required : count]])
+        return (arguments[0].shape, arguments[2].shape, absent, arguments[count:], forced(), more), tensors
 
 
 def _offsets(addresses: list[int]) -> list[int]:

@@ -70,7 +70,7 @@ class Operator:
     ) -> None:
         self.name, self.registry, self.call, self.gradients = registry.operator, registry, call, gradients
         self.fields = call._fields
-        self.known = Known(arguments.count("Tensor"))
+        self.known = Known(arguments.count("Tensor"), arguments.count("Tensor "))
         self._table = self.fields.index("indices")
         self._check, self._check_known, self._check_values = check, once(check), check_values
         arguments += ", str? backend=None"
