@@ -53,7 +53,7 @@ def test_a_full_disk_leaves_the_old_checkpoint(tmp_path: Path, small_files: None
         CheckpointError, match=r"last.pth cannot be written: File too large; it needs 0.4 MB, .* free"
     ) as e:
         checkpoint.save({"epoch": 2, "state_dict": {"a": torch.zeros(100_000)}}, [path])
-    assert "the checkpoint written before is untouched" in str(e.value)
+    assert "the one written before is untouched" in str(e.value)
     assert path.read_bytes() == before and [entry.name for entry in tmp_path.iterdir()] == ["last.pth"]
 
 

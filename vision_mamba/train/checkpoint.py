@@ -42,11 +42,12 @@ def save(state: dict[str, Any], paths: Iterable[str | Path], previous: Path | No
     serialised = io.BytesIO()  # torch's own writer of files ends the process when the disk is full
     torch.save(state, serialised)
     for path in map(Path, paths):
-        _replace(path, serialised.getbuffer(), previous)
+        write(path, serialised.getbuffer(), previous)
         previous = None
 
 
-def _replace(path: Path, content: memoryview, previous: Path | None) -> None:
+def write(path: Path, content: bytes | memoryview, previous: Path | None = None) -> None:
+    """Write a file whole or not at all; arguments and errors are those of `save`."""
     temporary = path.with_name(f".{path.name}.tmp")  # in the same folder, so that the rename is one step
     try:
         with open(temporary, "wb") as file:
@@ -60,7 +61,7 @@ def _replace(path: Path, content: memoryview, previous: Path | None) -> None:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
         free = shutil.disk_usage(path.parent).free if path.parent.is_dir() else 0
-        kept = "the checkpoint written before is untouched" if path.exists() else "there was none before"
+        kept = "the one written before is untouched" if path.exists() else "there was none before"
         raise CheckpointError(
             f"{path} cannot be written: {error.strerror or error}; it needs {len(content) / 1e6:,.1f} MB, "
             f"{free / 1e6:,.1f} MB are free; {kept}. Make room, then continue with --resume."

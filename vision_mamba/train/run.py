@@ -57,6 +57,8 @@ def prepare(config: Config) -> Path | None:
             run_dir.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise ConfigError(f"--output: {run_dir} cannot be made: {error.strerror}.") from error
+        if not os.access(run_dir, os.W_OK):
+            raise ConfigError(f"--output: {run_dir} cannot be written to.")
     return begin_from
 
 
@@ -83,8 +85,7 @@ def train(config: Config, begin_from: Path | None, progress: Progress) -> Positi
             _step_on_noise(trainer)
             return trainer.position
         if world.primary:
-            options = yaml.safe_dump(config.plain(), sort_keys=False)
-            (config.run_dir / "args.yaml").write_text(options, encoding="utf-8")
+            checkpoint.write(config.run_dir / "args.yaml", yaml.safe_dump(config.plain(), sort_keys=False).encode())
         return trainer.fit(progress)
 
 
