@@ -27,7 +27,8 @@ WIDE = [
     SsdCase(channels=130, states=5, skip="channels", state=True, routes=2, descending=1, heads=2, groups=2),
     SsdCase(channels=128, states=129, heads=2, groups=1, state=True, grid=(1, 40)),
 ]
-TILES = [(dtype, states) for dtype in (BF16, F16, F32) for states in (16, 64, 128, 256)]
+TILES = [(dtype, states, 64) for dtype in (BF16, F16, F32) for states in (16, 64, 128, 256)]
+TILES += [(F32, states, channels) for states in (16, 32, 64, 128) for channels in (16, 32)]
 
 
 def gpu() -> torch.device:
@@ -152,14 +153,17 @@ def test_matches_the_reference(case: SsdCase, poisoned: None) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(("dtype", "states"), TILES, ids=str)
-def test_every_tile(dtype: torch.dtype, states: int, poisoned: None) -> None:
-    assert_matches(SsdCase(dtypes=(dtype,) * 4, states=states, channels=64, grid=(1, 200), groups=1, heads=6))
+@pytest.mark.parametrize(("dtype", "states", "channels"), TILES, ids=str)
+def test_every_tile(dtype: torch.dtype, states: int, channels: int, poisoned: None) -> None:
+    assert_matches(SsdCase(dtypes=(dtype,) * 4, states=states, channels=channels, grid=(1, 200), groups=1, heads=6))
 
 
 @pytest.mark.gpu
-def test_bitwise_deterministic() -> None:
-    call = make_call(SsdCase(routes=2, descending=1, heads=6, groups=1, states=16, grid=(14, 14)), device=gpu())
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
+@pytest.mark.parametrize(("channels", "states"), [(5, 16), (64, 16), (64, 64)])
+def test_bitwise_deterministic(channels: int, states: int, dtype: torch.dtype) -> None:
+    size = dict(heads=6, channels=channels, groups=1, states=states, grid=(14, 14))
+    call = make_call(SsdCase(routes=2, descending=1, dtypes=(dtype,) * 4, **size), device=gpu())  # type: ignore
     first = run(call, "triton")
     for _ in range(10):
         for name, tensor in run(call, "triton").items():

@@ -43,6 +43,7 @@ class Tile(NamedTuple):
 #: Tiles by the states and channels they have room for: with factors of 16 bits, and of 32.
 Tiles = dict[tuple[int, int], Tile]
 _WIDE = Launch(8, 1)
+_NARROW = Launch(4, 1)
 FORWARD: dict[int, Tiles] = {
     16: {
         (16, 32): Tile(64, 32, walk=Launch(4, 2, 168)),
@@ -61,7 +62,13 @@ BACKWARD: dict[int, Tiles] = {
         (128, 64): Tile(64, 64, walk=Launch(4, 3), inputs=Launch(4, 1)),
         (256, _MAX_CHANNELS): Tile(64, 64, walk=_WIDE, inputs=_WIDE, weights=_WIDE),
     },
-    32: {(256, _MAX_CHANNELS): Tile(64, 64, walk=_WIDE, inputs=_WIDE, weights=_WIDE)},
+    32: {
+        # Asynchronous products of eight warps on the smallest blocks came out wrong (Triton 3.6, three tf32 products of
+        # 16 columns); 32 steps are too few for them, and take the other kind.
+        (32, 32): Tile(32, 32, walk=_NARROW, inputs=_NARROW, weights=_NARROW),
+        (64, 16): Tile(32, 16, walk=_NARROW, inputs=_NARROW, weights=_NARROW),
+        (256, _MAX_CHANNELS): Tile(64, 64, walk=_WIDE, inputs=_WIDE, weights=_WIDE),
+    },
 }
 
 
