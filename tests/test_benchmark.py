@@ -13,6 +13,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tools"))
 
 import benchmark  # noqa: E402
+from bench import layers  # noqa: E402
 
 
 def run(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
@@ -87,11 +88,28 @@ def test_says_where_one_overtakes_the_other(
     assert benchmark.published_top1("vmamba_tiny_s1l8") == 82.6 and benchmark.published_top1("test_vim") is None
 
 
+def test_times_a_mixer_by_itself(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "layers.jsonl"
+    monkeypatch.setitem(layers.STAGES, "ss2d_stage4", layers.STAGES["ss2d_stage4"]._replace(channels=16, side=3))
+    few = ["--stage", "ss2d_stage4", "--mode", "eager", "--batch-size", "2", "--seconds", "0.01"]
+    common = ["layers.py", "--device", "cpu", "--dtype", "float32", "--out", str(out)]
+    monkeypatch.setattr(sys, "argv", common + few)
+    assert layers.main() == 0 and "of the published code's" in capsys.readouterr().out
+    records = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [record["pass"] for record in records] == ["fwd", "fwdbwd"] and records[0]["rel_rms"] < 1e-4
+    monkeypatch.setattr(layers, "BOUND", 1e-9)
+    with pytest.raises(ArithmeticError, match="more than 1e-09"):
+        layers.main()
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["vmamba_tinny"], "no model is named vmamba_tinny"),
         (["test_vmamba", "--device", "cpu", "--mode", "graph"], "graph needs a CUDA device"),
+        (["test_vmamba", "--device", "cpu", "--kernels", "no_kernels.txt"], "--kernels needs a CUDA device"),
         ([], "name models to time, or --draw records"),
     ],
 )

@@ -125,6 +125,24 @@ def measure(step: Step, device: torch.device, seconds: float) -> dict[str, Any]:
     return figures
 
 
+def kernels(step: Step, row: dict[str, Any]) -> str:
+    """What one step ran on the GPU, the longest first: milliseconds, calls, name."""
+    from torch.profiler import ProfilerActivity, profile
+
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CUDA]) as profiled:
+        step()
+        torch.cuda.synchronize()
+    found = [e for e in profiled.key_averages() if e.self_device_time_total > 0]
+    found.sort(key=lambda event: -event.self_device_time_total)
+    whole = sum(event.self_device_time_total for event in found) / 1e3
+    head = (
+        f"{row['case']}, {row['img_size']} px, batch {row['batch_size']}, {row['pass']}, {row['mode']}, {row['dtype']}"
+    )
+    lines = [f"{e.self_device_time_total / 1e3:9.3f} {e.count:5d}  {e.key[:150]}" for e in found]
+    return "\n".join([f"{head}: {whole:.2f} ms in {sum(e.count for e in found)} kernels", *lines, "", ""])
+
+
 def _timed(step: Step) -> float:
     begun = time.perf_counter()
     step()
@@ -164,6 +182,9 @@ def benchmark(chosen: argparse.Namespace, case: tuple[str, int, int, str, str]) 
         row |= measure(step, device, chosen.seconds)
         if mode == "graph":
             row.pop("peak_gib", None)  # its memory was taken when it was captured
+        if chosen.kernels:
+            with open(chosen.kernels, "a") as file:
+                file.write(kernels(step, row))
         row["images_per_s"] = float(f"{batch / row['ms'][1] * 1e3:.4g}")
     except torch.OutOfMemoryError:
         row["error"] = "out of memory"
@@ -336,6 +357,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--seconds", type=float, default=2.0, help="of a figure (default: 2)")
     parser.add_argument("--out", type=destination, help="append the records to this file, one JSON line a figure")
+    parser.add_argument("--kernels", type=destination, help="append a list of the kernels of a step to this file")
     parser.add_argument("--csv", type=destination, help="write a table in timm's columns")
     parser.add_argument("--png", type=destination, help="draw images a second")
     parser.add_argument("--accuracy-png", type=destination, help="draw published accuracy against images a second")
@@ -352,6 +374,8 @@ def arguments() -> argparse.Namespace:
     chosen.models = names
     if "graph" in chosen.mode and torch.device(chosen.device).type != "cuda":
         parser.error("--mode graph needs a CUDA device")
+    if chosen.kernels and torch.device(chosen.device).type != "cuda":
+        parser.error("--kernels needs a CUDA device")
     return chosen
 
 

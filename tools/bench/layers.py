@@ -66,7 +66,7 @@ def check(mixer: nn.Module, x: Tensor) -> float:
         seed = torch.randn(y.shape, device=y.device, dtype=torch.float64)
         found.append([y, *torch.autograd.grad(y, [given, *module.parameters()], seed.to(y.dtype))])
     names = ["y", "dx", *(f"d{name}" for name, _ in mixer.named_parameters())]
-    errors = {name: relative_rms(a, b) for name, a, b in zip(names, *found, strict=True)}
+    errors = {name: relative_rms(a.detach(), b.detach()) for name, a, b in zip(names, *found, strict=True)}
     worst = max(errors, key=lambda name: errors[name])
     if not errors[worst] <= BOUND:
         raise ArithmeticError(f"{worst} is off by {errors[worst]:.1e}, more than {BOUND:.0e}")
