@@ -1,7 +1,8 @@
 // walk.cuh: what both passes share where sequences of one state a channel are many: a lane has a channel for itself.
 //
-// Grid: a warp = one (b, k), 32 kRun neighbouring channels, kRun of them a lane's own, and a segment of the route. It
-// walks along by itself in tiles of kTile steps; nothing goes from lane to lane but what a step has for all channels.
+// Grid: a warp = one (b, k), 32 kRun neighbouring channels, kRun of them a lane's own, and a segment of the route, which
+// it walks along in tiles of kTile steps. Nothing goes from lane to lane but what a step has for all channels. A block's
+// warps have neighbouring channels of one route and keep step, so that memory is asked for long rows at a time.
 // Routes are taken whole where there are enough of them (kPass 0); else a first launch takes each segment from nothing
 // (kPass 1), and in a second one a segment joins what the others before it have left (kPass 2).
 // Rows of x and dt are copied to shared memory asynchronously, kAhead tiles ahead, in pieces of 16 bytes, and results
@@ -12,7 +13,7 @@
 
 constexpr int kPass = PASS;
 constexpr int kRun = RUN;
-constexpr int kWarps = WARPS;  // of a block; they have nothing to do with each other
+constexpr int kWarps = WARPS;  // of a block; divides the warps of a route
 constexpr int kAhead = AHEAD;
 constexpr int kTile = 16;
 constexpr int kBatch = 8;      // steps that are taken at once, so that loads and arithmetic of neighbours overlap
@@ -161,8 +162,8 @@ struct Work {
         // The first pass has no use for the end of a route, or its start where it goes back.
         const int count = segments - (kPass == 1);
         long long unit = blockIdx.x * (long long)kWarps + warp;
-        route = (int)(unit % p.routes), unit /= p.routes;
         group = (int)(unit % groups), unit /= groups;
+        route = (int)(unit % p.routes), unit /= p.routes;
         segment = (int)(unit % count), batch = unit / count;
         first = group * kChannels, channel = first + lane * kRun, sequence = batch * p.routes + route;
         if (kPass == 1 && kBack) ++segment;

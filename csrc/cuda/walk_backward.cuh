@@ -16,9 +16,12 @@ struct alignas(16) WarpMemory {
     StepSizes sizes;
     Rows<DX_TYPE> dx;
     SizeGradients ddt;
-    Pairs pairs;
 };
-extern "C" __device__ int launch_shape[2] = {32 * kWarps, kWarps * (int)sizeof(WarpMemory)};
+struct alignas(16) BlockMemory {
+    Pairs pairs[2];  // of this tile and the next in turn
+    WarpMemory warps[kWarps];
+};
+extern "C" __device__ int launch_shape[2] = {32 * kWarps, (int)sizeof(BlockMemory)};
 extern "C" __device__ const uint4 nothing = {0, 0, 0, 0};  // a dy of zeros
 
 // The step of a tile whose sum a lane is left with, of dB or where lane & 8 of dC; see `sum_quads` and `reduce_scatter`.
@@ -27,10 +30,10 @@ DEVICE int lane_step(int lane) { return (lane >> 4) * 8 + 2 * (lane & 3) + (lane
 extern "C" __global__ void __launch_bounds__(32 * kWarps, MIN_BLOCKS) walk_backward(const __grid_constant__ Params p) {
     extern __shared__ __align__(16) char shared[];
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
-    WarpMemory& own = reinterpret_cast<WarpMemory*>(shared)[warp];
+    BlockMemory& block = *reinterpret_cast<BlockMemory*>(shared);
+    WarpMemory& own = block.warps[warp];
     const int steps = (int)p.steps, tiles = (steps + kTile - 1) / kTile;
     const Work work(p, tiles, lane, warp);
-    if (work.batch >= p.batch) return;
     const int route = work.route, first = work.first, channel = work.channel, from = work.from, to = work.to;
     const long long batch = work.batch, sequence = work.sequence;
 
@@ -89,7 +92,8 @@ extern "C" __global__ void __launch_bounds__(32 * kWarps, MIN_BLOCKS) walk_backw
     for (int i = 0; i < kAhead; ++i) fetch(to - 1 - i, i, tokens[i]);
     Ranks ranks;
     if constexpr (kRank > 0) ranks.fetch(at_dt, tokens[0], lane);
-    float pair = at_pair.fetch(tokens[0]), next_state[kRun];
+    if (warp == 0) block.pairs[0].put(at_pair.fetch(tokens[0]), lane);
+    float pair = at_pair.fetch(tokens[1]), next_state[kRun];
     fetch_state(next_state, to - 1);
 
     int stage = 0;
@@ -97,15 +101,18 @@ extern "C" __global__ void __launch_bounds__(32 * kWarps, MIN_BLOCKS) walk_backw
     for (int tile = to - 1; tile >= from; --tile) {
         const int left = steps - tile * kTile;
         await_copies<kAhead - 1>();
-        __syncwarp();  // the tile is there, and all are through with the last one
-        own.pairs.put(pair, lane);
+        __syncthreads();  // the tile is there, and all are through with the last one
+        const Pairs& pairs = block.pairs[to - 1 - tile & 1];
+        if (warp == 0) {
+            block.pairs[to - tile & 1].put(pair, lane);
+            pair = at_pair.fetch(tokens[2]);
+        }
         fetch(tile - kAhead, stage == 0 ? kAhead : stage - 1, tokens[kAhead]);
         const Ranks columns = ranks;
         if constexpr (kRank > 0) {
             own.sizes.form(ranks, lane);
             ranks.fetch(at_dt, tokens[1], lane);
         }
-        pair = at_pair.fetch(tokens[1]);
         const int token = tokens[0];
 #pragma unroll
         for (int i = 0; i <= kAhead; ++i) tokens[i] = tokens[i + 1];
@@ -128,7 +135,7 @@ extern "C" __global__ void __launch_bounds__(32 * kWarps, MIN_BLOCKS) walk_backw
             for (int start = kTile - kBatch; start >= 0; start -= kBatch) {
                 float out[kBatch][kRun], s[kBatch][kRun];
                 float2 BC[kBatch];
-                own.pairs.get<kBatch>(BC, start);
+                pairs.get<kBatch>(BC, start);
 #pragma unroll
                 for (int t = 0; t < kBatch; ++t) {
                     own.dy[stage].get(out[t], start + t, lane);
@@ -149,7 +156,7 @@ extern "C" __global__ void __launch_bounds__(32 * kWarps, MIN_BLOCKS) walk_backw
         }
         float u[kTile][kRun], s[kTile][kRun], a[kTile][kRun], before[kTile][kRun], slope[kTile][kRun];
         float2 BC[kTile];
-        own.pairs.get<kTile>(BC, 0);
+        pairs.get<kTile>(BC, 0);
 #pragma unroll
         for (int t = 0; t < kTile; ++t) {
             own.x[stage].get(u[t], t, lane);
@@ -171,7 +178,7 @@ extern "C" __global__ void __launch_bounds__(32 * kWarps, MIN_BLOCKS) walk_backw
         for (int start = kTile - kBatch; start >= 0; start -= kBatch) {
             float out[kBatch][kRun], ddt[kBatch][kRun], shares[4];  // shares of dB and dC, of two steps
             float2 BC[kBatch];
-            own.pairs.get<kBatch>(BC, start);
+            pairs.get<kBatch>(BC, start);
 #pragma unroll
             for (int i = 0; i < kBatch; ++i) own.dy[stage].get(out[i], start + i, lane);
 #pragma unroll

@@ -7,17 +7,20 @@ struct alignas(16) WarpMemory {
     Rows<X_TYPE> x[kAhead + 1];
     StepSizes sizes;
     Rows<Y_TYPE> y;
-    Pairs pairs;
 };
-extern "C" __device__ int launch_shape[2] = {32 * kWarps, kWarps * (int)sizeof(WarpMemory)};
+struct alignas(16) BlockMemory {
+    Pairs pairs[2];  // of this tile and the next in turn
+    WarpMemory warps[kWarps];
+};
+extern "C" __device__ int launch_shape[2] = {32 * kWarps, (int)sizeof(BlockMemory)};
 
 extern "C" __global__ void __launch_bounds__(32 * kWarps, MIN_BLOCKS) walk_forward(const __grid_constant__ Params p) {
     extern __shared__ __align__(16) char shared[];
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
-    WarpMemory& own = reinterpret_cast<WarpMemory*>(shared)[warp];
+    BlockMemory& block = *reinterpret_cast<BlockMemory*>(shared);
+    WarpMemory& own = block.warps[warp];
     const int steps = (int)p.steps, tiles = (steps + kTile - 1) / kTile;
     const Work work(p, tiles, lane, warp);
-    if (work.batch >= p.batch) return;
     const int route = work.route, first = work.first, channel = work.channel, from = work.from, to = work.to;
     const long long batch = work.batch, sequence = work.sequence;
 
@@ -55,7 +58,8 @@ extern "C" __global__ void __launch_bounds__(32 * kWarps, MIN_BLOCKS) walk_forwa
     for (int i = 0; i < kAhead; ++i) fetch(from + i, i, tokens[i]);
     Ranks ranks;
     if constexpr (kRank > 0) ranks.fetch(at_dt, tokens[0], lane);
-    float pair = at_pair.fetch(tokens[0]);
+    if (warp == 0) block.pairs[0].put(at_pair.fetch(tokens[0]), lane);
+    float pair = at_pair.fetch(tokens[1]);
 
     const unsigned row = (unsigned)p.channels * 4;
     unsigned long long saved = (unsigned long long)(p.saved + sequence * tiles * p.channels + channel);
@@ -69,14 +73,16 @@ extern "C" __global__ void __launch_bounds__(32 * kWarps, MIN_BLOCKS) walk_forwa
             for (int j = 0; j < kRun; ++j) ((float*)multiply_add_wide(tile, row, saved))[j] = h[j];
         }
         await_copies<kAhead - 1>();
-        __syncwarp();  // the tile is there, and all are through with the last one
-        own.pairs.put(pair, lane);
+        __syncthreads();  // the tile is there, and all are through with the last one
+        if (warp == 0) {
+            block.pairs[tile - from + 1 & 1].put(pair, lane);
+            pair = at_pair.fetch(tokens[2]);
+        }
         fetch(tile + kAhead, stage == 0 ? kAhead : stage - 1, tokens[kAhead]);
         if constexpr (kRank > 0) {
             own.sizes.form(ranks, lane);
             ranks.fetch(at_dt, tokens[1], lane);
         }
-        pair = at_pair.fetch(tokens[1]);
         const int token = tokens[0];
 #pragma unroll
         for (int i = 0; i <= kAhead; ++i) tokens[i] = tokens[i + 1];
@@ -90,7 +96,7 @@ extern "C" __global__ void __launch_bounds__(32 * kWarps, MIN_BLOCKS) walk_forwa
         for (int start = 0; start < kTile; start += kBatch) {
             float u[kBatch][kRun], v[kBatch][kRun];
             float2 BC[kBatch];
-            own.pairs.get<kBatch>(BC, start);
+            block.pairs[tile - from & 1].get<kBatch>(BC, start);
 #pragma unroll
             for (int t = 0; t < kBatch; ++t) {
                 own.x[stage].get(u[t], start + t, lane);

@@ -32,6 +32,8 @@ CASES = [
         (48, 6, "cross", F16, False, {}),
         (20, 0, None, torch.float32, True, dict(shared_x=False, merge=False)),
     )
+] + [  # sequences enough that a lane takes one for itself
+    Case(states=1, channels=512, batch=4, order="cross", rank=rank, dtypes=(BF16,) * 4, state=True) for rank in (0, 6)
 ]
 PAGE = 2**21
 

@@ -55,6 +55,7 @@ def _new_saved(call: ScanCall) -> Tensor:
         _, pieces = _narrow_chunk(call)
     else:
         pieces = (call.steps + kernels.CHECKPOINT - 1) // kernels.CHECKPOINT
+        pieces -= states > 1  # before the first tile it is the initial one
     shape = (call.batch, call.routes, pieces, call.channels, states)
     return call.x.new_empty(shape, dtype=torch.float32)
 
@@ -182,7 +183,12 @@ def _backward(asked: ScanCall, saved: Tensor, dy: Tensor | None, dlast: Tensor |
         else:
             ddt = torch.empty_like(call.dt)
         new = functools.partial(call.x.new_empty, dtype=torch.float32)
-        dBC = new((blocks, batch, routes, call.steps, 2) if narrow else (2, batch, tokens, routes, blocks, states))
+        if narrow:
+            dBC = new((blocks, batch, routes, call.steps, 2))
+        else:
+            half = kernels.sums(TYPES[call.B.dtype], TYPES[call.C.dtype]) == "Bfloat"
+            dtype = torch.bfloat16 if half else torch.float32
+            dBC = new((2, batch, tokens, routes, blocks, states), dtype=dtype)
         dA = new((shares, routes, channels, states))
         per_channel = new((2, shares, routes, channels))
         dweight = new((shares, routes, channels, call.rank)) if products else None
@@ -194,8 +200,8 @@ def _backward(asked: ScanCall, saved: Tensor, dy: Tensor | None, dlast: Tensor |
                 tensor.zero_()
         addresses = dict(
             x=call.x, dt=call.dt, B=call.B, C=call.C, indices=call.indices, A=call.A, D=call.D,
-            dt_weight=call.dt_weight, dt_bias=call.dt_bias, saved=saved, dy=dy, dlast_state=dlast, dx=target, ddt=ddt,
-            dinitial_state=dinitial, **parts,
+            dt_weight=call.dt_weight, dt_bias=call.dt_bias, initial_state=call.initial_state, saved=saved, dy=dy,
+            dlast_state=dlast, dx=target, ddt=ddt, dinitial_state=dinitial, **parts,
         )  # fmt: skip
         if plan.edges is not None:
             addresses |= _new_edges(call, plan.segments)
@@ -225,19 +231,28 @@ def _key(call: ScanCall, complete: bool) -> tuple[Any, ...]:
 
 
 def _plan_forward(call: ScanCall, complete: bool, y: Tensor, device: int) -> _Plan:
+    if call.states > 1:
+        return _plan_wide_forward(call, complete, y, device)
     walk = _walk(call, complete)
     parts, merging, view = _merging(call, call.merge, y, device, apart=walk is not None)
     fields = _sizes(call) | _strides("y", view)
     x, dt, B, C = _types(call)
     types = (x, dt, B, C, TYPES[view.dtype])
     if walk is not None:
-        return _walk_plan(functools.partial(kernels.walk_forward, types), walk, call, fields, parts, device)
-    if call.states == 1:
-        kernel = kernels.narrow_forward(types, _narrow(call, complete, merging, view))
-        return _narrow_plan(kernel, call, fields, merging, parts, device)
-    how = _wide(call, kernels.WARPS, call.x, view, None if call.rank else call.dt)
-    room = kernels.FORWARD_BLOCKS * _multiprocessors(device)
-    return _wide_plan(functools.partial(kernels.wide_forward, types), how, call, fields, room, parts, device)
+        room = 2 * kernels.WALK_ROOM * _multiprocessors(device)
+        return _walk_plan(functools.partial(kernels.walk_forward, types), walk, call, fields, parts, room, device)
+    kernel = kernels.narrow_forward(types, _narrow(call, complete, merging, view))
+    return _narrow_plan(kernel, call, fields, merging, parts, device)
+
+
+def _plan_wide_forward(call: ScanCall, complete: bool, y: Tensor, device: int) -> _Plan:
+    tile = _forward_tile(call, device)
+    parts, merging, view = _merging(call, call.merge, y, device, apart=True)
+    if parts is not None and complete and _in_turn(call, tile, y, device):
+        parts, merging, view = None, True, y.unsqueeze(2).expand(-1, -1, call.routes, -1)
+    how = _wide(call, tile, call.x, view, None if call.rank else call.dt)._replace(merge=merging)
+    wanted = functools.partial(kernels.wide_forward, (*_types(call), TYPES[view.dtype]))
+    return _wide_plan(wanted, how, call, _sizes(call) | _strides("y", view), parts, device)
 
 
 def _plan_backward(call: ScanCall, complete: bool, dy: Tensor | None, dx: Tensor, device: int) -> _Plan:
@@ -257,37 +272,55 @@ def _plan_backward(call: ScanCall, complete: bool, dy: Tensor | None, dx: Tensor
     types = (x, dt, B, C, TYPES[call.y_dtype])
     if walk is not None:
         walking = functools.partial(kernels.walk_backward, types, dx=TYPES[view.dtype], ddt=ddt_type)
-        return _walk_plan(walking, walk._replace(run=1), call, fields, parts, device)
+        room = kernels.WALK_ROOM * _multiprocessors(device)
+        return _walk_plan(walking, kernels.walk(call.channels, 1, call.rank), call, fields, parts, room, device)
     across = (call.x, seen, view, *(() if products else (ddt,)), *(() if call.rank else (call.dt,)))
     if call.states == 1:
         how = _narrow(call, complete, merging, view, *across)
         kernel = kernels.narrow_backward(types, how, TYPES[view.dtype], ddt_type)
         return _narrow_plan(kernel, call, fields, merging, parts, device)
-    wide = _wide(call, kernels.backward_warps(kernels.wide_shape(call.states, 2), nvrtc.shared_limit(device)), *across)
+    wide = _wide(call, kernels.backward_tile(call.states, nvrtc.shared_limit(device)), *across)
     wanted = functools.partial(kernels.wide_backward, types, dx=TYPES[view.dtype], ddt=ddt_type)
-    room = kernels.BACKWARD_WARPS // wide.warps * _multiprocessors(device)
-    return _wide_plan(wanted, wide, call, fields, room, parts, device)
+    return _wide_plan(wanted, wide, call, fields, parts, device)
 
 
-def _wide(call: ScanCall, warps: int, *across: Tensor | None) -> kernels.Wide:
-    shape = kernels.wide_shape(call.states, 2)
+def _forward_tile(call: ScanCall, device: int) -> kernels.Tile:
+    few, many = kernels.forward_tiles(call.states)
+    blocks = call.batch * call.routes * many.groups(call.channels)
+    return few if 2 * blocks < many.blocks * _multiprocessors(device) or _tokens_first(call) else many
+
+
+def _in_turn(call: ScanCall, tile: kernels.Tile, y: Tensor, device: int) -> bool:
+    """Whether blocks take the routes one after the other and add them up in y: where that fills the device as often,
+    and where the sum of some of them doesn't overflow."""
+    blocks, processors = call.batch * tile.groups(call.channels), _multiprocessors(device)
+    waves = call.routes * tile.waves(blocks, processors)
+    return y.dtype != torch.float16 and waves <= tile.waves(call.routes * blocks, processors)
+
+
+def _tokens_first(call: ScanCall) -> bool:
+    return call.x.stride(1) == 1 != call.x.stride(-1)
+
+
+def _wide(call: ScanCall, tile: kernels.Tile, *across: Tensor | None) -> kernels.Wide:
+    shape = tile.shape
     row = shape.lanes * shape.states
     return kernels.Wide(
-        shape,
-        warps,
+        tile,
         call.rank,
         call.dt_softplus,
         vector_x=vector(min(shape.channels // 2, 8), *across),
         vector_bc=call.states == row and vector(min(row, 4), call.B, call.C),
         vector_rank=call.rank > 0 and call.rank % 2 == 0 and vector(2, call.dt),
         tensor_rank=_rank_in_kernel(call),
-        tokens_first=call.x.stride(1) == 1 != call.x.stride(-1),
+        tokens_first=_tokens_first(call),
     )
 
 
 def _may_walk(call: ScanCall) -> bool:
     """Whether the walking kernels may take a call of one state, as far as its sizes tell."""
-    return call.dt_softplus and call.steps == call.tokens and kernels.walks(call.batch * call.routes, call.channels)
+    fits = call.dt_softplus and call.steps == call.tokens
+    return fits and kernels.walks(call.steps, call.batch * call.routes, call.channels)
 
 
 def _walk(call: ScanCall, complete: bool) -> kernels.Walk | None:
@@ -299,7 +332,7 @@ def _walk(call: ScanCall, complete: bool) -> kernels.Walk | None:
         return None
     if call.rank and not (_rank_in_kernel(call) and call.rank % 2 == 0 and vector(2, call.dt)):
         return None
-    return kernels.Walk(kernels.walk_run(call.channels, call.rank), call.rank)
+    return kernels.walk(call.channels, kernels.walk_run(call.channels, call.rank), call.rank)
 
 
 def _walk_plan(
@@ -308,17 +341,17 @@ def _walk_plan(
     call: ScanCall,
     fields: dict[str, int],
     parts: torch.dtype | None,
+    room: int,
     device: int,
 ) -> _Plan:
-    """One launch, or two over routes in segments where sequences are too few for the device."""
+    """One launch, or two over routes in segments where sequences are too few for the `room` of the device."""
     groups = call.channels // (32 * how.run)
     warps = call.batch * call.routes * groups
-    segments, per_segment = kernels.wide_segments(call.steps, warps, kernels.WALK_WARPS * _multiprocessors(device))
+    segments, per_segment = kernels.wide_segments(call.steps, warps, room)
     fields |= dict(segments=segments, segment_tiles=per_segment)
 
     def launch(part: int, count: int) -> Launch:
-        grid = (warps * count + kernels.WARPS - 1) // kernels.WARPS
-        return Launch.of(wanted(how._replace(part=part)), device, grid, _HEADER, fields)
+        return Launch.of(wanted(how._replace(part=part)), device, warps * count // how.warps, _HEADER, fields)
 
     if segments == 1:
         return _Plan(launch(0, 1), False, parts, groups=groups)
@@ -338,7 +371,7 @@ def _merging(
         return None, True, result.unsqueeze(2)
     # Not in float16, where a share can overflow though the sum does not.
     parts = result.dtype if result.dtype == torch.bfloat16 else torch.float32
-    return parts, False, torch.empty((call.batch, call.tokens, call.routes, call.channels), dtype=parts, device="meta")
+    return parts, False, torch.empty(_parts(call), dtype=parts, device="meta").transpose(1, 2)
 
 
 def _sum_fits(call: ScanCall, result: Tensor, device: int) -> bool:
@@ -391,17 +424,15 @@ def _wide_plan(
     how: kernels.Wide,
     call: ScanCall,
     fields: dict[str, int],
-    room: int,
     parts: torch.dtype | None,
     device: int,
 ) -> _Plan:
-    """One launch, or two over routes in segments where sequences are too few for the `room` of the device."""
-    per_block = how.shape.channels * how.warps
-    groups = (call.channels + per_block - 1) // per_block
-    blocks = call.batch * call.routes * groups
-    segments, per_segment = kernels.wide_segments(call.steps, blocks, room)
-    if segments == 1:
-        return _Plan(Launch.of(wanted(how), device, blocks, _HEADER, fields), False, parts, groups=groups)
+    """One launch, or two over routes in segments where sequences are too few for the device."""
+    groups = how.tile.groups(call.channels)
+    blocks = call.batch * groups * (1 if how.merge else call.routes)
+    segments, per_segment = kernels.wide_segments(call.steps, blocks, how.tile.blocks * _multiprocessors(device))
+    if how.merge or segments == 1:
+        return _Plan(Launch.of(wanted(how), device, blocks, _HEADER, fields), how.merge, parts, groups=groups)
     fields |= dict(segments=segments, segment_tiles=per_segment)
     edges, scan = (
         Launch.of(wanted(how._replace(part=part)), device, blocks * count, _HEADER, fields)
@@ -417,9 +448,9 @@ def _new_edges(call: ScanCall, segments: int) -> dict[str, Tensor]:
 
 
 def _merger(parts: Tensor, out: Tensor) -> Callable[[int, Tensor, Tensor], None]:
-    """A function of a stream, parts and out: out[b, l, d] = sum over k of parts[b, l, k, d], in order of k."""
+    """A function of a stream, parts and out: out[b, l, d] = sum over k of parts[b, k, l, d], in order of k."""
     device, in_order = out.device.index, out.is_contiguous()
-    batch, tokens, routes, channels = parts.shape
+    batch, routes, tokens, channels = parts.shape
     run = next(n for n in (8, 4, 2, 1) if channels % n == 0)
     fields = dict(batch=batch, tokens=tokens, routes=routes, channels=channels)
     grid = (batch * tokens * (channels // run) + 255) // 256
@@ -487,7 +518,12 @@ _finishes: Plans = Plans()
 
 
 def _new_parts(call: ScanCall, dtype: torch.dtype) -> Tensor:
-    return call.x.new_empty((call.batch, call.tokens, call.routes, call.channels), dtype=dtype)
+    return call.x.new_empty(_parts(call), dtype=dtype)
+
+
+def _parts(call: ScanCall) -> tuple[int, ...]:
+    """Shape of the routes' shares of a result: each route's in one piece, since they are written route by route."""
+    return (call.batch, call.routes, call.tokens, call.channels)
 
 
 def _like(gradient: Tensor | None, argument: Tensor | None) -> Tensor | None:

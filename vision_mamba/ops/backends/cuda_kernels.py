@@ -13,10 +13,11 @@ TYPES = {torch.float32: "Float", torch.float16: "Half", torch.bfloat16: "Bfloat"
 MAX_RANK = 64  # columns of a low-rank step size that the kernels multiply themselves
 CHECKPOINT = 16  # steps between two states that the wide kernels save
 WARPS = 4  # of a block of the wide kernels
-FORWARD_BLOCKS = 4  # of the wide forward kernel that a multiprocessor holds
-BACKWARD_WARPS = 12  # of the wide backward kernel
+BACKWARD_WARPS = 12  # of the wide backward kernel that a multiprocessor holds
 NARROW_CHANNELS = 16  # of a block of the narrow kernels
-WALK_WARPS = 12  # of the walking kernels that a multiprocessor has at least where routes are taken in segments
+WALK_FORWARD = 16  # warps of the walking kernels that a multiprocessor holds
+WALK_BACKWARD = 12
+WALK_ROOM = 8  # warps for which routes are cut into segments, going back; twice as many going forwards
 
 Types = tuple[str, str, str, str, str]  # of x, dt, B, C and y
 
@@ -42,11 +43,41 @@ def wide_shape(states: int, slots: int, per_lane: int = 4) -> Shape:
     return Shape(lanes, per_lane, min(lanes, max(slots, lanes // 8)))
 
 
-class Wide(NamedTuple):
-    """What a wide kernel is specialised on beside its types."""
+class Tile(NamedTuple):
+    """A block of a wide kernel: how warps share channels and states, their number, blocks on a multiprocessor."""
 
     shape: Shape
     warps: int
+    blocks: int
+
+    def groups(self, channels: int) -> int:
+        """Blocks for so many channels."""
+        per_block = self.shape.channels * self.warps
+        return (channels + per_block - 1) // per_block
+
+    def waves(self, blocks: int, multiprocessors: int) -> int:
+        """How many times the device is filled by so many blocks."""
+        return (blocks + self.blocks * multiprocessors - 1) // (self.blocks * multiprocessors)
+
+
+def forward_tiles(states: int) -> tuple[Tile, Tile]:
+    """For few sequences and for many: eight states a lane read B and C half as often, but leave fewer warps."""
+    few = Tile(wide_shape(states, 2), WARPS, 4)
+    return few, Tile(wide_shape(states, 2, 8), 2, 6) if 8 < states <= 16 else few
+
+
+def backward_tile(states: int, shared: int) -> Tile:
+    """`shared`: bytes of shared memory that a block may have; rows of many states leave fewer warps that."""
+    shape = wide_shape(states, 2)
+    row = shape.lanes * shape.states
+    warps = 1 if row > 64 else WARPS if row < 64 or shared >= 128 * 1024 else WARPS // 2
+    return Tile(shape, warps, BACKWARD_WARPS // warps)
+
+
+class Wide(NamedTuple):
+    """What a wide kernel is specialised on beside its types."""
+
+    tile: Tile
     rank: int
     softplus: bool
     vector_x: bool  # channels are neighbours, aligned, a multiple of a run
@@ -55,6 +86,7 @@ class Wide(NamedTuple):
     tensor_rank: bool  # which is multiplied on the tensor cores
     tokens_first: bool  # tokens are neighbours in memory, channels are not
     part: int = 0  # of two kernels over a route in segments, or 0
+    merge: bool = False  # a block takes the routes one after the other and adds them up
 
 
 def wide_segments(steps: int, blocks: int, room: int) -> tuple[int, int]:
@@ -65,14 +97,6 @@ def wide_segments(steps: int, blocks: int, room: int) -> tuple[int, int]:
         return 1, tiles
     per_segment = (tiles + wanted - 1) // wanted
     return (tiles + per_segment - 1) // per_segment, per_segment
-
-
-def backward_warps(shape: Shape, shared: int) -> int:
-    """Warps of a block of the wide backward kernel, of which the rows of many states leave fewer the shared memory."""
-    row = shape.lanes * shape.states
-    if row <= 64:
-        return WARPS if row < 64 or shared >= 128 * 1024 else WARPS // 2
-    return 1
 
 
 class Narrow(NamedTuple):
@@ -93,13 +117,19 @@ class Walk(NamedTuple):
     """How the walking kernels take a route: channels of a lane, and what to compile for; see csrc/cuda/walk.cuh."""
 
     run: int
+    warps: int  # of a block
     rank: int
     part: int = 0  # of two kernels over a route in segments, or 0
 
 
-def walks(sequences: Any, channels: Any) -> bool:
-    """Whether the walking kernels are the faster ones; they take 32 channels at a time."""
-    return False
+def walk(channels: int, run: int, rank: int) -> Walk:
+    """Blocks of as many warps as divide those of a route: neighbouring channels are read together."""
+    return Walk(run, next(n for n in (4, 3, 2, 1) if channels // (32 * run) % n == 0), rank)
+
+
+def walks(steps: Any, sequences: Any, channels: Any) -> bool:
+    """Whether the walking kernels are the faster ones: where sequences are many, or long enough to be cut."""
+    return channels % 32 == 0 and (sequences * channels >= 8192 or steps >= 2048)
 
 
 def walk_run(channels: int, rank: int) -> int:
@@ -130,16 +160,19 @@ def narrow_shared(warps: int, rank: int, tokens: int) -> int:
 
 
 def wide_forward(types: Types, how: Wide) -> Specialisation:
-    few_digits = types[3:] == ("Bfloat", "Bfloat")  # then tensor cores are exact enough for <C, h>
-    return Specialisation("wide_forward", _macros(types, **_wide(how), MIN_BLOCKS=FORWARD_BLOCKS, TENSOR_Y=few_digits))
+    return Specialisation("wide_forward", _macros(types, **_wide(how), MERGE=how.merge))
 
 
 def wide_backward(types: Types, how: Wide, dx: str, ddt: str) -> Specialisation:
     exact = types[2:4] != ("Bfloat", "Bfloat")  # dB or dC has more digits than one term on the tensor cores
-    more = dict(
-        MIN_BLOCKS=BACKWARD_WARPS // how.warps, SUB=min(8, 64 // (how.shape.slots * how.shape.states)), TWO_TERMS=exact
-    )
-    return Specialisation("wide_backward", _macros(types, **_wide(how), **more, DX_TYPE=dx, DDT_TYPE=ddt))
+    shape = how.tile.shape
+    more = dict(SUB=min(8, 64 // (shape.slots * shape.states)), TWO_TERMS=exact, DX_TYPE=dx, DDT_TYPE=ddt)
+    return Specialisation("wide_backward", _macros(types, **_wide(how), **more, SUM_TYPE=sums(*types[2:4])))
+
+
+def sums(B: str, C: str) -> str:
+    """Type of the blocks' shares of dB and dC: bfloat16 has the range of float32, and is what their sums become."""
+    return "Bfloat" if B == C == "Bfloat" else "Float"
 
 
 def narrow_forward(types: Types, how: Narrow) -> Specialisation:
@@ -151,7 +184,7 @@ def narrow_backward(types: Types, how: Narrow, dx: str, ddt: str) -> Specialisat
 
 
 def walk_forward(types: Types, how: Walk) -> Specialisation:
-    return Specialisation("walk_forward", _macros(types, **_walk(how, ahead=2, blocks=4)))
+    return Specialisation("walk_forward", _macros(types, **_walk(how, 2, WALK_FORWARD)))
 
 
 def walk_backward(types: Types, how: Walk, dx: str, ddt: str) -> Specialisation:
@@ -160,14 +193,16 @@ def walk_backward(types: Types, how: Walk, dx: str, ddt: str) -> Specialisation:
         "Bfloat",
     )  # of dB and dC: one term on the tensor cores is enough
     more = dict(DX_TYPE=dx, DDT_TYPE=ddt, FEW_DIGITS=few_digits)
-    return Specialisation("walk_backward", _macros(types, **_walk(how, ahead=2, blocks=3), **more))
+    held = WALK_BACKWARD if how.rank <= 16 else WALK_ROOM  # the gradients of many weights need the registers
+    return Specialisation("walk_backward", _macros(types, **_walk(how, 1, held), **more))
 
 
 def finish(types: tuple[str, str, str], states: int, rank: int, run: int) -> Specialisation:
     """Types of dt, B and C."""
     ddt = types[0] if states == 1 else "Float"
     return Specialisation(
-        "finish", _macros(("Float", *types, "Float"), STATES=states, RANK=rank, RUN=run, DDT_TYPE=ddt)
+        "finish",
+        _macros(("Float", *types, "Float"), STATES=states, RANK=rank, RUN=run, DDT_TYPE=ddt, SUM_TYPE=sums(*types[1:])),
     )
 
 
@@ -181,9 +216,9 @@ def on_tensor_cores(rank: int, dt: str) -> bool:
 
 
 def _wide(how: Wide) -> dict[str, Any]:
-    shape = how.shape
-    sizes = dict(LANES=shape.lanes, STATES=shape.states, SLOTS=shape.slots, WARPS=how.warps, RANK=how.rank)
-    sizes |= dict(PASS=how.part)
+    shape, warps, blocks = how.tile
+    sizes = dict(LANES=shape.lanes, STATES=shape.states, SLOTS=shape.slots, WARPS=warps, MIN_BLOCKS=blocks)
+    sizes |= dict(RANK=how.rank, PASS=how.part)
     flags = dict(SOFTPLUS=how.softplus, VECTOR_X=how.vector_x, VECTOR_BC=how.vector_bc)
     return sizes | flags | dict(VECTOR_RANK=how.vector_rank, TENSOR_RANK=how.tensor_rank, TOKENS_FIRST=how.tokens_first)
 
@@ -195,9 +230,9 @@ def _narrow(types: Types, how: Narrow, blocks: int) -> dict[str, Any]:
     return sizes | flags
 
 
-def _walk(how: Walk, ahead: int, blocks: int) -> dict[str, Any]:
-    sizes = dict(RUN=how.run, RANK=how.rank, PASS=how.part, WARPS=WARPS, AHEAD=ahead, MIN_BLOCKS=blocks)
-    return sizes | dict(SOFTPLUS=True)
+def _walk(how: Walk, ahead: int, held: int) -> dict[str, Any]:
+    sizes = dict(RUN=how.run, WARPS=how.warps, RANK=how.rank, PASS=how.part, AHEAD=ahead)
+    return sizes | dict(MIN_BLOCKS=held // how.warps, SOFTPLUS=True)
 
 
 def _macros(types: Types, **more: Any) -> tuple[tuple[str, str], ...]:
@@ -224,16 +259,24 @@ def vector(run: int, *tensors: Tensor | None) -> bool:
 _HALF: Types = ("Bfloat",) * 5
 _FULL: Types = ("Float",) * 5
 
+
+def _shipped(tile: Tile, rank: int) -> Wide:
+    return Wide(tile, rank, True, True, True, rank > 0, rank > 0, False)
+
+
 #: What the published models run: compiled for every architecture by the tests, and warmed by the doctor.
 SHIPPED = (
-    narrow_forward(_HALF, Narrow(7, 4, 6, True, True, True, True, True, True)),
+    walk_forward(_HALF, Walk(2, 3, 12)),
+    walk_forward(_FULL, Walk(1, 3, 0, 1)),
+    walk_backward(_HALF, Walk(1, 3, 6), "Bfloat", "Bfloat"),
+    walk_backward(_FULL, Walk(1, 3, 0, 2), "Float", "Float"),
     narrow_forward(_FULL, Narrow(8, 8, 0, True, False, False, True, False, False)),
     narrow_backward(_HALF, Narrow(7, 4, 6, True, True, True, True, True, True), "Bfloat", "Bfloat"),
-    wide_forward(_HALF, Wide(wide_shape(16, 2), WARPS, 0, True, True, True, False, False, False)),
-    wide_forward(_HALF, Wide(wide_shape(16, 2), WARPS, 24, True, True, True, True, True, False)),
-    wide_forward(_FULL, Wide(wide_shape(64, 2), WARPS, 0, True, True, True, False, False, False)),
-    wide_backward(_HALF, Wide(wide_shape(16, 2), WARPS, 0, True, True, True, False, False, False), "Bfloat", "Bfloat"),
-    wide_backward(_HALF, Wide(wide_shape(16, 2), WARPS, 24, True, True, True, True, True, False), "Bfloat", "Bfloat"),
+    *(wide_forward(_HALF, _shipped(tile, 0)) for tile in forward_tiles(16)),
+    *(wide_forward(_HALF, _shipped(tile, 24)) for tile in forward_tiles(16)),
+    wide_forward(_HALF, _shipped(forward_tiles(16)[1], 24)._replace(merge=True)),
+    wide_forward(_FULL, _shipped(forward_tiles(64)[0], 0)),
+    *(wide_backward(_HALF, _shipped(backward_tile(16, 2**17), rank), "Bfloat", "Bfloat") for rank in (0, 24)),
     finish(("Bfloat",) * 3, 1, 6, 8),
     finish(("Bfloat",) * 3, 16, 24, 8),
     merge("Bfloat", "Bfloat", 8),
