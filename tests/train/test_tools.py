@@ -15,7 +15,7 @@ import yaml
 from PIL import Image
 
 from tests.train import runs
-from tools import convert, predict, train, validate
+from tools import convert, make_digits_folder, predict, train, validate
 
 
 @pytest.fixture(scope="module")
@@ -250,3 +250,14 @@ def test_the_smallest_run_survives_a_kill_word_for_word(
         assert train.main(command(name)) == 0
     assert (tmp_path / "whole" / "curves.png").stat().st_size > 10_000
     assert runs.same(runs.weights(tmp_path / "killed"), runs.weights(tmp_path / "whole"))
+
+
+def test_digits_on_photographs_are_the_same_with_any_number_of_processes(tmp_path: Path) -> None:
+    for name, processes in (("one", "1"), ("two", "2")):
+        words = ["--out", str(tmp_path / name), "--train", "12", "--val", "3", "--size", "64", "--processes", processes]
+        assert make_digits_folder.main(words) == 0
+    one, two = (sorted((tmp_path / name).rglob("*.jpg")) for name in ("one", "two"))
+    assert len(one) == 15 and all(a.read_bytes() == b.read_bytes() for a, b in zip(one, two, strict=True))
+    assert len(list((tmp_path / "one" / "val").iterdir())) == 10, "a folder for each digit, empty or not"
+    with pytest.raises(SystemExit, match="2"):
+        make_digits_folder.main(words)
