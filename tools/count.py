@@ -4,8 +4,8 @@
 
 MACs are half of the floating-point operations that torch.utils.flop_counter sees in one forward pass of an image of the
 nominal size, on the meta device: nothing is computed. What the scans count is in vision_mamba.ops.autograd.scan_flops
-and vision_mamba.ops.ssd_operator.flops. The table also shows how far logits are from the published ones: that is
-measured by tools/parity.py, and on record in results/parity.jsonl.
+and vision_mamba.ops.ssd_operator.flops. The table also shows how far logits and gradients are from the published ones:
+that is measured by tools/parity.py, and on record in results/parity.jsonl.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def _card(tag: str, card: PretrainedCfg) -> dict[str, Any]:
     return {"tag": tag, "published": list(card.notes or ()), "weights": card.url or hub}
 
 
-def table(records: Iterable[dict[str, Any]], differences: Mapping[str, float]) -> str:
+def table(records: Iterable[dict[str, Any]], differences: Mapping[str, tuple[float, float]]) -> str:
     """The records as a table in markdown, families apart and each from small to large."""
     titles = ("model", "parameters, M", "GMACs", "in scans", "input", "published", "weights", "licence", "parity")
     lines = [f"| {' | '.join(titles)} |", "|---|--:|--:|--:|---|---|---|---|---|"]
@@ -80,15 +80,15 @@ def table(records: Iterable[dict[str, Any]], differences: Mapping[str, float]) -
             ", ".join(note.removeprefix("top-1 ") for card in r["cards"] for note in card["published"]),
             ", ".join(f"[{card['tag']}]({card['weights']})" for card in r["cards"] if card["weights"]),
             r["license"],
-            f"{differences[r['case']]:.0e}" if r["case"] in differences else "",
+            " / ".join(f"{off:.0e}" for off in differences.get(r["case"], ())),
         )
         lines.append(f"| {' | '.join(cell or '-' for cell in cells)} |")
     return "\n".join(lines) + "\n"
 
 
-def measured(path: Path = PARITY) -> dict[str, float]:
-    """Model -> relative difference of its logits from the published ones, where that has been measured."""
-    return {record["case"]: record["relative_difference"] for record in read(path)}
+def measured(path: Path = PARITY) -> dict[str, tuple[float, float]]:
+    """Model -> relative difference of its logits and of its gradients from the published ones, where measured."""
+    return {record["case"]: (record["relative_difference"], record["gradient_difference"]) for record in read(path)}
 
 
 def read(path: Path) -> list[dict[str, Any]]:

@@ -16,7 +16,7 @@ from tests.tolerances import LOGITS
 from vision_mamba.layers import SS2D, efficient, local
 from vision_mamba.models.efficientvmamba import checkpoint_filter_fn, to_published
 
-CASES = parity.read("efficientvmamba")  # all sizes at 224 px are in efficientvmamba_full, for tools/parity.py
+CASES = parity.read("efficientvmamba")  # those of all sizes are in fixtures/full, for tools/parity.py
 
 PARAMETERS = {
     "efficientvmamba_tiny": 6_493_660,

@@ -24,7 +24,7 @@ from vision_mamba.models import plainmamba
 from vision_mamba.models.plainmamba import checkpoint_filter_fn, to_published
 from vision_mamba.ops import selective_scan
 
-CASES = parity.read("plainmamba")  # all sizes at 224 px are in plainmamba_full, for tools/parity.py
+CASES = parity.read("plainmamba")  # those of all sizes are in fixtures/full, for tools/parity.py
 
 #: Those published leave the classifier out.
 PARAMETERS = {"plainmamba_l1": 7_551_656, "plainmamba_l2": 26_145_832, "plainmamba_l3": 50_956_456}

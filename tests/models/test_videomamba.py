@@ -16,7 +16,7 @@ from tests.tolerances import LOGITS
 from vision_mamba.layers import BiMamba
 from vision_mamba.models.videomamba import checkpoint_filter_fn, to_published
 
-CASES = parity.read("videomamba")  # all sizes at 224 px are in videomamba_full, for tools/parity.py
+CASES = parity.read("videomamba")  # those of all sizes are in fixtures/full, for tools/parity.py
 SIZES = {"tiny": 7_148_008, "small": 25_796_584, "middle": 74_217_448, "base": 97_598_440}
 
 
