@@ -95,7 +95,7 @@ def test_any_size_in_one_file(tmp_path: Path) -> None:
     ],
 )
 def test_every_family_in_every_format(kind: str, scan: str, vary: str, name: str, tmp_path: Path) -> None:
-    check(kind, Request(create(name), (64, 48), scan, vary), tmp_path / "model")
+    check(kind, Request(create(name), (64, 48), scan, vary), tmp_path / f"model{FORMATS[kind].suffix}")
 
 
 @pytest.mark.slow
@@ -165,6 +165,11 @@ def test_a_missing_package_is_named(absent: str, options: dict, monkeypatch: pyt
 def test_an_unknown_format_names_the_nearest(tmp_path: Path) -> None:
     with pytest.raises(ExportError, match="no format is called 'onx'; did you mean 'onnx'"):
         export_model("onx", Request(create("test_vim", depth=1), (64, 64)), tmp_path / "model")
+
+
+def test_a_name_that_cannot_be_read_again_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match=r"aoti: the file's name must end in \.pt2, got model\.so"):
+        export_model("aoti", Request(create("test_vim", depth=1), (64, 64)), tmp_path / "model.so")
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -113,6 +113,7 @@ class Format:
         needs: packages beside torch.
         write: (request, plain, path).
         read: path -> program.
+        ending: of a file's name, without which it cannot be read.
     """
 
     suffix: str
@@ -122,6 +123,7 @@ class Format:
     needs: tuple[str, ...]
     write: Callable[[Request, bool, Path], None]
     read: Callable[[Path], Program]
+    ending: str = ""
 
     def scan(self, request: Request) -> str:
         return request.scan or self.scans[0]
@@ -237,7 +239,7 @@ _ONNX = ("onnx", "onnxscript", "onnxruntime")
 FORMATS = {
     "pt2": Format(".pt2", "torch.export: Python with torch", _BOTH, True, (), _write_pt2, _read_pt2),
     "aoti": Format(
-        ".aoti.pt2", "AOTInductor: compiled, for C++ or Python", _BOTH[::-1], False, (), _write_aoti, _read_aoti
+        ".aoti.pt2", "AOTInductor: compiled, for C++ or Python", _BOTH[::-1], False, (), _write_aoti, _read_aoti, ".pt2"
     ),
     "onnx": Format(".onnx", "ONNX, by torch.export", _PLAIN, False, _ONNX, _write_onnx, _read_onnx),
     "onnx_script": Format(

@@ -56,6 +56,8 @@ def export_model(name: str, request: Request, path: str | Path) -> Exported:
     if reason is not None:
         raise ExportError(f"{name}: {reason}")
     chosen, path = FORMATS[name], Path(path)
+    if not path.name.endswith(chosen.ending):
+        raise ExportError(f"{name}: the file's name must end in {chosen.ending}, got {path.name}.")
     scan = chosen.scan(request)
     with _folder_beside(name, path) as folder:
         draft = folder / path.name
