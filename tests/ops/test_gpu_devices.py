@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -82,6 +83,9 @@ WORKS = SCANS | {
     ),
     "conv_both_ways": lambda: _several(
         ops.conv_both_ways, torch.randn(2, 50, 64), torch.randn(2, 64, 4), torch.randn(2, 64)
+    ),
+    "conv_along": lambda: _several(
+        functools.partial(ops.conv_along, before=2), torch.randn(2, 50, 64), torch.randn(64, 1, 4), torch.randn(64)
     ),
     "gated": lambda: _several(ops.gated, torch.randn(2, 5, 64).bfloat16(), torch.randn(2, 5, 64).bfloat16()),
 }
