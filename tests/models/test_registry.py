@@ -6,6 +6,7 @@ import copy
 import fnmatch
 import json
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from timm.optim import create_optimizer_v2
 from torch import Tensor, nn
 
 from tests.registered import ALL, SMALL, ends_in_tokens
+from vision_mamba.models import vmamba
 
 # Parameters of the mixers that must not decay and stay float32: A (as its logarithm), D, the bias of the step size.
 SPECIAL = re.compile(r"(^|[._])(A_logs?|A_b_log|Ds?|D_b|dt\w*_bias|dt\w*\.bias)$")
@@ -70,6 +72,22 @@ def test_state_space_parameters_do_not_decay(name: str) -> None:
     groups = create_optimizer_v2(model, "adamw", weight_decay=0.05).param_groups
     decaying = {id(parameter) for group in groups if group["weight_decay"] > 0 for parameter in group["params"]}
     assert decaying and decaying.isdisjoint(map(id, found.values()))
+
+
+@pytest.mark.parametrize("name", [name for name in SMALL if name not in ("test_vssd", "test_plainmamba")])
+def test_weight_decay_reaches_on_request_what_the_published_reached(name: str) -> None:
+    """There nothing was exempt but vectors, biases, position embeddings and class tokens."""
+    model = on_meta(name, published_weight_decay=True)
+    module = sys.modules[type(model).__module__ if name != "test_efficientvmamba" else vmamba.__name__]
+    groups = create_optimizer_v2(model, "adamw", weight_decay=0.05).param_groups
+    decaying = {id(parameter) for group in groups if group["weight_decay"] > 0 for parameter in group["params"]}
+    for own, parameter in model.named_parameters():
+        theirs = module.to_published({own: parameter})
+        decayed = [
+            tensor.dim() > 1 and not published.endswith((".bias", "pos_embed", "cls_token"))
+            for published, tensor in theirs.items()
+        ]
+        assert set(decayed) == {id(parameter) in decaying}, own
 
 
 @every_model

@@ -137,6 +137,7 @@ class MambaVision(Pyramid):
         norm_eps: epsilon of the layer norms.
         drop_rate: dropout before the classifier.
         proj_drop_rate: dropout within MLPs and behind attention.
+        published_weight_decay: let weight decay reach what the published training's reached, see `no_weight_decay`.
         drop_path_rate: stochastic depth of the last block, growing linearly from 0.
 
     Shape: (B, in_chans, H, W) -> (B, num_classes).
@@ -166,6 +167,7 @@ class MambaVision(Pyramid):
         norm_eps: float = 1e-5,
         drop_rate: float = 0.0,
         proj_drop_rate: float = 0.0,
+        published_weight_decay: bool = False,
         drop_path_rate: float = 0.0,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -203,10 +205,12 @@ class MambaVision(Pyramid):
             stages.append(WindowStage(between, blocks, windows[i]))
         norm = MapBatchNorm(dims[-1], **dd)
         super().__init__(stem, stages, norm, dims, 4, in_chans, num_classes, global_pool, drop_rate, img_size, **dd)
+        self.published_weight_decay = published_weight_decay
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
-        return {"*.A_log", "*.D", "*.dt_bias"}
+        """The published training left nothing out but vectors, which are left out anyhow."""
+        return set() if self.published_weight_decay else {"*.A_log", "*.D", "*.dt_bias"}
 
 
 def _no_norm(dim: int, **_: Any) -> nn.Module:

@@ -132,6 +132,7 @@ class VisionMamba(nn.Module):
         dynamic_img_size: take images of any size, resampling the position embedding; else refuse other sizes.
         drop_rate: dropout before the head.
         pos_drop_rate: dropout after the position embedding.
+        published_weight_decay: let weight decay reach what the published training's reached, see `no_weight_decay`.
         drop_path_rate: stochastic depth, rising linearly from 0 at the first block to this at the last.
         norm_layer: class or timm name of the norms; RMSNorm with eps 1e-5 by default.
         final_norm_layer: the same of the norm behind the blocks; that of all by default.
@@ -166,6 +167,7 @@ class VisionMamba(nn.Module):
         pos_embed: bool = True,
         rope: bool = False,
         published_quirks: bool = False,
+        published_weight_decay: bool = False,
         dynamic_img_size: bool = True,
         drop_rate: float = 0.0,
         pos_drop_rate: float = 0.0,
@@ -192,6 +194,7 @@ class VisionMamba(nn.Module):
         self.dynamic_img_size = dynamic_img_size
         self.rope = rope
         self.published_quirks = published_quirks
+        self.published_weight_decay = published_weight_decay
         self.grad_checkpointing = False
         norm: Callable[..., nn.Module] = (
             NORMS.get(str(norm_layer)) or get_norm_layer(norm_layer) or partial(RMSNorm, eps=1e-5)
@@ -262,7 +265,9 @@ class VisionMamba(nn.Module):
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
-        return {"pos_embed", "cls_token", "blocks.*.A_log", "blocks.*.D", "blocks.*.dt_bias", "blocks.*.conv_bias"}
+        """The published training left out less, A_log decayed with the matrices."""
+        exempt = {"pos_embed", "cls_token", "blocks.*.D", "blocks.*.dt_bias", "blocks.*.conv_bias"}
+        return exempt if self.published_weight_decay else exempt | {"blocks.*.A_log"}
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:

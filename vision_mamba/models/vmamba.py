@@ -140,6 +140,7 @@ class VMamba(Pyramid):
         act_layer: name of the activation of stem and MLP, timm's.
         drop_rate: dropout before the classifier.
         proj_drop_rate: dropout within mixers and MLPs.
+        published_weight_decay: let weight decay reach what the published training's reached, see `no_weight_decay`.
         drop_path_rate: stochastic depth of the last block, growing linearly from 0.
 
     Shape: (B, in_chans, H, W) -> (B, num_classes).
@@ -174,6 +175,7 @@ class VMamba(Pyramid):
         average_routes: bool = False,
         norm_columns: bool = False,
         published_quirks: bool = False,
+        published_weight_decay: bool = False,
         mlp_ratio: float = 4.0,
         stem: str = "overlap",
         downsample: str = "overlap",
@@ -243,10 +245,12 @@ class VMamba(Pyramid):
             img_size,
             **dd,
         )
+        self.published_weight_decay = published_weight_decay
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
-        return {"*.A_logs", "*.Ds", "*.dt_projs_bias"}
+        """The published training left nothing out but vectors, which are left out anyhow."""
+        return set() if self.published_weight_decay else {"*.A_logs", "*.Ds", "*.dt_projs_bias"}
 
 
 def _choose(argument: str, name: str, known: Mapping[str, Callable[..., nn.Module]]) -> Callable[..., nn.Module]:
