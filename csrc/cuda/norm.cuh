@@ -8,6 +8,7 @@ constexpr int kLanes = LANES;  // of a row; divides 32
 constexpr int kTimes = (kWidth / kRun + kLanes - 1) / kLanes;
 constexpr bool kRms = RMS;     // no mean and no bias
 constexpr bool kBranch = BRANCH;
+constexpr bool kShift = SHIFT;  // the same for every row is added first
 constexpr float kEpsilon = EPSILON;
 
 struct Row {
@@ -39,6 +40,11 @@ struct Row {
 #pragma unroll
             for (int j = 0; j < kRun; ++j) f(i, j, at[i][j]);
         }
+    }
+    DEVICE void shift(const float* by, int lane) {
+        Row other;
+        other.read<Float>(by, 0, true, lane);
+        each([&](int i, int j, float& v) { v += other.at[i][j]; });
     }
     // Take the mean away, and return what the row is to be divided by, inverted.
     DEVICE float centre(int lane) {

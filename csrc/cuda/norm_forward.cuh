@@ -1,5 +1,5 @@
-// norm_forward.cuh: y = (v - mean) / sqrt(var + epsilon) * weight + bias of each row v = x, or x + branch, which is written
-// out too.
+// norm_forward.cuh: y = (v - mean) / sqrt(var + epsilon) * weight + bias of each row v = x, x + shift, or x + branch, which is
+// written out too.
 // Grid: blocks of kThreads / kLanes rows.
 #include "norm.cuh"
 
@@ -18,6 +18,7 @@ extern "C" __global__ void __launch_bounds__(kThreads) norm_forward(const __grid
         v.each([&](int i, int j, float& a) { a = widen(narrow<X_TYPE>(a + branch.at[i][j])); });
         v.write<X_TYPE>(p.total, row, there, lane);
     }
+    if constexpr (kShift) v.shift(p.shift, lane);
     const float rate = v.centre(lane);
     Row weight;
     weight.read<Float>(p.weight, 0, true, lane);

@@ -9,6 +9,7 @@ struct Rows {
     const void* z;        // of the gate
     const float* weight;  // (channels), or (2, channels, 4) taps of either way, or (channels, 3, 3)
     const float* bias;    // (channels), or (2, channels)
+    const float* shift;   // (channels) that a norm's rows are shifted by
     const void* dy;
     const void* dtotal;
     void* y;

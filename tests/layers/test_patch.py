@@ -7,7 +7,9 @@ import math
 import pytest
 import torch
 
+from vision_mamba.layers import patch
 from vision_mamba.layers.embed import StridedPatchEmbed
+from vision_mamba.layers.norm import LayerNorm
 from vision_mamba.layers.patch import DOWNSAMPLES, STEMS, PatchMerging
 
 SIZES = [(32, 48), (33, 47), (8, 9)]
@@ -45,3 +47,16 @@ def test_patches_as_one_product_are_the_convolution() -> None:
     x = torch.randn(3, 2, 20, 24)
     assert not embed._is_product(x), "on a CPU the convolution runs"
     torch.testing.assert_close(embed._product(x), embed(x))
+
+
+@pytest.mark.parametrize("kind", ["stem", "downsample"])
+def test_the_norm_may_add_the_bias_of_the_convolution(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = STEMS["overlap"](3, 8, 4, LayerNorm) if kind == "stem" else DOWNSAMPLES["overlap"](3, 8, LayerNorm)
+    x = torch.randn(2, 3, 16, 16) if kind == "stem" else torch.randn(2, 16, 16, 3)
+    expected = layer(x)
+    biases: list[torch.Tensor] = []
+    given = patch.conv_norm
+    monkeypatch.setattr(patch, "eager_on_gpu", lambda x: True)
+    monkeypatch.setattr(patch, "conv_norm", lambda x, conv, norm: biases.append(conv.bias) or given(x, conv, norm))
+    torch.testing.assert_close(layer(x), expected)
+    assert len(biases) == (2 if kind == "stem" else 1)

@@ -30,6 +30,11 @@ def _normed(
     return rows_cuda.NORM, norm.plain_normed, tensors, options
 
 
+def _shifted(rows: int, width: int, x: torch.dtype, rms: bool, out: torch.dtype) -> Case:
+    kernels, plain, tensors, options = _normed(rows, width, x, None, rms, out)
+    return kernels, plain, [*tensors, torch.randn(width)], options
+
+
 def _convolved(batch: int, length: int, channels: int, taps: int, dtype: torch.dtype) -> Case:
     x = torch.randn(batch, length, 2 * channels).to(dtype)[..., :channels]  # one half of a projection
     return (
@@ -66,6 +71,8 @@ CASES: dict[str, Callable[[], Case]] = {
     "layer_norm_wide": lambda: _normed(3, 1022, F32, None, False, F16),
     "layer_norm_of_three": lambda: _normed(1, 3, F32, None, False, F32),
     "add_layer_norm": lambda: _normed(19, 96, F32, F16, False, F16),
+    "shifted_layer_norm": lambda: _shifted(7, 50, F32, False, F16),
+    "shifted_rms_norm": lambda: _shifted(3, 64, F16, True, F32),
     "rms_norm_beside": lambda: _normed(6, 48, F32, None, True, F16, True),
     "add_rms_norm": lambda: _normed(7, 192, F32, F32, True, F32),
     "rms_norm_half": lambda: _normed(9, 64, F16, None, True, F16),
@@ -87,6 +94,7 @@ CASES: dict[str, Callable[[], Case]] = {
 #: Beside those, sizes of models.
 LARGE: dict[str, Callable[[], Case]] = {
     "vmamba_stage1": lambda: _normed(3136, 96, F32, BF16, False, BF16),
+    "downsampled": lambda: _shifted(784, 192, BF16, False, F32),
     "vmamba_stage4": lambda: _normed(49, 768, F32, BF16, False, BF16),
     "vim_s": lambda: _normed(197, 384, F32, None, True, BF16),
     "conv_vim_s": lambda: _convolved(3, 197, 768, 4, BF16),

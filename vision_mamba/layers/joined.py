@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as of_modules
 
+from vision_mamba import ops
 from vision_mamba.layers.norm import LayerNorm, RMSNorm
 from vision_mamba.ops import mixers
 
@@ -46,6 +47,21 @@ def is_usual_mlp(mlp: object) -> bool:
     drops = mlp.training and (mlp.drop1.p > 0 or mlp.drop2.p > 0)
     linear = untouched(mlp.fc1, nn.Linear) and untouched(mlp.fc2, nn.Linear)
     return exact and not drops and linear and type(mlp.norm) is nn.Identity
+
+
+def is_usual_conv_norm(conv: object, norm: object) -> bool:
+    """Whether a norm may take over the bias of the convolution before it."""
+    return untouched(conv, nn.Conv2d) and conv.bias is not None and is_usual_norm(norm)  # type: ignore[attr-defined]
+
+
+def conv_norm(x: Tensor, conv: Any, norm: Any) -> Tensor:
+    """(B, C, H, W) -> (B, H', W', C'), a convolution and the norm of channels behind it, which adds the bias."""
+    y = conv._conv_forward(x, conv.weight, None).permute(0, 2, 3, 1)
+    half = norm.before_product and torch.is_autocast_enabled("cuda")
+    return ops.normed(
+        y, norm.weight, getattr(norm, "bias", None), norm.eps, rms=isinstance(norm, RMSNorm),
+        out_dtype=torch.get_autocast_dtype("cuda") if half else None, shift=conv.bias,
+    )  # fmt: skip
 
 
 def norm_linear(x: Tensor, branch: Tensor | None, norm: Any, linear: Any) -> tuple[Tensor, Tensor]:

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from timm.layers import ConvNormAct, LayerNorm, register_notrace_function
 from torch import Tensor, nn
 
+from vision_mamba.layers.joined import conv_norm, eager_on_gpu, is_usual_conv_norm
 from vision_mamba.layers.norm import before_product
 
 Norm = Callable[..., nn.Module]
@@ -84,8 +85,13 @@ class OverlapStem(nn.Module):
         self.norm2 = norm_layer(dim, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.conv1(x.contiguous(memory_format=torch.channels_last))
-        x = self.act(self.norm1(x.permute(0, 2, 3, 1)))
+        x = x.contiguous(memory_format=torch.channels_last)
+        if not torch.jit.is_scripting():
+            usual = is_usual_conv_norm(self.conv1, self.norm1) and is_usual_conv_norm(self.conv2, self.norm2)
+            if usual and eager_on_gpu(x):
+                x = self.act(conv_norm(x, self.conv1, self.norm1))
+                return conv_norm(x.permute(0, 3, 1, 2), self.conv2, self.norm2)
+        x = self.act(self.norm1(self.conv1(x).permute(0, 2, 3, 1)))
         return self.norm2(self.conv2(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
 
 
@@ -172,7 +178,11 @@ class ConvDownsample(nn.Module):
         self.norm = norm_layer(dim_out, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.norm(self.conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
+        x = x.permute(0, 3, 1, 2)
+        if not torch.jit.is_scripting():  # noqa: SIM102 - TorchScript would look into both sides of an "and"
+            if eager_on_gpu(x) and is_usual_conv_norm(self.conv, self.norm):
+                return conv_norm(x, self.conv, self.norm)
+        return self.norm(self.conv(x).permute(0, 2, 3, 1))
 
 
 class InvertedDownsample(nn.Module):

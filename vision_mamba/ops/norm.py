@@ -16,6 +16,7 @@ def plain_normed(
     branch: Tensor | None,
     weight: Tensor,
     bias: Tensor | None,
+    shift: Tensor | None = None,
     *,
     eps: float,
     rms: bool,
@@ -23,6 +24,7 @@ def plain_normed(
     stream: bool,
 ) -> Any:
     total = x if branch is None else x + branch
+    total = total if shift is None else total + shift
     shape = (int(x.shape[-1]),)  # a tracer's sizes are tensors
     y = F.rms_norm(total, shape, weight, eps) if rms else F.layer_norm(total, shape, weight, bias, eps)
     y = y if out_dtype is None else y.to(out_dtype)
@@ -46,6 +48,7 @@ def normed(
     *,
     rms: bool = False,
     out_dtype: torch.dtype | None = None,
+    shift: Tensor | None = None,
 ) -> Tensor:
     """Layer norm over the last axis, (x - mean) / sqrt(var + eps) * weight + bias, computed in float32.
 
@@ -54,11 +57,13 @@ def normed(
         weight, bias: (C,).
         rms: divide by the root of the mean square, without mean and bias.
         out_dtype: type of the result; by default what torch's function gives.
+        shift: (C,) added to x first, such as the bias of a convolution that gave x.
 
     >>> normed(torch.tensor([[1.0, 3.0]]), torch.ones(2), torch.zeros(2), 0.0)
     tensor([[-1.,  1.]])
     """
-    return _fused(x, None, weight, bias, eps=eps, rms=rms, out_dtype=out_dtype, stream=False)
+    more = () if shift is None else (shift,)
+    return _fused(x, None, weight, bias, *more, eps=eps, rms=rms, out_dtype=out_dtype, stream=False)
 
 
 def add_normed(

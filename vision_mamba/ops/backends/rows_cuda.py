@@ -45,10 +45,12 @@ def norm(
     eps: float,
     run: int,
     again: bool = False,
+    shift: bool = False,
 ) -> nvrtc.Specialisation:
     """A norm over rows of `width` channels; a backward pass writes the branch's gradient if its type is not x's, and
-    the norm's result `again` if that is wanted."""
+    the norm's result `again` if that is wanted. Rows may be shifted first, all alike."""
     macros = dict(WIDTH=width, RUN=run, LANES=norm_lanes(width, run), RMS=rms, BRANCH=branch is not None, AGAIN=again)
+    macros |= dict(SHIFT=shift)
     types = dict(X_TYPE=x, B_TYPE=branch or x, Y_TYPE=y)
     return _kernel("norm_forward" if forward else "norm_backward", types, macros | dict(EPSILON=f"{float(eps)!r}f"))
 
@@ -87,6 +89,7 @@ SHIPPED = (
     *(norm(forward, _FULL, None, _HALF, 96, False, 1e-5, 4) for forward in (True, False)),
     *(norm(forward, _FULL, _HALF, _HALF, 768, False, 1e-5, 4) for forward in (True, False)),
     *(norm(forward, _FULL, None, _HALF, 384, True, 1e-5, 4) for forward in (True, False)),
+    *(norm(forward, _HALF, None, _FULL, 768, False, 1e-5, 4, False, True) for forward in (True, False)),
     *(convolution(forward, _HALF, 2, ways) for forward in (True, False) for ways in (1, 2)),
     *(gate(forward, _HALF, _HALF, _HALF, 8) for forward in (True, False)),
     gate(True, _HALF, _HALF, _HALF, 8, 2),
@@ -152,11 +155,11 @@ def _whole(tensor: Tensor | None) -> Tensor | None:
 
 
 def _refuses_norm(tensors: Tensors, options: dict[str, Any]) -> bool:
-    x, branch, weight, bias = tensors
+    x, branch, weight, bias, shift = (*tensors, None)[:5]
     assert x is not None
-    if any(t is not None and t.shape != x.shape[-1:] for t in (weight, bias)):
+    if any(t is not None and t.shape != x.shape[-1:] for t in (weight, bias, shift)):
         return True  # plain torch says what is wrong
-    if _norm_type(x, options) not in TYPES or _unfit(x, branch, weight, bias):
+    if _norm_type(x, options) not in TYPES or _unfit(x, branch, weight, bias, shift):
         return True
     if not x.is_contiguous() or x.shape[-1] > MAX_WIDTH:
         return True
@@ -172,7 +175,7 @@ def _norm_type(x: Tensor, options: dict[str, Any]) -> torch.dtype:
 
 
 def _norm_forward(tensors: Tensors, options: dict[str, Any], keep: bool = True) -> tuple[tuple[Tensor, ...], Tensors]:
-    x, branch, weight, bias = tensors
+    x, branch, weight, bias, shift = (*tensors, None)[:5]
     assert x is not None and weight is not None
     width = x.shape[-1]
     rows = x.numel() // width
@@ -181,20 +184,20 @@ def _norm_forward(tensors: Tensors, options: dict[str, Any], keep: bool = True) 
     total = None if branch is None else torch.empty_like(x)
     run = _run(4, x, branch, y)
     kind = None if branch is None else branch.dtype
-    how = (True, x.dtype, kind, y.dtype, width, options["rms"], options["eps"], run)
+    how = (True, x.dtype, kind, y.dtype, width, options["rms"], options["eps"], run, False, shift is not None)
     per_block = 128 // norm_lanes(width, run)
     _start(
         norm, how, (rows + per_block - 1) // per_block, dict(batch=rows), x=x, branch=branch, weight=_whole(weight),
-        bias=_whole(bias), y=y, total=total,
+        bias=_whole(bias), shift=_whole(shift), y=y, total=total,
     )  # fmt: skip
     if branch is None or total is None:
-        return (y, x) if options["stream"] else (y,), (x, weight, bias, None)
+        return (y, x) if options["stream"] else (y,), (x, weight, bias, None, *tensors[4:])
     return (y, total), (total, weight, bias, branch.new_empty(0))  # of the branch, backward needs its type
 
 
 def norm_backward(kept: Tensors, options: dict[str, Any], grads: Tensors, again: Tensor | None = None) -> Tensors:
     """Writes the norm's result once more to `again`, of the type of its gradient, if that is given."""
-    x, weight, bias, branch = kept
+    x, weight, bias, branch, shift = (*kept, None)[:5]
     assert x is not None and weight is not None
     dy = None if grads[0] is None else grads[0].contiguous()
     dtotal = None if len(grads) == 1 or grads[1] is None else grads[1].contiguous()
@@ -205,17 +208,18 @@ def norm_backward(kept: Tensors, options: dict[str, Any], grads: Tensors, again:
     run = _run(4, x, dy, dtotal)
     kind = None if dbranch is None else dbranch.dtype
     y = _norm_type(x, options) if dy is None else dy.dtype
-    how = (False, x.dtype, kind, y, width, options["rms"], options["eps"], run, again is not None)
+    how = (False, x.dtype, kind, y, width, options["rms"], options["eps"], run, again is not None, shift is not None)
     per_block = 256 // norm_lanes(width, run)
     blocks = min(2 * _multiprocessors(x.device.index), (rows + per_block - 1) // per_block)
-    parts = torch.empty((blocks, 2, width), dtype=torch.float32, device=x.device)
+    parts = torch.empty((blocks, 2 + (shift is not None), width), dtype=torch.float32, device=x.device)
     _start(
-        norm, how, blocks, dict(batch=rows), x=x, weight=_whole(weight), bias=_whole(bias), dy=dy, dtotal=dtotal, dx=dx,
-        dbranch=dbranch, y=again, parts=parts,
+        norm, how, blocks, dict(batch=rows), x=x, weight=_whole(weight), bias=_whole(bias), shift=_whole(shift), dy=dy,
+        dtotal=dtotal, dx=dx, dbranch=dbranch, y=again, parts=parts,
     )  # fmt: skip
-    dweight, dbias = parts.sum(0).unbind()
+    dweight, dbias, *dshift = parts.sum(0).unbind()
     of_branch = None if branch is None else dx if dbranch is None else dbranch
-    return dx, of_branch, dweight.to(weight.dtype), None if bias is None else dbias.to(bias.dtype)
+    found = (dx, of_branch, dweight.to(weight.dtype), None if bias is None else dbias.to(bias.dtype))
+    return found if shift is None else (*found, dshift[0].to(shift.dtype))
 
 
 # The convolution.
