@@ -10,7 +10,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
 
-from bench import counters, floor, plot, render, run
+from bench import counters, floor, host, plot, render, run
 from bench.cases import CASES, ScanCase, make_call
 
 from vision_mamba.ops import contract, selective_scan
@@ -79,6 +79,14 @@ def test_floor_counts_bytes_and_exponentials(monkeypatch: pytest.MonkeyPatch) ->
     assert floor.floor_ms(call, "fwd") == forward
     assert floor.floor_ms(call, "bwd") == backward
     assert floor.floor_ms(call, "fwdbwd") == {name: forward[name] + backward[name] for name in forward}
+
+
+@pytest.mark.gpu
+def test_a_call_is_taken_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(host, "BATCHES", 3)
+    found = host.parts(make_call(CASES["vmamba_t_stage4_b1"], torch.bfloat16, torch.device("cuda")))
+    parts = ("dispatcher", "modes", "recognition", "tensors", "launches")
+    assert found["kernels"] >= 1 and sum(found[part] for part in parts) == pytest.approx(found["forward"])
 
 
 def test_counters_are_read_from_the_profilers_table() -> None:
