@@ -51,6 +51,10 @@ def test_its_table_of_models_is_the_record() -> None:
     assert list(RECORDS) == count.model_names()
 
 
+def test_its_table_of_speeds_is_the_record() -> None:
+    assert count.put_table(TEXT, count.speeds(count.read(count.SPEEDS)), count.SPEEDS) == TEXT
+
+
 def test_every_fixture_has_a_record_of_its_difference() -> None:
     recorded = parity.read()
     for case in parity.cases():

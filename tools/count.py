@@ -31,7 +31,14 @@ RECORD = ROOT / "results" / "models.jsonl"
 PARITY = ROOT / "results" / "parity.jsonl"
 README = ROOT / "README.md"
 COVERED = ("vision_mamba", "tools/count.py")  # what a record depends on
-BEGIN, END = "<!-- table of results/models.jsonl -->\n", "<!-- end of table -->\n"
+SPEEDS = ROOT / "results" / "families_gpu.jsonl"
+END = "<!-- end of table -->\n"
+#: Images a second, inferring and training, as published by the authors: on an A100, 128 images of 224 px a step.
+PUBLISHED_SPEEDS = {
+    "vmamba_tiny_v0": (638, 195),
+    "vmamba_base_s1l20": (827, 313),
+    "mambavision_tiny": (6298, None),
+}
 
 
 def model_names() -> list[str]:
@@ -95,9 +102,25 @@ def read(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def put_table(text: str, rows: str) -> str:
-    """A text with the table between its two marks replaced."""
-    return re.sub(f"(?s)(?<={re.escape(BEGIN)}).*(?={re.escape(END)})", lambda _: rows, text)
+def speeds(records: Iterable[dict[str, Any]]) -> str:
+    """What `tools/benchmark.py` measured of one model of each family, beside what its authors published."""
+    found: dict[str, dict[tuple[str, str], dict[str, Any]]] = {}
+    for r in records:
+        found.setdefault(r["case"], {})[r["pass"], r["mode"]] = r
+    titles = ("model", "inference, images/s", "training, images/s", "its memory, GiB", "published, A100, images/s")
+    lines = [f"| {' | '.join(titles)} |", "|---|--:|--:|--:|--:|"]
+    for name, runs in sorted(found.items()):
+        theirs = [f"{speed:,}" for speed in PUBLISHED_SPEEDS.get(name, ()) if speed]
+        ours = (f"{runs[which, 'graph']['images_per_s']:,.0f}" for which in ("infer", "train"))
+        cells = (f"`{name}`", *ours, f"{runs['train', 'eager']['peak_gib']:.1f}", " / ".join(theirs) or "-")
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def put_table(text: str, rows: str, record: Path = RECORD) -> str:
+    """A text with the table between the mark of a record and the next end replaced."""
+    begin = f"<!-- table of results/{record.name} -->\n"
+    return re.sub(f"(?s)(?<={re.escape(begin)}).*?(?={re.escape(END)})", lambda _: rows, text)
 
 
 def main() -> int:
@@ -105,7 +128,8 @@ def main() -> int:
     argparse.ArgumentParser(description=__doc__, formatter_class=formatter).parse_args()
     source = provenance("meta", *COVERED) | {"timm": timm.__version__}
     RECORD.write_text("".join(json.dumps(source | count(name)) + "\n" for name in model_names()))
-    README.write_text(put_table(README.read_text(), table(read(RECORD), measured())))
+    text = put_table(README.read_text(), table(read(RECORD), measured()))
+    README.write_text(put_table(text, speeds(read(SPEEDS)), SPEEDS))
     sys.stdout.write(f"{RECORD.relative_to(ROOT)} and {README.name} are up to date\n")
     return 0
 
