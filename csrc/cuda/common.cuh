@@ -104,8 +104,15 @@ template <class T, int V> struct Pack {
     }
 };
 
-// Read V elements of which `valid` exist. kVector: they are neighbours, aligned, and all there or none.
-template <bool kVector, class T, int V>
+// What this kernel doesn't write can be read through the texture path.
+template <bool kWritten, class T> DEVICE T read(const T* at) {
+    if constexpr (kWritten) return *at;
+    else return __ldg(at);
+}
+
+// Read V elements of which `valid` exist. kVector: they are neighbours, aligned, and all there or none. kWritten: the
+// kernel itself may have written them.
+template <bool kVector, bool kWritten = false, class T, int V>
 DEVICE void load(Pack<T, V>& pack, const T* at, int stride, int valid) {
     pack.clear();
     if constexpr (kVector) {
@@ -114,30 +121,30 @@ DEVICE void load(Pack<T, V>& pack, const T* at, int stride, int valid) {
         if constexpr (kBytes % 16 == 0) {
 #pragma unroll
             for (int i = 0; i < kBytes / 16; ++i) {
-                uint4 v = __ldg(reinterpret_cast<const uint4*>(at) + i);
+                uint4 v = read<kWritten>(reinterpret_cast<const uint4*>(at) + i);
                 pack.words[4 * i] = v.x, pack.words[4 * i + 1] = v.y;
                 pack.words[4 * i + 2] = v.z, pack.words[4 * i + 3] = v.w;
             }
         } else if constexpr (kBytes % 8 == 0) {
 #pragma unroll
             for (int i = 0; i < kBytes / 8; ++i) {
-                uint2 v = __ldg(reinterpret_cast<const uint2*>(at) + i);
+                uint2 v = read<kWritten>(reinterpret_cast<const uint2*>(at) + i);
                 pack.words[2 * i] = v.x, pack.words[2 * i + 1] = v.y;
             }
         } else if constexpr (kBytes % 4 == 0) {
 #pragma unroll
-            for (int i = 0; i < kBytes / 4; ++i) pack.words[i] = __ldg(reinterpret_cast<const unsigned*>(at) + i);
+            for (int i = 0; i < kBytes / 4; ++i) pack.words[i] = read<kWritten>(reinterpret_cast<const unsigned*>(at) + i);
         } else {
-            pack.words[0] = __ldg(reinterpret_cast<const unsigned short*>(at));
+            pack.words[0] = read<kWritten>(reinterpret_cast<const unsigned short*>(at));
         }
     } else {
 #pragma unroll
         for (int i = 0; i < V; ++i) {
             if (i < valid) {
                 if constexpr (sizeof(T) == 4) {
-                    pack.words[i] = __ldg(reinterpret_cast<const unsigned*>(at + (long long)i * stride));
+                    pack.words[i] = read<kWritten>(reinterpret_cast<const unsigned*>(at + (long long)i * stride));
                 } else {
-                    unsigned bits = __ldg(reinterpret_cast<const unsigned short*>(at + (long long)i * stride));
+                    unsigned bits = read<kWritten>(reinterpret_cast<const unsigned short*>(at + (long long)i * stride));
                     pack.words[i / 2] |= bits << (i % 2 * 16);
                 }
             }

@@ -3,6 +3,8 @@
 // in float32 and in a fixed order. narrow_backward.cuh leaves dB and dC in pairs and in the order of steps, and blocks as
 // the slowest axis; wide_backward.cuh keeps tokens' rows of blocks together.
 //
+// SUM_TYPE: of the shares of dB and dC that wide_backward.cuh leaves.
+//
 // Grid: one thread = one sum, or a run of neighbouring ones; blocks of the longest sums come first.
 #pragma once
 #include "common.cuh"
@@ -74,8 +76,8 @@ extern "C" __global__ void __launch_bounds__(256) finish(const __grid_constant__
             add_up_row<DDT_TYPE, DT_TYPE, kRun, kRank>(p.ddt, tiles, p.sum_ddt, i);
         }
     } else if constexpr (!kNarrow) {
-        if (job == 2) add_up_row<Float, B_TYPE, kStateRun, kStates>(p.dB, tiles, p.sum_dB, i);
-        else add_up_row<Float, C_TYPE, kStateRun, kStates>(p.dC, tiles, p.sum_dC, i);
+        if (job == 2) add_up_row<SUM_TYPE, B_TYPE, kStateRun, kStates>(p.dB, tiles, p.sum_dB, i);
+        else add_up_row<SUM_TYPE, C_TYPE, kStateRun, kStates>(p.dC, tiles, p.sum_dC, i);
     } else {
         const long long sequence = i / p.steps, batch = sequence / p.routes, route = sequence % p.routes;
         const int token = p.indices[route * p.steps + i % p.steps];

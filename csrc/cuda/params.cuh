@@ -24,8 +24,8 @@ struct Params {
     const float* dlast_state;  // (B, K, D, N), or null
     void* dx;
     void* ddt;             // like dt, or (B, L, K, D); of a low rank (B, L, K, channel tiles, R), where N = 1 (tiles, B, L, K, R)
-    float* dB;             // (B, L, K, channel tiles, N)
-    float* dC;             // (B, L, K, channel tiles, N)
+    void* dB;              // (B, L, K, channel tiles, N)
+    void* dC;              // (B, L, K, channel tiles, N)
     float* dA;             // (B, segments, K, D, N)
     float* dD;             // (B, segments, K, D), or null
     float* ddt_bias;       // (B, segments, K, D), or null

@@ -16,6 +16,8 @@ constexpr bool kTensorRank = TENSOR_RANK;  // it is multiplied on the tensor cor
 constexpr int kPass = PASS;                // of two over a route in segments, or 0
 constexpr int kTile = 16;                  // steps between two states that forward saves
 
+constexpr int kRing = 4 * kBuffers;        // tiles whose tokens are in shared memory
+
 constexpr int kThreads = 32 * kWarps;
 constexpr int kGroups = 32 / kLanes;
 constexpr int kWarpChannels = kSlots * kGroups;
@@ -40,8 +42,12 @@ static_assert(kSlots <= kLanes || kLanes == 1);
 static_assert(kRun >= 1 && kRows >= 1 && kRuns % 2 == 0);
 static_assert(!kTensorRank || kWarpChannels % 8 == 0);
 
-template <class T> DEVICE T* at_token(T* tensor, int token, long long stride) {
-    return tensor + (long long)token * (int)stride;
+// Element `more` of a token's row. One multiplication: the compiler would take three for 64 bits.
+template <class T> DEVICE T* at_token(T* tensor, int token, long long stride, int more = 0) {
+    __builtin_assume(__isGlobal(tensor));  // where a pointer comes from shared memory, this isn't seen
+    long long at;
+    asm("mad.wide.s32 %0, %1, %2, %3;" : "=l"(at) : "r"(token), "r"((int)stride), "l"((long long)more));
+    return tensor + at;
 }
 
 // V neighbouring floats in shared or device memory, four at a time where that is aligned.
@@ -75,6 +81,19 @@ template <int V> DEVICE void put(float* at, const float* v) {
     } else {
 #pragma unroll
         for (int i = 0; i < V; ++i) at[i] = v[i];
+    }
+}
+
+// The same to device memory, where the compiler would take fours apart rather than bring them together in registers.
+template <int V> DEVICE void put_whole(float* at, const float* v) {
+    if constexpr (V % 4 == 0) {
+#pragma unroll
+        for (int i = 0; i < V; i += 4) {
+            asm volatile("st.global.v4.f32 [%0], {%1, %2, %3, %4};"
+                         :: "l"(at + i), "f"(v[i]), "f"(v[i + 1]), "f"(v[i + 2]), "f"(v[i + 3]) : "memory");
+        }
+    } else {
+        put<V>(at, v);
     }
 }
 

@@ -6,7 +6,7 @@
 // Grid: a block = one (b, k) and kBlockChannels channels, a warp = kWarpChannels of them. Lane (q, group), q in the high
 // bits, holds states q kStates.. of kSlots channels; its slot j is channel ((j ^ q) % kSlots) kGroups + group of the
 // warp, so that sums over q leave a lane its own channel by exchanges without selection.
-// Steps go by in tiles of kTile, from the last. Forward saved the state before each tile; a warp runs through the
+// Steps go by in tiles of kTile, from the last. Forward saved the state before each tile but the first; a warp runs through the
 // tile once and keeps every state, those of the first kHeld steps in shared memory, those of the last kSub in
 // registers: so each state is computed once. Decays are computed again on the way back: registers that kept them would
 // cost more, in warps that do not fit, than the exponentials do.
@@ -18,18 +18,25 @@
 // results: all in fixed order.
 #pragma once
 constexpr int kFirstSegment = 1;  // of those whose ends, their first states, are wanted
+constexpr int kBuffers = 1;       // tiles in shared memory
 #include "wide_sums.cuh"
 
 constexpr int kSub = SUB;
 constexpr int kHeld = kTile - kSub;
 constexpr bool kDirect = kWarps == 1;  // a warp's sums are the block's
 constexpr int kFlush = 64;             // tiles after which partial sums of dA leave the registers
+constexpr int kColumns = owned_count<2 * kRun, kRowHigh, kRowLow>();
 
 static_assert(kSub % kSpan == 0 && kHeld % kSpan == 0);
 
 struct alignas(16) BlockMemory {
+    const Y_TYPE* dy;  // of the block's channels, as what stage has
+    DX_TYPE* dx;
+    DDT_TYPE* ddt;
+    SUM_TYPE *dB, *dC;
     Stage stage;               // su: s, s x -> <g, B>; in between, halves of ddt, of two channels in the first's place
     float2 dz[kTile][kPitch];  // dy, x or none -> <g h A>
+    alignas(16) float columns[kThreads][kColumns];  // a thread's shares of dD and ddt_bias
     float sums[kDirect ? 1 : kWarps][kDirect ? 1 : kTile][2 * kRow];  // dB, then dC
     float held[kWarps][kHeld][kSlots][32][kStates];                   // the state after each of the first steps
     float4 dweight[kTensorRank ? kWarps : 1][kTensorRank ? (kOwnTiles + 1) / 2 : 1][kTensorRank ? kRankTiles : 1][32];
@@ -41,16 +48,18 @@ extern "C" __global__ void __launch_bounds__(kThreads, MIN_BLOCKS) wide_backward
     BlockMemory& block = *reinterpret_cast<BlockMemory*>(shared);
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
 
-    const Source from(p);
+    const Source from(p, -1);
     const int channels = from.channels, steps = from.steps, states = from.states, run = from.run;
     const int route = from.route, blocks = from.blocks, first = from.first;
     const long long batch = from.batch, sequence = from.sequence;
     const int q = lane / kGroups, group = lane % kGroups;
-    const Y_TYPE* dy = (const Y_TYPE*)p.dy + batch * p.dy_b + route * p.dy_k + (first + run) * p.dy_d;
-    DX_TYPE* dx = (DX_TYPE*)p.dx + batch * p.dx_b + route * p.dx_k + (first + run) * p.dx_d;
-    DDT_TYPE* ddt = (DDT_TYPE*)p.ddt + batch * p.ddt_b + route * p.ddt_k + (first + run) * p.ddt_d;
     const long long first_sum = (batch * p.tokens * p.routes + route) * blocks + from.block;
-    float *dB = p.dB + first_sum * states, *dC = p.dC + first_sum * states;
+    if (threadIdx.x == 0) {
+        block.dy = (const Y_TYPE*)p.dy + batch * p.dy_b + route * p.dy_k + first * p.dy_d;
+        block.dx = (DX_TYPE*)p.dx + batch * p.dx_b + route * p.dx_k + first * p.dx_d;
+        block.ddt = (DDT_TYPE*)p.ddt + batch * p.ddt_b + route * p.ddt_k + first * p.ddt_d;
+        block.dB = (SUM_TYPE*)p.dB + first_sum * states, block.dC = (SUM_TYPE*)p.dC + first_sum * states;
+    }
     const int sums_stride = (int)p.routes * blocks;
 
     int places[kSlots];  // of the slots' channels in the block
@@ -79,9 +88,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, MIN_BLOCKS) wide_backward
     for (int i = threadIdx.x; kTensorRank && i < (int)(sizeof(block.dweight) / sizeof(float4)); i += kThreads) {
         block.dweight[0][0][0][i] = make_float4(0.f, 0.f, 0.f, 0.f);
     }
-    // A thread's share of dD and ddt_bias.
-    constexpr int kColumns = owned_count<2 * kRun, kRowHigh, kRowLow>();
-    float columns[kColumns];
+    float* columns = block.columns[threadIdx.x];
 #pragma unroll
     for (int i = 0; i < kColumns; ++i) columns[i] = 0.f;
 
@@ -98,7 +105,17 @@ extern "C" __global__ void __launch_bounds__(kThreads, MIN_BLOCKS) wide_backward
 #pragma unroll
         for (int j = 0; j < kSlots; ++j) {
             const int channel = min(first + places[j], channels - 1);
-            get<kStates>(h[j], p.saved + ((sequence * tiles + tile) * channels + channel) * kRow + q * kStates);
+            if (tile > 0) {
+                const long long row = (sequence * (tiles - 1) + tile - 1) * channels + channel;
+                get<kStates>(h[j], p.saved + row * kRow + q * kStates);
+            } else {
+#pragma unroll
+                for (int n = 0; n < kStates; ++n) {
+                    const int state = q * kStates + n;
+                    const bool given = p.initial_state && state < states;
+                    h[j][n] = given ? p.initial_state[(sequence * channels + channel) * states + state] : 0.f;
+                }
+            }
         }
     };
 
@@ -106,12 +123,13 @@ extern "C" __global__ void __launch_bounds__(kThreads, MIN_BLOCKS) wide_backward
     Pack<Y_TYPE, kRun> dy_in[kRows];
     float h[kSlots][kStates];
     auto fetch = [&](int tile) {
-        const int* tokens = block.stage.tokens[tile & 3];
-        in.fetch(from, p, tokens);
+        const int* tokens = block.stage.tokens[tile % kRing];
+        in.fetch(from, p, block.stage, tokens);
 #pragma unroll
         for (int r = 0; r < kRows; ++r) {
             const int token = tokens[own_row(r)];
-            if (p.dy) load<kVectorX>(dy_in[r], at_token(dy, token, p.dy_l), (int)p.dy_d, token >= 0 ? from.valid : 0);
+            if (p.dy) load<kVectorX>(dy_in[r], at_token(block.dy, token, p.dy_l, from.run_at(p.dy_d)), (int)p.dy_d,
+                                     token >= 0 ? from.valid : 0);
             else dy_in[r].clear();
         }
         if (kPass != 1) saved(h, tile);
@@ -122,14 +140,14 @@ extern "C" __global__ void __launch_bounds__(kThreads, MIN_BLOCKS) wide_backward
 
     if (threadIdx.x < kTile) {
         const int tile = from.last_tile - 1;
-        block.stage.tokens[tile & 3][threadIdx.x] = from.token_at(tile * kTile + threadIdx.x);
+        block.stage.tokens[tile % kRing][threadIdx.x] = from.token_at(tile * kTile + threadIdx.x);
     }
     __syncthreads();
     fetch(from.last_tile - 1);
     unpack(from.last_tile - 1);
     for (int tile = from.last_tile - 1; tile >= from.first_tile; --tile) {
         const int start = tile * kTile;
-        const int* tokens = block.stage.tokens[tile & 3];
+        const int* tokens = block.stage.tokens[tile % kRing];
         const bool more = tile > from.first_tile;
         int ahead = 0;
         if (threadIdx.x < kTile && more) ahead = from.token_at(start - kTile + threadIdx.x);
@@ -143,10 +161,10 @@ extern "C" __global__ void __launch_bounds__(kThreads, MIN_BLOCKS) wide_backward
 #pragma unroll 4
             for (int t = kTile - 1; t >= 0; --t) {
                 float c[kStates];
-                get<kStates>(c, block.stage.rows[t] + kRow + q * kStates);
+                get<kStates>(c, block.stage.rows[0][t] + kRow + q * kStates);
 #pragma unroll
                 for (int j = 0; j < kSlots; ++j) {
-                    const float s = block.stage.su[t][places[j]].x, out = block.dz[t][places[j]].x;
+                    const float s = block.stage.su[0][t][places[j]].x, out = block.dz[t][places[j]].x;
 #pragma unroll
                     for (int n = 0; n < kStates; ++n) {
                         carried[j][n] = fmaf(c[n], out, carried[j][n]) * decay(s, A[j][n]);
@@ -154,7 +172,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, MIN_BLOCKS) wide_backward
                     span[j] += s;
                 }
             }
-            if (threadIdx.x < kTile) block.stage.tokens[tile - 1 & 3][threadIdx.x] = ahead;
+            if (threadIdx.x < kTile) block.stage.tokens[(tile + kRing - 1) % kRing][threadIdx.x] = ahead;
             __syncthreads();
             if (more) fetch(tile - 1), unpack(tile - 1);
             continue;
@@ -163,10 +181,10 @@ extern "C" __global__ void __launch_bounds__(kThreads, MIN_BLOCKS) wide_backward
         const bool whole = start + kHeld < steps;  // not only padding behind the first steps
         auto forwards = [&](int t) {
             float b[kStates];
-            get<kStates>(b, block.stage.rows[t] + q * kStates);
+            get<kStates>(b, block.stage.rows[0][t] + q * kStates);
 #pragma unroll
             for (int j = 0; j < kSlots; ++j) {
-                const float2 su = block.stage.su[t][places[j]];
+                const float2 su = block.stage.su[0][t][places[j]];
 #pragma unroll
                 for (int n = 0; n < kStates; ++n) h[j][n] = fmaf(decay(su.x, A[j][n]), h[j][n], su.y * b[n]);
             }
@@ -174,16 +192,16 @@ extern "C" __global__ void __launch_bounds__(kThreads, MIN_BLOCKS) wide_backward
         float product_of_sums[4];
         auto row_at = [&](int t) {
             // The sums of a lone warp take the place of B and C, which nothing reads again.
-            return kDirect ? block.stage.rows[t] : block.sums[kDirect ? 0 : warp][kDirect ? 0 : t];
+            return kDirect ? block.stage.rows[0][t] : block.sums[kDirect ? 0 : warp][kDirect ? 0 : t];
         };
         auto backwards = [&](int t, int span, const float (*before)[kStates], const float (*after)[kStates]) {
             float b[kStates], c[kStates], sums[kSums], inner[2];
             float others[2][kSlots];  // <g, B> and <g h A> of the slots
-            get<kStates>(b, block.stage.rows[t] + q * kStates);
-            get<kStates>(c, block.stage.rows[t] + kRow + q * kStates);
+            get<kStates>(b, block.stage.rows[0][t] + q * kStates);
+            get<kStates>(c, block.stage.rows[0][t] + kRow + q * kStates);
 #pragma unroll
             for (int j = 0; j < kSlots; ++j) {
-                const float2 su = block.stage.su[t][places[j]];
+                const float2 su = block.stage.su[0][t][places[j]];
                 const float out = block.dz[t][places[j]].x;
                 others[0][j] = others[1][j] = 0.f;
 #pragma unroll
@@ -212,7 +230,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, MIN_BLOCKS) wide_backward
                 const int owned = owned_from<2, 16, kGroups * kSlots>(lane);
 #pragma unroll
                 for (int i = 0; i < owned_count<2, 16, kGroups * kSlots>(); ++i) {
-                    (owned + i ? block.dz : block.stage.su)[t][places[0]].y = inner[i];
+                    (owned + i ? block.dz : block.stage.su[0])[t][places[0]].y = inner[i];
                 }
             }
         };
@@ -249,7 +267,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, MIN_BLOCKS) wide_backward
                 copy(h, before);
             }
         }
-        if (threadIdx.x < kTile) block.stage.tokens[tile - 1 & 3][threadIdx.x] = ahead;
+        if (threadIdx.x < kTile) block.stage.tokens[(tile + kRing - 1) % kRing][threadIdx.x] = ahead;
         __syncthreads();
         if (more) fetch(tile - 1);
 
@@ -259,7 +277,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, MIN_BLOCKS) wide_backward
             const int row = own_row(r), token = tokens[row];
             float dx_out[kRun], ddt_out[kRun], skip[kRun], su[2 * kRun], dz[2 * kRun], shares[2 * kRun];
             get<kRun>(skip, block.stage.D + run);
-            get<2 * kRun>(su, &block.stage.su[row][run].x);
+            get<2 * kRun>(su, &block.stage.su[0][row][run].x);
             get<2 * kRun>(dz, &block.dz[row][run].x);
 #pragma unroll
             for (int i = 0; i < kRun; ++i) {
@@ -273,22 +291,26 @@ extern "C" __global__ void __launch_bounds__(kThreads, MIN_BLOCKS) wide_backward
             if (token >= 0) {
                 Pack<DX_TYPE, kRun> dx_row;
                 dx_row.set(dx_out);
-                store<kVectorX>(dx_row, at_token(dx, token, p.dx_l), (int)p.dx_d, from.valid);
+                store<kVectorX>(dx_row, at_token(block.dx, token, p.dx_l, from.run_at(p.dx_d)), (int)p.dx_d, from.valid);
                 if constexpr (!kTensorRank) {
                     Pack<DDT_TYPE, kRun> ddt_row;
                     ddt_row.set(ddt_out);
-                    store<kVectorX>(ddt_row, at_token(ddt, token, p.ddt_l), (int)p.ddt_d, from.valid);
+                    store<kVectorX>(ddt_row, at_token(block.ddt, token, p.ddt_l, from.run_at(p.ddt_d)), (int)p.ddt_d,
+                                    from.valid);
                 }
             }
             if constexpr (kTensorRank) {
 #pragma unroll
                 for (int i = 0; i < kRun; i += 2) {
-                    *reinterpret_cast<uint2*>(&block.stage.su[row][run + i]) = halves(ddt_out[i], ddt_out[i + 1]);
+                    *reinterpret_cast<uint2*>(&block.stage.su[0][row][run + i]) = halves(ddt_out[i], ddt_out[i + 1]);
                 }
             }
             reduce_scatter<2 * kRun, kRowHigh, kRowLow>(shares, lane);
+            float so_far[kColumns];
+            get<kColumns>(so_far, columns);
 #pragma unroll
-            for (int i = 0; i < kColumns; ++i) columns[i] += shares[i];
+            for (int i = 0; i < kColumns; ++i) so_far[i] += shares[i];
+            put<kColumns>(columns, so_far);
         }
         // dB and dC of the tile, added over the warps.
 #pragma unroll
@@ -299,7 +321,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, MIN_BLOCKS) wide_backward
 #pragma unroll
             for (int kind = 0; kind < 2; ++kind) {
                 float sum[kRowRun];
-                get<kRowRun>(sum, (kDirect ? block.stage.rows[part.row] : block.sums[0][kDirect ? 0 : part.row]) +
+                get<kRowRun>(sum, (kDirect ? block.stage.rows[0][part.row] : block.sums[0][kDirect ? 0 : part.row]) +
                                       kind * kRow + part.state);
 #pragma unroll
                 for (int w = 1; w < kWarps; ++w) {
@@ -308,13 +330,16 @@ extern "C" __global__ void __launch_bounds__(kThreads, MIN_BLOCKS) wide_backward
 #pragma unroll
                     for (int n = 0; n < kRowRun; ++n) sum[n] += more[n];
                 }
-                float* to = at_token(kind ? dC : dB, token, sums_stride * states) + part.state;
 #pragma unroll
                 for (int n = 0; n < kRowRun; ++n) {
                     if constexpr (kTensor && !kTwoTerms) sum[n] *= kTruncated;
-                    if (!kVectorBC && token >= 0 && part.state + n < states) to[n] = sum[n];
                 }
-                if (kVectorBC && token >= 0) put<kRowRun>(to, sum);
+                if (token >= 0) {
+                    Pack<SUM_TYPE, kRowRun> packed;
+                    packed.set(sum);
+                    SUM_TYPE* to = at_token(kind ? block.dC : block.dB, token, sums_stride * states, part.state);
+                    store<kVectorBC>(packed, to, 1, states - part.state);
+                }
             }
         }
         if ((tile - from.first_tile) % kFlush == 0) {

@@ -3,42 +3,93 @@
 // Grid: a block = one (b, k) and kBlockChannels channels, a warp = kWarpChannels of them, walking the route's steps in
 // tiles (see wide_stage.cuh). Lane (group, q), q in the low bits, holds states q kStates.. of kSlots channels in registers,
 // float32. The scan proper touches shared memory and registers alone, whatever the formats and strides.
-// <C_t, h_t>: on the tensor cores where y has few digits, eight steps' C at a time: A = h, a row a channel, B = C, a
-// column a step, of which column t is right for step t. Else slot j of lane q is channel j ^ q of its group, so that a
-// lane gets the sum of its own channel's y by kSlots - 1 exchanges and no selection.
+// <C_t, h_t>: slot j of lane q is channel j ^ q of its group, so that a lane gets the sum of its own channel's y by kSlots
+// - 1 exchanges and no selection.
+// One barrier a tile: while a tile is scanned, threads write the results of the one before, unpack the next and fetch the
+// one after it. Registers are what is scarce (the compiler keeps pointers in slow local memory otherwise), so the rows of
+// x that are wanted again for D x, and whatever belongs to the block, wait in shared memory.
+// kMerge: a block takes the routes one after the other and adds them up in y, which it alone writes.
 #pragma once
 constexpr int kFirstSegment = 0;  // of those whose ends are wanted
+constexpr int kBuffers = 2;       // tiles in shared memory
 #include "wide_stage.cuh"
 
+constexpr bool kMerge = MERGE;
 constexpr int kHalf = kTile / 2;
 constexpr int kYPitch = kBlockChannels + 4;
-#if __CUDA_ARCH__ >= 800
-constexpr bool kTensorY = TENSOR_Y && kLanes == 4 && kStates % 2 == 0 && kSlots <= 2;
-#else
-constexpr bool kTensorY = false;
-#endif
+constexpr int kXWords = Pack<X_TYPE, kRun>::kWords;
 
 struct alignas(16) BlockMemory {
     Stage stage;
-    float y[kTile][kYPitch];
+    float y[2][kTile][kYPitch];
+    Y_TYPE* out;
+    alignas(16) float x[2][kRows][kThreads][kXWords];  // a thread's runs, as they came, of two tiles in turn
 };
 extern "C" __device__ int launch_shape[2] = {kThreads, (int)sizeof(BlockMemory)};
 
-extern "C" __global__ void __launch_bounds__(kThreads, MIN_BLOCKS) wide_forward(const __grid_constant__ Params p) {
-    extern __shared__ __align__(16) char shared[];
-    BlockMemory& block = *reinterpret_cast<BlockMemory*>(shared);
+// A route, or a segment of it.
+DEVICE void scan_route(const Params& p, BlockMemory& block, int turn) {
     Stage& stage = block.stage;
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
-    const Source from(p);
+    const bool adding = turn > 0;
+    const Source from(p, turn);
     const int channels = from.channels, steps = from.steps, states = from.states, run = from.run;
-    Y_TYPE* y = (Y_TYPE*)p.y + from.batch * p.y_b + from.route * p.y_k + (from.first + run) * p.y_d;
+    if (threadIdx.x == 0) block.out = (Y_TYPE*)p.y + from.batch * p.y_b + from.route * p.y_k + from.first * p.y_d;
+    float span[kSlots] = {};
+    from.prepare(stage, p);
 
+    Incoming in;
+    auto unpack = [&](int tile) {
+        in.unpack<false>(from, p, stage, tile, stage.su[tile % kBuffers], [](int, int) { return 0.f; });
+#pragma unroll
+        for (int r = 0; r < kRows; ++r) {
+            float words[kXWords];
+#pragma unroll
+            for (int i = 0; i < kXWords; ++i) words[i] = __uint_as_float(in.x[r].words[i]);
+            put<kXWords>(block.x[tile & 1][r][threadIdx.x], words);
+        }
+    };
+    Pack<Y_TYPE, kRun> so_far[kMerge ? kRows : 1];
+    // y of the tile before, of a thread's run.
+    auto finish = [&](int tile) {
+        const int* tokens = stage.tokens[tile % kRing];
+#pragma unroll
+        for (int r = 0; r < kRows; ++r) {
+            const int row = own_row(r), token = tokens[row];
+            Y_TYPE* to = at_token(block.out, token, p.y_l, from.run_at(p.y_d));
+            float out[kRun], skip[kRun];
+            Pack<Y_TYPE, kRun> packed;
+            get<kRun>(out, block.y[tile & 1][row] + run);
+            get<kRun>(skip, stage.D + run);
+            float words[kXWords];
+            get<kXWords>(words, block.x[tile & 1][r][threadIdx.x]);
+            Pack<X_TYPE, kRun> x;
+#pragma unroll
+            for (int i = 0; i < kXWords; ++i) x.words[i] = __float_as_uint(words[i]);
+#pragma unroll
+            for (int i = 0; i < kRun; ++i) out[i] = fmaf(skip[i], x.get(i), out[i]);
+            if (adding) {
+#pragma unroll
+                for (int i = 0; i < kRun; ++i) out[i] += so_far[kMerge ? r : 0].get(i);
+            }
+            if (token >= 0) {
+                packed.set(out);
+                store<kVectorX>(packed, to, (int)p.y_d, from.valid);
+            }
+        }
+    };
+    for (int i = threadIdx.x; i < 3 * kTile; i += kThreads) {
+        const int tile = from.first_tile + i / kTile;
+        stage.tokens[tile % kRing][i % kTile] = from.token_at(tile * kTile + i % kTile);
+    }
+    __syncthreads();
+    in.fetch(from, p, stage, stage.tokens[from.first_tile % kRing]);
     const int q = lane % kLanes, group = lane / kLanes;
     int places[kSlots];  // of the slots' channels in the block
     float A[kSlots][kStates], h[kSlots][kStates];
 #pragma unroll
     for (int j = 0; j < kSlots; ++j) {
-        places[j] = warp * kWarpChannels + (kTensorY ? j : (j ^ q) & (kSlots - 1)) * kGroups + group;
+        places[j] = warp * kWarpChannels + ((j ^ q) & (kSlots - 1)) * kGroups + group;
         const int channel = from.first + places[j];
 #pragma unroll
         for (int n = 0; n < kStates; ++n) {
@@ -51,118 +102,81 @@ extern "C" __global__ void __launch_bounds__(kThreads, MIN_BLOCKS) wide_forward(
         }
         if constexpr (kPass == 2) from.join(p, h[j], A[j], places[j], q * kStates, 0, from.segment, 1);
     }
-    float span[kSlots] = {};
-    from.prepare(stage, p);
-
-    Incoming in;
-    auto unpack = [&](int tile) {
-        in.unpack<false>(from, p, stage, tile, stage.su, [](int, int) { return 0.f; });
-    };
-    if (threadIdx.x < 2 * kTile) {
-        const int tile = from.first_tile + threadIdx.x / kTile, step = threadIdx.x % kTile;
-        stage.tokens[tile & 3][step] = from.token_at(tile * kTile + step);
-    }
-    __syncthreads();
-    in.fetch(from, p, stage.tokens[from.first_tile & 3]);
     unpack(from.first_tile);
+    if (from.first_tile + 1 < from.last_tile) in.fetch(from, p, stage, stage.tokens[(from.first_tile + 1) % kRing]);
     for (int tile = from.first_tile; tile < from.last_tile; ++tile) {
-        const int* tokens = stage.tokens[tile & 3];
         const bool more = tile + 1 < from.last_tile;
-        int ahead = 0;
-        if (threadIdx.x < kTile) ahead = from.token_at((tile + 2) * kTile + threadIdx.x);
-        Pack<X_TYPE, kRun> x_now[kRows];
-#pragma unroll
-        for (int r = 0; r < kRows; ++r) x_now[r] = in.x[r];
         __syncthreads();
-        in.multiply_rank(from, stage, tile, stage.su);
-        if (more) in.fetch(from, p, stage.tokens[tile + 1 & 3]);
-
-        if (kPass != 1 && p.saved) {
-            float* at = p.saved + (from.sequence * from.tiles + tile) * channels * kRow + q * kStates;
+        in.multiply_rank(from, stage, tile, stage.su[tile % kBuffers]);
+        if (kPass != 1 && p.saved && tile > 0) {
+            float* at = p.saved + (from.sequence * (from.tiles - 1) + tile - 1) * channels * kRow + q * kStates;
 #pragma unroll
             for (int j = 0; j < kSlots; ++j) {
                 const int channel = from.first + places[j];
-                if (channel < channels) put<kStates>(at + (long long)channel * kRow, h[j]);
+                if (channel < channels) put_whole<kStates>(at + (long long)channel * kRow, h[j]);
             }
         }
+        if (kPass != 1 && tile > from.first_tile) finish(tile - 1);
+        int ahead = 0;
+        if (threadIdx.x < kTile) ahead = from.token_at((tile + 3) * kTile + threadIdx.x);
+        if (more) unpack(tile + 1);
+        if (tile + 2 < from.last_tile) in.fetch(from, p, stage, stage.tokens[(tile + 2) % kRing]);
+        if (adding) {
+            const int* tokens = stage.tokens[tile % kRing];
+#pragma unroll
+            for (int r = 0; r < (kMerge ? kRows : 1); ++r) {
+                const int token = tokens[own_row(r)];
+                const Y_TYPE* at = at_token(block.out, token, p.y_l, from.run_at(p.y_d));
+                load<kVectorX, true>(so_far[r], at, (int)p.y_d, token >= 0 ? from.valid : 0);
+            }
+        }
+        const float2(*su_rows)[kPitch] = stage.su[tile % kBuffers];
+        const float(*rows)[2 * kRow] = stage.rows[tile % kBuffers];
+        float(*y_rows)[kYPitch] = block.y[tile & 1];
+
 #pragma unroll 1
         for (int start = 0; start < kTile && tile * kTile + start < steps; start += kHalf) {
             // Results wait in registers: a store between the steps would hold back the next step's loads.
-            float results[kTensorY ? 2 * kSlots : kHalf];
-            float c_steps[kTensorY ? kStates : 1];
-            if constexpr (kTensorY) get<kStates>(c_steps, stage.rows[start + lane / 4] + kRow + q * kStates);
+            float results[kHalf];
 #pragma unroll
             for (int t = 0; t < kHalf; ++t) {
                 float b[kStates];
-                get<kStates>(b, stage.rows[start + t] + q * kStates);
+                get<kStates>(b, rows[start + t] + q * kStates);
 #pragma unroll
                 for (int j = 0; j < kSlots; ++j) {
-                    const float2 su = stage.su[start + t][places[j]];
+                    const float2 su = su_rows[start + t][places[j]];
 #pragma unroll
                     for (int n = 0; n < kStates; ++n) h[j][n] = fmaf(decay(su.x, A[j][n]), h[j][n], su.y * b[n]);
                     if (kPass == 1) span[j] += su.x;
                 }
                 if (kPass == 1) continue;
-                if constexpr (kTensorY) {
-                    float d[4] = {0.f, 0.f, 0.f, 0.f};
+                float c[kStates], sum[kSlots];
+                get<kStates>(c, rows[start + t] + kRow + q * kStates);
 #pragma unroll
-                    for (int n = 0; n < kStates; n += 2) {
-                        constexpr int kOther = kSlots - 1;
-                        multiply_add_tf32(d, h[0][n], kSlots > 1 ? h[kOther][n] : 0.f, h[0][n + 1],
-                                          kSlots > 1 ? h[kOther][n + 1] : 0.f, c_steps[n], c_steps[n + 1]);
-                    }
-                    // Lane q has the columns of steps 2q and 2q + 1.
+                for (int j = 0; j < kSlots; ++j) {
+                    sum[j] = 0.f;
 #pragma unroll
-                    for (int j = 0; j < kSlots; ++j) {
-                        results[2 * j + t % 2] = t < 2 || q == t / 2 ? d[2 * j + t % 2] : results[2 * j + t % 2];
-                    }
-                } else {
-                    float c[kStates], sum[kSlots];
-                    get<kStates>(c, stage.rows[start + t] + kRow + q * kStates);
-#pragma unroll
-                    for (int j = 0; j < kSlots; ++j) {
-                        sum[j] = 0.f;
-#pragma unroll
-                        for (int n = 0; n < kStates; ++n) sum[j] = fmaf(c[n], h[j][n], sum[j]);
-                    }
-#pragma unroll
-                    for (int j = 1; j < kSlots; ++j) sum[0] += __shfl_xor_sync(kAll, sum[j], j);
-#pragma unroll
-                    for (int offset = kSlots; offset < kLanes; offset *= 2) {
-                        sum[0] += __shfl_xor_sync(kAll, sum[0], offset);
-                    }
-                    results[t] = sum[0];
+                    for (int n = 0; n < kStates; ++n) sum[j] = fmaf(c[n], h[j][n], sum[j]);
                 }
+#pragma unroll
+                for (int j = 1; j < kSlots; ++j) sum[0] += __shfl_xor_sync(kAll, sum[j], j);
+#pragma unroll
+                for (int offset = kSlots; offset < kLanes; offset *= 2) {
+                    sum[0] += __shfl_xor_sync(kAll, sum[0], offset);
+                }
+                results[t] = sum[0];
             }
             if (kPass == 1) continue;
-            if constexpr (kTensorY) {
+            if (kSlots == kLanes || q < kSlots) {
 #pragma unroll
-                for (int i = 0; i < 2 * kSlots; ++i) {
-                    block.y[start + 2 * q + i % 2][places[i / 2]] = results[i] * kTruncated;
-                }
-            } else if (kSlots == kLanes || q < kSlots) {
-#pragma unroll
-                for (int t = 0; t < kHalf; ++t) block.y[start + t][places[0]] = results[t];
+                for (int t = 0; t < kHalf; ++t) y_rows[start + t][places[0]] = results[t];
             }
         }
-        if (threadIdx.x < kTile) stage.tokens[tile + 2 & 3][threadIdx.x] = ahead;
+        if (threadIdx.x < kTile) stage.tokens[(tile + 3) % kRing][threadIdx.x] = ahead;
+    }
+    if constexpr (kPass != 1) {
         __syncthreads();
-
-#pragma unroll
-        for (int r = 0; r < (kPass == 1 ? 0 : kRows); ++r) {
-            const int row = own_row(r), token = tokens[row];
-            float out[kRun], skip[kRun];
-            get<kRun>(out, block.y[row] + run);
-            get<kRun>(skip, stage.D + run);
-#pragma unroll
-            for (int i = 0; i < kRun; ++i) out[i] = fmaf(skip[i], x_now[r].get(i), out[i]);
-            if (token >= 0) {
-                Pack<Y_TYPE, kRun> packed;
-                packed.set(out);
-                store<kVectorX>(packed, at_token(y, token, p.y_l), (int)p.y_d, from.valid);
-            }
-        }
-        if (more) unpack(tile + 1);
+        finish(from.last_tile - 1);
     }
 
     if constexpr (kPass == 1) {
@@ -185,5 +199,18 @@ extern "C" __global__ void __launch_bounds__(kThreads, MIN_BLOCKS) wide_forward(
                 }
             }
         }
+    }
+}
+
+extern "C" __global__ void __launch_bounds__(kThreads, MIN_BLOCKS) wide_forward(const __grid_constant__ Params p) {
+    extern __shared__ __align__(16) char shared[];
+    BlockMemory& block = *reinterpret_cast<BlockMemory*>(shared);
+    if constexpr (kMerge) {
+        for (int route = 0; route < (int)p.routes; ++route) {
+            if (route > 0) __syncthreads();
+            scan_route(p, block, route);
+        }
+    } else {
+        scan_route(p, block, -1);
     }
 }

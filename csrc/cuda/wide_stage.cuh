@@ -34,17 +34,22 @@ struct Part {
 
 // A tile in shared memory. A token of -1 is a padding step, -2 is past the end.
 struct alignas(16) Stage {
-    float2 su[kTile][kPitch];     // s, s x
-    float rows[kTile][2 * kRow];  // B, then C
+    float2 su[kBuffers][kTile][kPitch];     // s, s x
+    float rows[kBuffers][kTile][2 * kRow];  // B, then C
     float bias[kBlockChannels];
     float D[kBlockChannels];
-    int tokens[4][kTile];  // of four tiles in turn
+    int tokens[kRing][kTile];  // of tiles in turn
+    // Where the block's channels begin; kept here since registers are scarce.
+    const X_TYPE* x;
+    const DT_TYPE* dt;
+    const B_TYPE* B;
+    const C_TYPE* C;
     // A low-rank step size: as pairs of bfloat16, of two tiles in turn, and the halves of its weights, for each 8 x 8 of
     // them channel lane / 4, columns 2 (lane % 4) and the next; or all as float32.
     alignas(16) unsigned low[2][kTensorRank ? kTile : 1][kTensorRank ? kRankPitch : 1];
     alignas(16) uint2 weight_halves[kTensorRank ? kChannelTiles : 1][kTensorRank ? kRankTiles : 1][32];
-    alignas(16) float low_wide[kRank && !kTensorRank ? kTile : 1][kRank + 1];
-    alignas(16) float weight[kTensorRank ? 1 : kRank + 1][kBlockChannels];
+    alignas(16) float low_wide[kBuffers][kRank && !kTensorRank ? kTile : 1][kRank + 1];
+    alignas(16) float weight[kTensorRank ? 1 : kRank + 1][kTensorRank ? 1 : kBlockChannels];
 };
 
 // Which sequence, which of its segments, which channels, and where a thread reads them.
@@ -56,13 +61,10 @@ struct Source {
     int channels, steps, states, route, run, valid, first, block, blocks;
     int segment, segments, first_tile, last_tile, tiles;  // tiles first_tile to last_tile - 1
     long long batch, sequence;
-    const X_TYPE* x;
-    const DT_TYPE* dt;
-    const B_TYPE* B;
-    const C_TYPE* C;
     const int* indices;
 
-    DEVICE explicit Source(const Params& p) {
+    // turn: the route, where a block takes them one after the other, or -1.
+    DEVICE Source(const Params& p, int turn) {
         channels = (int)p.channels, steps = (int)p.steps, states = (int)p.states;
         blocks = (channels + kBlockChannels - 1) / kBlockChannels, block = blockIdx.x % blocks;
         tiles = (steps + kTile - 1) / kTile;
@@ -74,13 +76,9 @@ struct Source {
             segment = rest % taken + (kPass == 1 ? kFirstSegment : 0), rest /= taken;
             first_tile = segment * (int)p.segment_tiles, last_tile = min(first_tile + (int)p.segment_tiles, tiles);
         }
-        route = rest % (int)p.routes, batch = rest / (int)p.routes;
+        route = turn < 0 ? rest % (int)p.routes : turn, batch = turn < 0 ? rest / (int)p.routes : rest;
         sequence = batch * p.routes + route;
         first = block * kBlockChannels, run = own_run() * kRun, valid = channels - first - run;
-        x = (const X_TYPE*)p.x + batch * p.x_b + route * p.x_k + (first + run) * p.x_d;
-        dt = (const DT_TYPE*)p.dt + batch * p.dt_b + route * p.dt_k + (kRank ? 0 : (first + run) * p.dt_d);
-        B = (const B_TYPE*)p.B + batch * p.B_b + route * p.B_k;
-        C = (const C_TYPE*)p.C + batch * p.C_b + route * p.C_k;
         indices = p.indices + (long long)route * steps;
     }
     // What a lane has of a channel's states at the end of a segment, and the sum of the channel's step sizes.
@@ -101,10 +99,18 @@ struct Source {
             for (int n = 0; n < kStates; ++n) h[n] = fmaf(decay(sum, A[n]), h[n], local[n]);
         }
     }
+    // Of a thread's run, where channels are so far apart.
+    DEVICE int run_at(long long stride) const { return kVectorX ? run : run * (int)stride; }
     DEVICE int token_at(int step) const { return step < steps ? __ldg(indices + step) : -2; }
 
     // What belongs to the channels; those past the last are all 0.
     DEVICE void prepare(Stage& stage, const Params& p) const {
+        if (threadIdx.x == 0) {
+            stage.x = (const X_TYPE*)p.x + batch * p.x_b + route * p.x_k + first * p.x_d;
+            stage.dt = (const DT_TYPE*)p.dt + batch * p.dt_b + route * p.dt_k + (kRank ? 0 : first * p.dt_d);
+            stage.B = (const B_TYPE*)p.B + batch * p.B_b + route * p.B_k;
+            stage.C = (const C_TYPE*)p.C + batch * p.C_b + route * p.C_k;
+        }
         for (int i = threadIdx.x; i < kBlockChannels; i += kThreads) {
             const bool there = first + i < channels;
             const long long at = (long long)route * channels + first + i;
@@ -133,28 +139,28 @@ struct Incoming {
     Pack<C_TYPE, kRowRun> C[kPartsAhead ? kParts : 1];
     unsigned low[kRankParts];
 
-    DEVICE void fetch_part(const Source& from, const Params& p, const int* tokens, int k, int slot) {
+    DEVICE void fetch_part(const Source& from, const Params& p, const Stage& stage, const int* tokens, int k, int slot) {
         const Part part(k);
         const int token = part.there ? tokens[part.row] : -1, valid = token >= 0 ? from.states - part.state : 0;
-        load<kVectorBC>(B[slot], at_token(from.B, token, p.B_l) + part.state * (int)p.B_n, (int)p.B_n, valid);
-        load<kVectorBC>(C[slot], at_token(from.C, token, p.C_l) + part.state * (int)p.C_n, (int)p.C_n, valid);
+        load<kVectorBC>(B[slot], at_token(stage.B, token, p.B_l, part.state * (kVectorBC ? 1 : (int)p.B_n)), (int)p.B_n, valid);
+        load<kVectorBC>(C[slot], at_token(stage.C, token, p.C_l, part.state * (kVectorBC ? 1 : (int)p.C_n)), (int)p.C_n, valid);
     }
-    DEVICE void fetch(const Source& from, const Params& p, const int* tokens) {
+    DEVICE void fetch(const Source& from, const Params& p, const Stage& stage, const int* tokens) {
 #pragma unroll
         for (int r = 0; r < kRows; ++r) {
             const int token = tokens[own_row(r)], valid = token >= 0 ? from.valid : 0;
-            load<kVectorX>(x[r], at_token(from.x, token, p.x_l), (int)p.x_d, valid);
-            if constexpr (kRank == 0) load<kVectorX>(dt[r], at_token(from.dt, token, p.dt_l), (int)p.dt_d, valid);
+            load<kVectorX>(x[r], at_token(stage.x, token, p.x_l, from.run_at(p.x_d)), (int)p.x_d, valid);
+            if constexpr (kRank == 0) load<kVectorX>(dt[r], at_token(stage.dt, token, p.dt_l, from.run_at(p.dt_d)), (int)p.dt_d, valid);
         }
 #pragma unroll
-        for (int k = 0; kPartsAhead && k < kParts; ++k) fetch_part(from, p, tokens, k, k);
+        for (int k = 0; kPartsAhead && k < kParts; ++k) fetch_part(from, p, stage, tokens, k, k);
         if constexpr (kTensorRank) {
 #pragma unroll
             for (int k = 0; k < kRankParts; ++k) {
                 const int i = k * kThreads + threadIdx.x, row = i / kRankWords, rank = 2 * (i % kRankWords);
                 const int token = row < kTile ? tokens[row] : -1;
                 Pack<DT_TYPE, 2> pair;
-                load<kVectorRank>(pair, at_token(from.dt, token, p.dt_l) + rank * (int)p.dt_d, (int)p.dt_d,
+                load<kVectorRank>(pair, at_token(stage.dt, token, p.dt_l) + rank * (int)p.dt_d, (int)p.dt_d,
                                   token >= 0 ? kRank - rank : 0);
                 low[k] = pair.words[0];
             }
@@ -164,7 +170,7 @@ struct Incoming {
     template <bool kBeside, class Beside>
     DEVICE void unpack(const Source& from, const Params& p, Stage& stage, int tile, float2 (*through)[kPitch],
                        Beside beside) {
-        const int* tokens = stage.tokens[tile & 3];
+        const int* tokens = stage.tokens[tile % kRing];
 #pragma unroll
         for (int r = 0; r < kRows; ++r) {
             const int row = own_row(r), token = tokens[row];
@@ -177,7 +183,7 @@ struct Incoming {
                     const float s = step_size(dt[r].get(i) + bias[i], token);
                     su[2 * i] = s, su[2 * i + 1] = s * x[r].get(i);
                 }
-                put<2 * kRun>(&stage.su[row][from.run].x, su);
+                put<2 * kRun>(&stage.su[tile % kBuffers][row][from.run].x, su);
             }
             if constexpr (kRank > 0 || kBeside) {
 #pragma unroll
@@ -189,15 +195,15 @@ struct Incoming {
         for (int k = 0; k < kParts; ++k) {
             const Part part(k);
             const int slot = kPartsAhead ? k : 0;
-            if (!kPartsAhead) fetch_part(from, p, tokens, k, 0);
+            if (!kPartsAhead) fetch_part(from, p, stage, tokens, k, 0);
             if (!part.there) continue;
             float values[kRowRun];
 #pragma unroll
             for (int n = 0; n < kRowRun; ++n) values[n] = B[slot].get(n);
-            put<kRowRun>(stage.rows[part.row] + part.state, values);
+            put<kRowRun>(stage.rows[tile % kBuffers][part.row] + part.state, values);
 #pragma unroll
             for (int n = 0; n < kRowRun; ++n) values[n] = C[slot].get(n);
-            put<kRowRun>(stage.rows[part.row] + kRow + part.state, values);
+            put<kRowRun>(stage.rows[tile % kBuffers][part.row] + kRow + part.state, values);
         }
         if constexpr (kTensorRank) {
 #pragma unroll
@@ -208,8 +214,8 @@ struct Incoming {
         } else if constexpr (kRank > 0) {
             for (int i = threadIdx.x; i < kTile * kRank; i += kThreads) {
                 const int row = i / kRank, rank = i % kRank, token = tokens[row];
-                const DT_TYPE* at = at_token(from.dt, token, p.dt_l) + rank * (int)p.dt_d;
-                stage.low_wide[row][rank] = token >= 0 ? widen(*at) : 0.f;
+                const DT_TYPE* at = at_token(stage.dt, token, p.dt_l) + rank * (int)p.dt_d;
+                stage.low_wide[tile % kBuffers][row][rank] = token >= 0 ? widen(*at) : 0.f;
             }
         }
     }
@@ -220,7 +226,7 @@ struct Incoming {
     }
     // Behind the barrier: (s, s x) from a low-rank step size and the x beside.
     DEVICE void multiply_rank(const Source& from, Stage& stage, int tile, float2 (*through)[kPitch]) const {
-        const int* tokens = stage.tokens[tile & 3];
+        const int* tokens = stage.tokens[tile % kRing];
         const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
         if constexpr (kTensorRank) {
             unsigned a[(kRankTiles + 1) / 2][4];
@@ -255,7 +261,7 @@ struct Incoming {
                         const float s = step_size(d[2 * half + i] + bias[i], token);
                         pair[2 * i] = s, pair[2 * i + 1] *= s;
                     }
-                    put<4>(&stage.su[row][channel].x, pair);
+                    put<4>(&stage.su[tile % kBuffers][row][channel].x, pair);
                 }
             }
             __syncwarp();
@@ -263,21 +269,22 @@ struct Incoming {
 #pragma unroll
             for (int r = 0; r < kRows; ++r) {
                 const int row = own_row(r), token = tokens[row];
-                float s[kRun], su[2 * kRun];
+                float s[kRun], su[2 * kRun], pairs[2 * kRun];
                 get<kRun>(s, stage.bias + from.run);
+                get<2 * kRun>(pairs, &through[row][from.run].x);
 #pragma unroll 4
                 for (int c = 0; c < kRank; ++c) {
                     float weight[kRun];
                     get<kRun>(weight, stage.weight[c] + from.run);
 #pragma unroll
-                    for (int i = 0; i < kRun; ++i) s[i] = fmaf(weight[i], stage.low_wide[row][c], s[i]);
+                    for (int i = 0; i < kRun; ++i) s[i] = fmaf(weight[i], stage.low_wide[tile % kBuffers][row][c], s[i]);
                 }
 #pragma unroll
                 for (int i = 0; i < kRun; ++i) {
                     su[2 * i] = step_size(s[i], token);
-                    su[2 * i + 1] = su[2 * i] * x[r].get(i);
+                    su[2 * i + 1] = su[2 * i] * pairs[2 * i + 1];
                 }
-                put<2 * kRun>(&stage.su[row][from.run].x, su);
+                put<2 * kRun>(&stage.su[tile % kBuffers][row][from.run].x, su);
             }
             __syncthreads();
         }

@@ -75,7 +75,7 @@ template <class Memory> DEVICE void multiply_back(Memory& block, int of_tile, fl
         for (int i = 0; i < 4; ++i) {
             uint2 pair = {0, 0};
             if (i < 2 || kOwnTiles > 1) {
-                const float2& at = stage.su[lane / 4 + 8 * (i % 2)][channel + 8 * (i / 2) + 2 * (lane % 4)];
+                const float2& at = stage.su[0][lane / 4 + 8 * (i % 2)][channel + 8 * (i / 2) + 2 * (lane % 4)];
                 pair = *reinterpret_cast<const uint2*>(&at);
             }
             high[i] = pair.x, low[i] = pair.y;
@@ -125,7 +125,7 @@ template <class Memory> DEVICE void multiply_back(Memory& block, int of_tile, fl
         const int rank = 8 * tile + 2 * (lane % 4);
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-            const int token = stage.tokens[of_tile & 3][lane / 4 + 8 * (i / 2)];
+            const int token = stage.tokens[of_tile % kRing][lane / 4 + 8 * (i / 2)];
             if (token >= 0 && rank + i % 2 < kRank) at_token(to, token, stride)[rank + i % 2] = out[i];
         }
     }

@@ -118,6 +118,35 @@ def test_routes_in_one_piece(case: Case, poisoned: None, monkeypatch: pytest.Mon
         assert_close(name, found[name], reference)
 
 
+def plentiful() -> list[Case]:
+    """Scans whose blocks are made as for many sequences."""
+    half = (BF16,) * 4
+    found = [
+        Case(channels=channels, states=16, order=order, rank=rank, dtypes=(dtype,) * 4, grid=grid, state=True)
+        for order, grid in (("cross", (5, 13)), ("bidirectional", (1, 9)))
+        for channels, rank, dtype in ((64, 0, BF16), (72, 24, BF16), (20, 5, F16), (40, 0, F32))
+    ]
+    found += [Case(channels=128, states=9, order="cross", dtypes=half, grid=(14, 14), batch=3)]
+    return [*found, Case(channels=80, states=16, dtypes=(BF16, BF16, F32, BF16), out_dtype=F32, grid=(1, 40))]
+
+
+@pytest.mark.parametrize("routes", ["together", "in turn", "in segments"])
+@pytest.mark.parametrize("case", plentiful(), ids=str)
+def test_blocks_of_many_sequences(case: Case, routes: str, poisoned: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda, "_forward_tile", lambda call, _: cuda.kernels.forward_tiles(call.states)[1])
+    monkeypatch.setattr(cuda, "_in_turn", lambda *_: routes == "in turn")
+    tiles = (case.grid[0] * case.grid[1] + 15) // 16
+    monkeypatch.setattr(cuda.kernels, "wide_segments", lambda *_: (tiles, 1) if routes == "in segments" else (1, tiles))
+    monkeypatch.setattr(cuda, "_forward_plans", {})
+    monkeypatch.setattr(autograd.operator, "known", Known(10, 5))
+    monkeypatch.setattr(cuda, "_backward_plans", {})
+    found = run(make_call(case, device="cuda"), "cuda")
+    for name, reference in expected(case).items():
+        assert_close(name, found[name], reference)
+    again = run(make_call(case, device="cuda"), "cuda")
+    assert all(torch.equal(again[name], tensor) for name, tensor in found.items())
+
+
 @pytest.mark.parametrize("raw", [-80.0, 80.0])
 @pytest.mark.parametrize("dtype", [F32, F16, BF16])
 @pytest.mark.parametrize("states", [1, 16])

@@ -116,7 +116,7 @@ def test_nvrtc_parameters_are_read_from_the_source() -> None:
 
 @pytest.mark.parametrize("states", [1, 2, 3, 5, 16, 17, 64, 100, 128, 129, 256])
 def test_lanes_hold_every_state(states: int) -> None:
-    for slots, per_lane in ((2, 4), (1, 4), (1, 2)):
+    for slots, per_lane in ((2, 4), (2, 8), (1, 4), (1, 2)):
         shape = kernels.wide_shape(states, slots, per_lane)
         assert shape.lanes * shape.states >= states and shape.lanes <= 32 and shape.channels >= 2
 
