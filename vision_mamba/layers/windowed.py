@@ -19,9 +19,10 @@ from vision_mamba.layers.scan import SelectiveScan
 def cut_windows(x: Tensor, size: int) -> Tensor:
     """(B, H, W, C) -> (B windows, size^2, C), row by row; zeros fill the last ones up at the lower and right edge."""
     height, width, channels = x.shape[1], x.shape[2], x.shape[3]
-    x = F.pad(x, (0, 0, 0, -width % size, 0, -height % size))
-    x = x.view(x.shape[0], x.shape[1] // size, size, x.shape[2] // size, size, channels)
-    return x.transpose(2, 3).reshape(-1, size * size, channels)
+    rows, columns = (height + size - 1) // size, (width + size - 1) // size
+    x = F.pad(x, (0, 0, 0, columns * size - width, 0, rows * size - height))
+    x = x.reshape(x.shape[0], rows, size, columns, size, channels)
+    return x.transpose(2, 3).flatten(0, 2).flatten(1, 2)
 
 
 @torch.fx.wrap
@@ -29,8 +30,14 @@ def cut_windows(x: Tensor, size: int) -> Tensor:
 def join_windows(windows: Tensor, size: int, height: int, width: int) -> Tensor:
     """What `cut_windows` undoes: (B windows, size^2, C) -> (B, height, width, C), without what had been filled up."""
     rows, columns = (height + size - 1) // size, (width + size - 1) // size
-    x = windows.view(-1, rows, columns, size, size, windows.shape[-1]).transpose(2, 3)
-    return x.reshape(-1, rows * size, columns * size, windows.shape[-1])[:, :height, :width]
+    x = windows.view(windows.shape[0] // (rows * columns), rows, columns, size, size, windows.shape[-1]).transpose(2, 3)
+    x = x.reshape(-1, rows * size, columns * size, windows.shape[-1])
+    if not torch.jit.is_scripting():  # noqa: SIM102  TorchScript leaves out what stands in such an if of its own
+        if torch.compiler.is_exporting():
+            # A slice has other strides where it is the whole: torch.export would hold every size to the example's.
+            x = x.index_select(1, torch.arange(height, device=x.device))
+            return x.index_select(2, torch.arange(width, device=x.device))
+    return x[:, :height, :width]
 
 
 class ConcatMamba(nn.Module):
