@@ -13,7 +13,7 @@ from vision_mamba import text
 
 def test_examples_in_docstrings() -> None:
     result = doctest.testmod(text)
-    assert result.attempted == 3 and result.failed == 0
+    assert result.attempted == 4 and result.failed == 0
 
 
 def test_a_list_that_is_short_enough_is_whole() -> None:
