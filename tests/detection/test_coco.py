@@ -192,8 +192,8 @@ def test_the_layout_is_told(tmp_path: Path) -> None:
 
 
 def test_digits_on_photographs_are_the_same_every_time(tmp_path: Path) -> None:
-    for name in ("one", "two"):
-        make_digits_coco.make(tmp_path / name, {"train": 2, "val": 1}, size=96)
+    for name, processes in (("one", 1), ("two", 2)):
+        make_digits_coco.make(tmp_path / name, {"train": 2, "val": 1}, size=96, processes=processes)
     files = [sorted(path for path in (tmp_path / name).rglob("*.*")) for name in ("one", "two")]
     assert len(files[0]) == 5 and all(a.read_bytes() == b.read_bytes() for a, b in zip(*files, strict=True))
     images = open_split(tmp_path / "one", "train", masks=True)  # and nothing is wrong with them
@@ -203,3 +203,9 @@ def test_digits_on_photographs_are_the_same_every_time(tmp_path: Path) -> None:
             rows, columns = np.nonzero(mask.numpy())
             assert box == [columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]
         assert (target["masks"].sum(0) <= 1).all()
+
+
+def test_a_folder_of_digits_that_cannot_be_made_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").write_text("")
+    assert make_digits_coco.main(["--out", str(tmp_path / "file" / "set"), "--train", "1", "--val", "1"]) == 1
+    assert capsys.readouterr().err.startswith(f"error: --out {tmp_path / 'file' / 'set'}: ")

@@ -53,6 +53,17 @@ def test_boxes_follow_their_masks_through_the_augmentation(held_out: CocoSet, cr
     assert kept > 40 and {40, 56} <= sizes
 
 
+def test_colours_change_and_boxes_do_not(held_out: CocoSet) -> None:
+    seen = {}
+    for photometric in (False, True):
+        torch.manual_seed(1)
+        held_out.transform = augmentation(Config(min_size=(64,), max_size=96, hflip=0.0, photometric=photometric))
+        seen[photometric] = held_out[0]
+    (before, there), (after, here) = seen.values()
+    assert before.shape == after.shape and not torch.equal(before, after)
+    assert torch.equal(there["boxes"], here["boxes"]) and torch.equal(there["masks"], here["masks"])
+
+
 def test_a_crop_is_of_the_sizes_asked_for() -> None:
     crop, sides = RandomSizeCrop(20, 30), set()
     for _ in range(60):
