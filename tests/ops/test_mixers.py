@@ -227,7 +227,7 @@ def test_on_gpu(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for i, result in enumerate(found):
         assert relative_rms(result, exact[i]) < 1e-5, i
     assert all(map(torch.equal, half, again))
-    # Rounded between layers, as the layers round. A gradient of few elements may be off more by chance, not all of them.
+    # Rounded between layers, as the layers round. A gradient of few elements may be off more by chance, all are not.
     joined, apart = (
         [relative_rms(result, other) for result, other in zip(results, rounded, strict=True)]
         for results in (half, one_by_one)
