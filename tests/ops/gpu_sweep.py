@@ -33,7 +33,7 @@ CASES = [
         (20, 0, None, torch.float32, True, dict(shared_x=False, merge=False)),
     )
 ] + [  # sequences enough that a lane takes one for itself
-    Case(states=1, channels=512, batch=4, order="cross", rank=rank, dtypes=(BF16,) * 4, state=True) for rank in (0, 6)
+    Case(states=1, channels=512, batch=12, order="cross", rank=rank, dtypes=(BF16,) * 4, state=True) for rank in (0, 6)
 ]
 PAGE = 2**21
 

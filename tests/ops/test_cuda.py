@@ -86,7 +86,7 @@ def test_walks(case: Case, pieces: str, poisoned: None, monkeypatch: pytest.Monk
     if pieces == "whole":
         monkeypatch.setattr(cuda.kernels, "wide_segments", lambda *_: (1, 0))
     monkeypatch.setattr(cuda, "_forward_plans", {})
-    monkeypatch.setattr(autograd.operator, "known", Known(10))
+    monkeypatch.setattr(autograd.operator, "known", Known(10, 5))
     monkeypatch.setattr(cuda, "_backward_plans", {})
     found = run(make_call(case, device="cuda"), "cuda")
     assert launched

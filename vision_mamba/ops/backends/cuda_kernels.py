@@ -128,8 +128,9 @@ def walk(channels: int, run: int, rank: int) -> Walk:
 
 
 def walks(steps: Any, sequences: Any, channels: Any) -> bool:
-    """Whether the walking kernels are the faster ones: where sequences are many, or long enough to be cut."""
-    return channels % 32 == 0 and (sequences * channels >= 8192 or steps >= 2048)
+    """Whether the walking kernels are the faster ones: where sequences are many, or few and long, to be cut."""
+    lanes = sequences * channels
+    return channels % 32 == 0 and (lanes >= 24576 or (lanes <= 1024 and steps >= 2048))
 
 
 def walk_run(channels: int, rank: int) -> int:
