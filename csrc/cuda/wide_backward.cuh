@@ -6,8 +6,8 @@
 // Grid: a block = one (b, k) and kBlockChannels channels, a warp = kWarpChannels of them. Lane (q, group), q in the high
 // bits, holds states q kStates.. of kSlots channels; its slot j is channel ((j ^ q) % kSlots) kGroups + group of the
 // warp, so that sums over q leave a lane its own channel by exchanges without selection.
-// Steps go by in tiles of kTile, from the last. Forward saved the state before each tile but the first; a warp runs through the
-// tile once and keeps every state, those of the first kHeld steps in shared memory, those of the last kSub in
+// Steps go by in tiles of kTile, from the last. Forward saved the state before each tile but the first; a warp runs
+// through the tile once and keeps every state, those of the first kHeld steps in shared memory, those of the last kSub in
 // registers: so each state is computed once. Decays are computed again on the way back: registers that kept them would
 // cost more, in warps that do not fit, than the exponentials do.
 // Before and after the scan of a tile a thread has one run of channels of one row, so that a warp touches few rows of
@@ -291,7 +291,8 @@ extern "C" __global__ void __launch_bounds__(kThreads, MIN_BLOCKS) wide_backward
             if (token >= 0) {
                 Pack<DX_TYPE, kRun> dx_row;
                 dx_row.set(dx_out);
-                store<kVectorX>(dx_row, at_token(block.dx, token, p.dx_l, from.run_at(p.dx_d)), (int)p.dx_d, from.valid);
+                store<kVectorX>(dx_row, at_token(block.dx, token, p.dx_l, from.run_at(p.dx_d)), (int)p.dx_d,
+                                from.valid);
                 if constexpr (!kTensorRank) {
                     Pack<DDT_TYPE, kRun> ddt_row;
                     ddt_row.set(ddt_out);

@@ -3,8 +3,8 @@
 // Grid: a block = one (b, k) and kBlockChannels channels, a warp = kWarpChannels of them, walking the route's steps in
 // tiles (see wide_stage.cuh). Lane (group, q), q in the low bits, holds states q kStates.. of kSlots channels in registers,
 // float32. The scan proper touches shared memory and registers alone, whatever the formats and strides.
-// <C_t, h_t>: slot j of lane q is channel j ^ q of its group, so that a lane gets the sum of its own channel's y by kSlots
-// - 1 exchanges and no selection.
+// <C_t, h_t>: slot j of lane q is channel j ^ q of its group, so that a lane gets the sum of its own channel's y by
+// kSlots - 1 exchanges and no selection.
 // One barrier a tile: while a tile is scanned, threads write the results of the one before, unpack the next and fetch the
 // one after it. Registers are what is scarce (the compiler keeps pointers in slow local memory otherwise), so the rows of
 // x that are wanted again for D x, and whatever belongs to the block, wait in shared memory.

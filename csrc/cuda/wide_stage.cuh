@@ -139,18 +139,22 @@ struct Incoming {
     Pack<C_TYPE, kRowRun> C[kPartsAhead ? kParts : 1];
     unsigned low[kRankParts];
 
-    DEVICE void fetch_part(const Source& from, const Params& p, const Stage& stage, const int* tokens, int k, int slot) {
+    DEVICE void fetch_part(const Source& from, const Params& p, const Stage& stage, const int* tokens, int k,
+                           int slot) {
         const Part part(k);
         const int token = part.there ? tokens[part.row] : -1, valid = token >= 0 ? from.states - part.state : 0;
-        load<kVectorBC>(B[slot], at_token(stage.B, token, p.B_l, part.state * (kVectorBC ? 1 : (int)p.B_n)), (int)p.B_n, valid);
-        load<kVectorBC>(C[slot], at_token(stage.C, token, p.C_l, part.state * (kVectorBC ? 1 : (int)p.C_n)), (int)p.C_n, valid);
+        const int in_B = part.state * (kVectorBC ? 1 : (int)p.B_n), in_C = part.state * (kVectorBC ? 1 : (int)p.C_n);
+        load<kVectorBC>(B[slot], at_token(stage.B, token, p.B_l, in_B), (int)p.B_n, valid);
+        load<kVectorBC>(C[slot], at_token(stage.C, token, p.C_l, in_C), (int)p.C_n, valid);
     }
     DEVICE void fetch(const Source& from, const Params& p, const Stage& stage, const int* tokens) {
 #pragma unroll
         for (int r = 0; r < kRows; ++r) {
             const int token = tokens[own_row(r)], valid = token >= 0 ? from.valid : 0;
             load<kVectorX>(x[r], at_token(stage.x, token, p.x_l, from.run_at(p.x_d)), (int)p.x_d, valid);
-            if constexpr (kRank == 0) load<kVectorX>(dt[r], at_token(stage.dt, token, p.dt_l, from.run_at(p.dt_d)), (int)p.dt_d, valid);
+            if constexpr (kRank == 0) {
+                load<kVectorX>(dt[r], at_token(stage.dt, token, p.dt_l, from.run_at(p.dt_d)), (int)p.dt_d, valid);
+            }
         }
 #pragma unroll
         for (int k = 0; kPartsAhead && k < kParts; ++k) fetch_part(from, p, stage, tokens, k, k);
