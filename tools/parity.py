@@ -8,7 +8,8 @@ What the published code gave are the fixtures in tests/models/fixtures/full, eac
 on a CPU in float32: every model whole, at the size it is for and on an image that is not square, where their code takes
 any. A difference is the largest of the values that a fixture keeps, of the logits or of a gradient, relative to the
 largest of these; the gradients are of the sum of logits by fixed weights, with respect to the image and to parameters.
-Families with rectifiers have them in float64, on either side: where an input is near zero, rounding decides on a slope.
+Families with rectifiers have them in float64, on either side: where an input is near zero, rounding decides on a slope;
+so have those on Mamba-2's scan, where terms cancel.
 """
 
 from __future__ import annotations
