@@ -119,7 +119,7 @@ def test_routes_in_one_piece(case: Case, poisoned: None, monkeypatch: pytest.Mon
 
 
 def plentiful() -> list[Case]:
-    """Scans whose blocks are made as for many sequences."""
+    """Scans whose blocks are made as for many sequences, or as for few."""
     half = (BF16,) * 4
     found = [
         Case(channels=channels, states=16, order=order, rank=rank, dtypes=(dtype,) * 4, grid=grid, state=True)
@@ -131,9 +131,12 @@ def plentiful() -> list[Case]:
 
 
 @pytest.mark.parametrize("routes", ["together", "in turn", "in segments"])
+@pytest.mark.parametrize("many", [False, True])
 @pytest.mark.parametrize("case", plentiful(), ids=str)
-def test_blocks_of_many_sequences(case: Case, routes: str, poisoned: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cuda, "_forward_tile", lambda call, _: cuda.kernels.forward_tiles(call.states)[1])
+def test_blocks_of_many_sequences(
+    case: Case, many: bool, routes: str, poisoned: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cuda, "_forward_tile", lambda call, _: cuda.kernels.forward_tiles(call.states)[many])
     monkeypatch.setattr(cuda, "_in_turn", lambda *_: routes == "in turn")
     tiles = (case.grid[0] * case.grid[1] + 15) // 16
     monkeypatch.setattr(cuda.kernels, "wide_segments", lambda *_: (tiles, 1) if routes == "in segments" else (1, tiles))

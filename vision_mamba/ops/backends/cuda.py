@@ -287,7 +287,10 @@ def _plan_backward(call: ScanCall, complete: bool, dy: Tensor | None, dx: Tensor
 def _forward_tile(call: ScanCall, device: int) -> kernels.Tile:
     few, many = kernels.forward_tiles(call.states)
     blocks = call.batch * call.routes * many.groups(call.channels)
-    return few if 2 * blocks < many.blocks * _multiprocessors(device) or _tokens_first(call) else many
+    # Low-rank step sizes are multiplied by each warp for its own channels, which more warps do faster.
+    if call.rank or _tokens_first(call) or 2 * blocks < many.blocks * _multiprocessors(device):
+        return few
+    return many
 
 
 def _in_turn(call: ScanCall, tile: kernels.Tile, y: Tensor, device: int) -> bool:
