@@ -79,12 +79,13 @@ class Launch(NamedTuple):
 
 
 def maker(wanted: Tensor) -> Callable[[], Tensor]:
-    """A function that makes uninitialised tensors like the given one, without keeping its memory."""
-    if not wanted.is_contiguous():
-        shape, strides = wanted.shape, wanted.stride()
-        return functools.partial(torch.empty_strided, shape, strides, dtype=wanted.dtype, device=wanted.device)
-    # Twice as fast, since no sizes go from Python to C++. They are a template's, all of whose elements are one.
-    return functools.partial(torch.empty_like, wanted.new_empty([1] * wanted.dim()).expand(wanted.shape))
+    """A function that makes uninitialised tensors like the given one, which is dense.
+
+    Sizes come from a template without memory, which is faster than from Python. Memory that a plan kept could belong to
+    a graph that torch.compile was recording when the plan was made, and torch refuses graphs with such tenants.
+    """
+    template = torch.empty_strided(wanted.shape, wanted.stride(), dtype=wanted.dtype, device="meta")
+    return functools.partial(torch.empty_like, template, device=wanted.device)
 
 
 def on(device: int) -> contextlib.AbstractContextManager[Any]:
