@@ -31,13 +31,18 @@ class Launch(NamedTuple):
 
 
 class Tile(NamedTuple):
-    """What one program holds: steps of a chunk, and channels at most where it walks; how each kernel is launched."""
+    """What one program holds: steps of a chunk, and channels at most where it walks; how each kernel is launched.
+
+    Blocks have room for `least` channels, and `plain` tiles multiply float32 without matrix units.
+    """
 
     steps: int
     channels: int
     walk: Launch = Launch()  # forward, and states of the backward pass
     inputs: Launch = Launch()
     weights: Launch = Launch()
+    least: int = _LEAST
+    plain: bool = False
 
 
 #: Tiles by the states and channels they have room for: with factors of 16 bits, and of 32.
@@ -63,11 +68,10 @@ BACKWARD: dict[int, Tiles] = {
         (256, _MAX_CHANNELS): Tile(64, 64, walk=_WIDE, inputs=_WIDE, weights=_WIDE),
     },
     32: {
-        # Asynchronous products of eight warps on the smallest blocks came out wrong (Triton 3.6, three tf32 products of
-        # 16 columns); 32 steps are too few for them, and take the other kind.
-        (32, 32): Tile(32, 32, walk=_NARROW, inputs=_NARROW, weights=_NARROW),
-        (64, 16): Tile(32, 16, walk=_NARROW, inputs=_NARROW, weights=_NARROW),
-        (256, _MAX_CHANNELS): Tile(64, 64, walk=_WIDE, inputs=_WIDE, weights=_WIDE),
+        # Asynchronous products of eight warps on blocks of 16 columns came out wrong (Triton 3.6, three tf32 products):
+        # 32 steps are too few for them, and take the other kind; what is larger has blocks of 64 columns.
+        (32, 32): Tile(32, 32, walk=_NARROW, inputs=_NARROW, weights=_NARROW, plain=True),
+        (256, _MAX_CHANNELS): Tile(64, 64, walk=_WIDE, inputs=_WIDE, weights=_WIDE, least=64),
     },
 }
 
@@ -123,13 +127,14 @@ def _plan(backward: bool, sizes: Sizes) -> Plan:
     tile = next(tile for (n, p), tile in table.items() if sizes.states <= n and sizes.channels <= p)
     asked = tile.steps if sizes.chunk is None else min(sizes.chunk, tile.steps)
     steps = max(_LEAST, min(_padded(asked), _padded(sizes.steps)))
-    tile = tile._replace(steps=steps, channels=max(_LEAST, min(tile.channels, _padded(sizes.channels))))
+    tile = tile._replace(steps=steps, channels=max(tile.least, min(tile.channels, _padded(sizes.channels))))
     total, blocks = -(-sizes.steps // steps), -(-sizes.channels // tile.channels)
     wanted = -(-2 * _processors(sizes.device) // (sizes.batch * sizes.heads * blocks))
     chunks = -(-total // max(1, min(wanted, total // _SEGMENT)))
     segments = -(-total // chunks)
+    factors = "ieee" if tile.plain and sizes.factors == "tf32x3" else sizes.factors
     shared: dict[str, Any] = dict(P=sizes.channels, N=sizes.states, T=steps, BLOCK_P=tile.channels)
-    shared |= dict(BLOCK_N=max(_LEAST, _padded(sizes.states)), CAUSAL=sizes.causal, FACTORS=sizes.factors)
+    shared |= dict(BLOCK_N=max(_LEAST, _padded(sizes.states)), CAUSAL=sizes.causal, FACTORS=factors)
     limited = sizes.device.type == "cuda" and torch.version.hip is None
     options = {kind: _options(getattr(tile, kind), limited) for kind in ("walk", "inputs", "weights")}
     grid = (sizes.batch * sizes.heads * segments, blocks)

@@ -106,7 +106,7 @@ def _launch_route(
     dBs, dCs = (
         t.unsqueeze(0) if shares == 1 else t.new_zeros((shares, *t.shape), dtype=torch.float32) for t in (dB, dC)
     )
-    shared = plan.shared | dict(BLOCK_P=max(16, _padded(call.channels)), DESCENDING=r.descending)
+    shared = plan.shared | dict(BLOCK_P=max(plan.tile.least, _padded(call.channels)), DESCENDING=r.descending)
     sizes = (call.steps, call.tokens, chunks, plan.padded)
     strides = (*r.x.stride(), *r.B.stride(), *r.C.stride())
     kernels.inputs[(call.batch * call.heads * chunks,)](
