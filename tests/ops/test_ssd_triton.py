@@ -28,6 +28,7 @@ WIDE = [
     SsdCase(channels=128, states=129, heads=2, groups=1, state=True, grid=(1, 40)),
 ]
 TILES = [(dtype, states, 64) for dtype in (BF16, F16, F32) for states in (16, 64, 128, 256)]
+TILES += [(BF16, states, channels) for states in (16, 64, 128) for channels in (16, 32)]
 TILES += [(F32, states, channels) for states in (16, 32, 64, 128) for channels in (16, 32)]
 
 

@@ -63,9 +63,11 @@ FORWARD: dict[int, Tiles] = {
 }
 BACKWARD: dict[int, Tiles] = {
     16: {
-        (64, 64): Tile(64, 64, inputs=Launch(4, 1, 168)),
-        (128, 64): Tile(64, 64, walk=Launch(4, 3), inputs=Launch(4, 1)),
-        (256, _MAX_CHANNELS): Tile(64, 64, walk=_WIDE, inputs=_WIDE, weights=_WIDE),
+        (32, 64): Tile(64, 64, inputs=Launch(4, 1, 168)),
+        # Blocks of 16 columns beside 64 states and more ended in illegal accesses; those of 64 columns are sound.
+        (64, 64): Tile(64, 64, inputs=Launch(4, 1, 168), least=64),
+        (128, 64): Tile(64, 64, walk=Launch(4, 3), inputs=Launch(4, 1), least=64),
+        (256, _MAX_CHANNELS): Tile(64, 64, walk=_WIDE, inputs=_WIDE, weights=_WIDE, least=64),
     },
     32: {
         # Asynchronous products of eight warps on blocks of 16 columns came out wrong (Triton 3.6, three tf32 products):
