@@ -21,7 +21,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import timm
 import torch
@@ -172,7 +172,7 @@ def benchmark(chosen: argparse.Namespace, case: tuple[str, int, int, str, str]) 
         with device:  # random numbers for weights are drawn where they are wanted
             model = timm.create_model(name, **sized)
         if chosen.checkpointing and which == "train":
-            model.set_grad_checkpointing()
+            cast(Any, model).set_grad_checkpointing()
             row["checkpointing"] = True
         images = torch.randn(batch, 3, size, size, device=device)
         if chosen.channels_last and any(fnmatch.fnmatch(name, pattern) for pattern in CHANNELS_LAST):
