@@ -52,8 +52,11 @@ _NARROW = Launch(4, 1)
 FORWARD: dict[int, Tiles] = {
     16: {
         (16, 32): Tile(64, 32, walk=Launch(4, 2, 168)),
-        (128, _MAX_CHANNELS): Tile(64, 64),
-        (256, _MAX_CHANNELS): Tile(64, 32),
+        (32, _MAX_CHANNELS): Tile(64, 64),
+        # As backwards, no blocks of 16 columns beside many states: heads of 16 channels and 64 states ended in illegal
+        # accesses here too.
+        (128, _MAX_CHANNELS): Tile(64, 64, least=64),
+        (256, _MAX_CHANNELS): Tile(64, 32, least=32),
     },
     32: {
         (64, _MAX_CHANNELS): Tile(32, 64),
