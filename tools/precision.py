@@ -167,9 +167,9 @@ def main() -> int:
         runs = list(itertools.product(names, range(chosen.seeds), chosen.dtypes))
         for name, seed, dtype in track(runs, description="training", console=console):
             records.append(source | train(name, dtype, seed, chosen.steps, data, held_out))
-            _write(chosen.out, records)
+            _write(Path(chosen.out), records)
             console.print(name, seed, dtype, records[-1]["tail"], records[-1]["accuracy"], highlight=False)
-    _write(chosen.out, records)
+    _write(Path(chosen.out), records)
     for verdict in verdicts(records):
         within = "within" if verdict["within"] else "OUTSIDE"
         console.print(
