@@ -1,7 +1,7 @@
 """Does half precision train as float32 does? Every family on handwritten digits, from the same starts.
 
     python tools/precision.py                                          # the record and its picture, on a GPU
-    python tools/precision.py test_vmamba --device cpu --steps 20 --seeds 1 --out /tmp/precision.jsonl
+    python tools/precision.py test_vmamba --device cpu --steps 20 --seeds 1 --out precision.jsonl
 
 scikit-learn's 1,797 digits, enlarged to 64 pixels a side, a stratified fifth held out; 500 steps of AdamW. For each
 seed a model starts from the same weights and sees the same batches in float32, under bfloat16 autocast, and under
