@@ -71,6 +71,17 @@ def test_what_else_decides(known: Known) -> None:
         assert known.find((torch.randn(2, 3), *CALL[1:]), "more") is None
 
 
+@pytest.mark.parametrize("steps", [3, 35])
+def test_a_table_is_read_before_a_call_is_taken_for_another(steps: int) -> None:
+    call = make_call(Case(order="cross"))
+    table = torch.arange(steps, dtype=torch.int32).repeat(call.routes, 1)
+    assert autograd.operator._covered((*call._replace(indices=table), None)) == (steps == call.tokens)
+    table = table.clone()
+    table[1, 2] = call.tokens
+    with pytest.raises(ValueError, match="indices must be -1 .*route 1, step 2"):
+        autograd.operator._covered((*call._replace(indices=table), None))
+
+
 def test_the_oldest_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(known_calls, "_MOST", 3)
     known = Known(4, 3)

@@ -182,8 +182,11 @@ def visits_all(call: Routed) -> bool:
 
 
 def covers(where: str, indices: Tensor, tokens: int) -> bool:
-    """Whether every route of a table visits every token; no, to be on the safe side, where it cannot be read now."""
-    return indices.shape[1] >= tokens and _read_once(where, indices, tokens)
+    """Whether every route of a table visits every token; no, to be on the safe side, where it cannot be read now.
+
+    Short tables are read too, although they cannot: a call like one seen before is checked nowhere else.
+    """
+    return _read_once(where, indices, tokens)
 
 
 def _read_once(where: str, indices: Tensor, tokens: int) -> bool:
