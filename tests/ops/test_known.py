@@ -78,7 +78,7 @@ def test_a_table_is_read_before_a_call_is_taken_for_another(steps: int) -> None:
     assert autograd.operator._covered((*call._replace(indices=table), None)) == (steps == call.tokens)
     table = table.clone()
     table[1, 2] = call.tokens
-    with pytest.raises(ValueError, match="indices must be -1 .*route 1, step 2"):
+    with pytest.raises(ValueError, match=r"indices must be -1 .*route 1, step 2"):
         autograd.operator._covered((*call._replace(indices=table), None))
 
 
