@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import os
-import re
 import subprocess
 import sys
 from pathlib import Path
-from xml.etree import ElementTree
+from typing import Any
 
 import timm
 
 from tests.registered import SMALL, ends_in_tokens
+from tools.test_timm import outcomes, write
 
 TOOL = Path(__file__).resolve().parents[2] / "tools" / "test_timm.py"
 
@@ -36,18 +37,44 @@ def tool(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str
     return subprocess.run(command, capture_output=True, text=True, env=os.environ | environment)
 
 
+def read(path: Path) -> dict[str, dict[str, Any]]:
+    return {record["case"]: record for record in map(json.loads, path.read_text().splitlines())}
+
+
 def test_small_models_pass_the_whole_contract(tmp_path: Path) -> None:
-    report = tmp_path / "report.xml"
-    done = tool("--models=test_*", f"--junitxml={report}", "-r=s")
+    done = tool("--models=test_*", f"--record={tmp_path / 'record.jsonl'}", "-r=s")
     assert done.returncode == 0, f"{done.stdout[-6000:]}\n{done.stderr[-2000:]}"
-    passed: dict[str, set[str]] = {name: set() for name in SMALL}
-    for case in ElementTree.parse(report).iter("testcase"):
-        assert not list(case.iter("skipped")), f"{case.get('name')} was skipped:\n{done.stdout[-2000:]}"
-        test, _, parameters = case.attrib["name"].partition("[")
-        (model,) = (name for name in SMALL if re.search(rf"\b{name}\b", parameters))
-        passed[model].add(test)
-    for name, tests in passed.items():
-        assert tests >= (TOKENS if ends_in_tokens(name) else MAPS), name
+    records = read(tmp_path / "record.jsonl")
+    assert list(records) == sorted(SMALL)
+    for name, record in records.items():
+        assert record["failed"] == record["skipped"] == {}, done.stdout[-2000:]
+        assert set(record["passed"]) >= (TOKENS if ends_in_tokens(name) else MAPS), name
+
+
+def test_a_record_tells_what_failed_and_what_was_skipped(tmp_path: Path) -> None:
+    (tmp_path / "report.xml").write_text(
+        """<testsuites><testsuite>
+        <testcase name="test_forward[1-vim_a]" time="1.5"/>
+        <testcase name="test_cfgs[1-vim_a.one]" time="0.25"/>
+        <testcase name="test_cfgs[1-vim_a.two]" time="0.25"><failure message="no pool&#10;at line 3"/></testcase>
+        <testcase name="test_fx[2-vim_a]" time="0"><skipped message="too large"/></testcase>
+        <testcase name="test_forward[1-vim_b]" time="1"><error message="">...</error></testcase>
+        </testsuite></testsuites>"""
+    )
+    found = outcomes(tmp_path / "report.xml")
+    assert found["vim_a"] == {
+        "passed": ["test_forward"],
+        "skipped": {"test_fx": "too large"},
+        "failed": {"test_cfgs": "no pool"},
+        "seconds": 2.0,
+    }
+    assert found["vim_b"]["failed"].keys() == {"test_forward"} and found["vim_b"]["passed"] == []
+    path = tmp_path / "record.jsonl"
+    path.write_text('{"case": "vim_b", "passed": ["test_forward"]}\n{"case": "vim_c", "passed": []}\n')
+    write(path, found)
+    records = read(path)
+    assert list(records) == ["vim_a", "vim_b", "vim_c"]
+    assert records["vim_b"]["failed"] and records["vim_c"] == {"case": "vim_c", "passed": []}
 
 
 def test_without_index_or_cache_it_says_what_to_do(tmp_path: Path) -> None:
