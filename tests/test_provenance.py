@@ -51,6 +51,22 @@ def test_without_git_the_environment_names_the_commit_or_nothing_does(
     assert provenance.provenance("cpu")["commit"] == "abc123"
 
 
+def test_a_copy_without_git_is_compared_with_the_files_of_its_commit(
+    checkout: Path, monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    listed = subprocess.run(["git", "ls-tree", "-r", "HEAD"], cwd=checkout, capture_output=True, check=True).stdout
+    tree = tmp_path_factory.mktemp("listed") / "tree"
+    tree.write_bytes(listed)
+    monkeypatch.setenv(provenance.COMMIT_VARIABLE, "abc123")
+    assert provenance.provenance("cpu")["dirty"] is None
+    monkeypatch.setenv(provenance.TREE_VARIABLE, str(tree))
+    assert provenance.provenance("cpu")["dirty"] is False
+    (checkout / "b").write_text("2")
+    assert provenance.provenance("cpu")["dirty"] is True and provenance.provenance("cpu", "a")["dirty"] is False
+    (checkout / "a").unlink()
+    assert provenance.provenance("cpu", "a")["dirty"] is True
+
+
 def test_a_folder_within_another_repository_is_not_taken_for_it(
     checkout: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

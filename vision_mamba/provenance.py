@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import hashlib
 import logging
 import os
 import platform
@@ -16,6 +17,9 @@ from vision_mamba.ops.backends import cpu
 
 #: Names the commit where there is no git to ask, such as in a copy of the tree on another machine.
 COMMIT_VARIABLE = "VISION_MAMBA_COMMIT"
+
+#: Names a file with what `git ls-tree -r` told of that commit, which the copy is then compared with.
+TREE_VARIABLE = "VISION_MAMBA_TREE"
 
 _log = logging.getLogger("vision_mamba")
 _ROOT = Path(__file__).resolve().parents[1]
@@ -31,7 +35,7 @@ def provenance(device: torch.device | str = "cpu", *covered: str) -> dict[str, A
 
     Returns: commit, dirty, date (UTC), device, torch; on a CPU the threads and the kernel's instruction set too. The
         commit is None, and dirty with it, where neither git nor the environment variable VISION_MAMBA_COMMIT tells it,
-        which is said in the log.
+        which is said in the log; dirty alone is None where that variable names the commit without VISION_MAMBA_TREE.
     """
     device = torch.device(device)
     record = {
@@ -49,13 +53,29 @@ def provenance(device: torch.device | str = "cpu", *covered: str) -> dict[str, A
 def _commit(covered: tuple[str, ...]) -> dict[str, Any]:
     named = os.environ.get(COMMIT_VARIABLE)
     if named:
-        return {"commit": named, "dirty": None}
+        tree = os.environ.get(TREE_VARIABLE)
+        return {"commit": named, "dirty": None if not tree else _differs(Path(tree), covered)}
     try:
         changes = _git("status", "--porcelain", *(("--", *covered) if covered else ("--untracked-files=no",)))
         return {"commit": _git("rev-parse", "HEAD"), "dirty": bool(changes)}
     except (OSError, subprocess.CalledProcessError):
         _log.warning("provenance: %s is no git checkout, so the record names no commit; set %s", _ROOT, COMMIT_VARIABLE)
         return {"commit": None, "dirty": None}
+
+
+def _differs(tree: Path, covered: tuple[str, ...]) -> bool:
+    """Whether a file of the commit is missing here or has another content, by the hashes that git gives contents."""
+    for line in tree.read_text(encoding="utf-8").splitlines():
+        about, name = line.split("\t", 1)
+        path = _ROOT / name
+        if covered and not any(path.is_relative_to(_ROOT / part) for part in covered):
+            continue
+        content = path.read_bytes() if path.is_file() else b""
+        blob = hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest()
+        if not path.is_file() or blob != about.split()[2]:
+            _log.warning("provenance: %s is not as in the commit", name)
+            return True
+    return False
 
 
 def _git(*arguments: str) -> str:
