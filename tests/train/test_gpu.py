@@ -50,6 +50,7 @@ def close(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor], rtol: fl
 
 @pytest.mark.parametrize("options", [{}, {"amp": True}, HALF], ids=["float32", "bfloat16", "float16"])
 def test_a_run_that_is_killed_goes_on_and_ends_like_one_that_was_not(images: Path, options: dict[str, Any]) -> None:
+    options = {"deterministic": True, **options}
     whole, killed = (config(images, name, recovery_interval=1, **options) for name in ("whole", "killed"))
     runs.fit(whole)
     process = runs.start(*runs.flags(killed), "--epochs", "200", "--sched", "constant", "--log-interval", "1")
@@ -70,7 +71,7 @@ def test_a_run_that_is_killed_goes_on_and_ends_like_one_that_was_not(images: Pat
     one, other = saved(again), saved(straight)
     assert one["epoch"] == other["epoch"] == at["epoch"] + 1
     assert runs.same(one["state_dict"], other["state_dict"])
-    assert one["amp_scaler"] == other["amp_scaler"] and bool(one["amp_scaler"]) == (options is HALF)
+    assert one["amp_scaler"] == other["amp_scaler"] and bool(one["amp_scaler"]) == ("amp_dtype" in options)
     assert all(bool(value.isfinite().all()) for value in saved(whole)["state_dict"].values())
 
 
@@ -107,7 +108,8 @@ def test_two_gpus_train_like_one_with_twice_the_batch(images: Path, options: dic
     assert done.returncode == 0, done.stderr
     close(saved(two)["state_dict"], saved(one)["state_dict"])
     assert saved(two)["processes"] == 2
-    assert torchrun(two, "--epochs", "2", "--resume", "auto").returncode == 0
+    done = torchrun(two, "--epochs", "2", "--resume", "auto")
+    assert done.returncode == 0, done.stderr
     assert saved(two)["epoch"] == 2
 
 
@@ -117,7 +119,8 @@ def test_a_process_that_dies_ends_the_job(images: Path, fault: str) -> None:
     run = config(images, "run", batch_size=8, recovery_interval=1)
     began = time.monotonic()
     done = torchrun(run, FAULT=f"1 {STEPS - 1}", FAULT_KIND=fault)
-    assert done.returncode != 0 and time.monotonic() - began < 90
+    # Half a minute of it torchrun waits for the process that is left, which waits for the dead one in a kernel.
+    assert done.returncode != 0 and time.monotonic() - began < 170
     told = r"ZeroDivisionError: a fault on purpose" if fault == "raise" else r"Signal 9 \(SIGKILL\)|exitcode *: -9"
     assert re.search(told, done.stderr), done.stderr
     at = saved(run)

@@ -19,6 +19,7 @@ import torch
 from tests.train import runs
 from tests.train.runs import ROOT, STEPS
 from tests.train.test_resume import Stopping
+from vision_mamba.train import parallel
 from vision_mamba.train.checkpoint import LAST
 from vision_mamba.train.errors import ConfigError, Interrupted
 from vision_mamba.train.options import Config
@@ -110,6 +111,25 @@ def test_one_process_goes_on_from_shares_put_together(folder: Path, one_thread: 
     config = runs.config(folder, experiment="alone", epochs=3, resume=str(folder / "output" / "fsdp" / LAST))
     config.run_dir.mkdir()
     assert runs.fit(config).epoch == 3
+
+
+@pytest.mark.parametrize(
+    ("error", "parts"), [(None, True), (Interrupted(15, "last.pth"), True), (ZeroDivisionError("alone"), False)]
+)
+def test_processes_part_together_or_not_at_all(
+    monkeypatch: pytest.MonkeyPatch, error: Exception | None, parts: bool
+) -> None:
+    """NCCL waits for all of them, and they may wait for one that failed."""
+    parted = []
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    joined = {"device": "cpu", "global_rank": 1, "world_size": 2}
+    monkeypatch.setattr(parallel, "init_distributed_device_so", lambda device: joined)
+    monkeypatch.setattr(torch.distributed, "destroy_process_group", lambda: parted.append(True))
+    with contextlib.suppress(ZeroDivisionError, Interrupted), parallel.world_on(torch.device("cpu")) as world:
+        assert (world.rank, world.size) == (1, 2)
+        if error is not None:
+            raise error
+    assert bool(parted) == parts
 
 
 def test_sharing_out_wants_several_processes(drawn: Path) -> None:

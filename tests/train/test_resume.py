@@ -20,6 +20,7 @@ from tests.train.runs import STEPS
 from vision_mamba.train.checkpoint import LAST
 from vision_mamba.train.engine import Position
 from vision_mamba.train.errors import Interrupted
+from vision_mamba.train.learner import Learner
 from vision_mamba.train.options import Config
 from vision_mamba.train.progress import Bar, Progress
 from vision_mamba.train.run import prepare, train
@@ -129,6 +130,20 @@ def test_the_seed_settles_the_run(drawn: Path, whole: tuple[Position, Path]) -> 
     runs.fit(runs.config(drawn, experiment="other", seed=4))
     assert runs.same(runs.weights(drawn / "output" / "run"), runs.weights(whole[1]))
     assert not runs.same(runs.weights(drawn / "output" / "other"), runs.weights(whole[1]))
+
+
+def test_algorithms_repeat_to_the_last_bit_where_asked_for(drawn: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen, step = [], Learner.gradients
+
+    def gradients(*arguments: Any) -> torch.Tensor:
+        seen.append(torch.are_deterministic_algorithms_enabled())
+        return step(*arguments)
+
+    monkeypatch.setattr(Learner, "gradients", gradients)
+    for wanted in (True, False):
+        runs.fit(runs.config(drawn, epochs=1, deterministic=wanted, overwrite=True))
+        assert not torch.are_deterministic_algorithms_enabled(), "as before"
+    assert seen == [True] * STEPS + [False] * STEPS
 
 
 def follow(process: Any, line: str) -> str:

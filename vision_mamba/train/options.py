@@ -20,7 +20,7 @@ DATASETS = ("folder", "digits")
 ARCHIVES = ("torch/", "hfds/", "hfids/", "tfds/", "wds/")  # what timm.data reads by name
 SCHEDULES = ("cosine", "tanh", "step", "multistep", "poly", "wsd", "rsqrt", "constant", "none")
 OURS_ALONE = frozenset(
-    {"check_images", "skip_bad_images", "kd_checkpoint", "fsdp", "overwrite"}
+    {"check_images", "skip_bad_images", "kd_checkpoint", "fsdp", "deterministic", "overwrite"}
     | {"max_bad_steps", "log_tensorboard", "dry_run"}
 )
 
@@ -180,6 +180,7 @@ class Config(Options):
     dist_bn: str = _run("reduce", "how the processes' batch norm statistics meet after an epoch",
                         choices=one_of("reduce", "broadcast", ""))  # fmt: skip
     seed: int = _run(42, "of weights, order, augmentation and dropout; on a CPU it settles the run bit for bit", 0)
+    deterministic: bool = _run(False, "take algorithms that repeat to the last bit: seed settles runs on a GPU too")
     output: str = _run("output", "folder of all runs", also=("output_dir", "out"))
     experiment: str | None = _run(None, "folder of this run under output (the model's name)", also=("name",))
     overwrite: bool = _run(False, "replace a run that lies in that folder", kept=False)

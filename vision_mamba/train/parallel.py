@@ -22,6 +22,8 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils import _pytree as pytree
 
+from vision_mamba.train.errors import Interrupted
+
 T = TypeVar("T")
 
 
@@ -83,15 +85,20 @@ def launcher() -> list[str]:
 
 @contextlib.contextmanager
 def world_on(device: torch.device) -> Iterator[World]:
-    """Meet the other processes that torchrun or SLURM started, and part from them at the end."""
+    """Meet the other processes that torchrun or SLURM started, and part from them at the end, or when all stop.
+
+    After an error of one process there is no parting: NCCL would wait for the others, and they for the one that failed.
+    """
     if not is_distributed_env():
         yield World(device)
         return
     joined = init_distributed_device_so(device.type)
     try:
         yield World(torch.device(joined["device"]), joined["global_rank"], joined["world_size"])
-    finally:
+    except Interrupted:
         dist.destroy_process_group()
+        raise
+    dist.destroy_process_group()
 
 
 def shard(model: nn.Module, world: World) -> int:

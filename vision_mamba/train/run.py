@@ -30,6 +30,7 @@ from vision_mamba.train.options import READER, Config
 from vision_mamba.train.parallel import World, local_rank, rank_by_environment, world_on
 from vision_mamba.train.progress import Progress
 from vision_mamba.train.sampler import batch_after, images_before
+from vision_mamba.train.seeds import deterministic
 
 _log = logging.getLogger("vision_mamba.train")
 
@@ -74,7 +75,8 @@ def train(config: Config, begin_from: Path | None, progress: Progress) -> Positi
     """
     models.register(config.device_modules)
     models.check_name(config.model)
-    with world_on(models.device(config.device, local_rank())) as world:
+    device = models.device(config.device, local_rank())
+    with deterministic(config.deterministic), world_on(device) as world:
         trainer = _trainer(config, world, progress)
         if begin_from is not None:
             if config.resume == "auto":
