@@ -78,6 +78,17 @@ def test_the_rounding_of_states_does_not_add_up() -> None:
         assert relative_rms(found[name], reference[name]) <= 1e-5, name
 
 
+@pytest.mark.parametrize("seed", [0, 7])
+def test_gradients_of_rates_sum_no_terms_that_cancel(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Strong decays in a long chunk: as running sums of rows less columns dA would err by more than 1e-5."""
+    monkeypatch.setitem(ssd_triton.BACKWARD, 32, {(256, 128): Tile(64, 16)})
+    ssd_triton._plan.cache_clear()
+    call = make_call(SsdCase(grid=(1, 64), batch=1, heads=1, groups=1, channels=1, states=1), seed)
+    call = call._replace(A=torch.full_like(call.A, -4.0))
+    found, reference = run(call, "triton"), run(ssd_cases.double(call), "reference")
+    assert relative_rms(found["dA"], reference["dA"]) <= 2e-6
+
+
 @pytest.mark.parametrize("skip", ["heads", "channels"])
 def test_wide_heads_in_parts(skip: str, monkeypatch: pytest.MonkeyPatch, poisoned: None) -> None:
     monkeypatch.setattr(ssd_triton, "_MAX_CHANNELS", 4)

@@ -95,9 +95,12 @@ def _launch_route(
     dx, ddt, dB, dC = results
     h, g, *rests = _states(r, dy, dlast, dinitial)
     chunks = -(-call.steps // plan.tile.steps)
-    rows = call.x.new_empty((3 if call.causal else 1, call.batch, call.heads, plan.padded), dtype=torch.float32)
-    parts = rows.new_empty((3, call.batch, call.heads, chunks))
-    dA, dbias, carried = parts
+    exact = call.causal and plan.shared["FACTORS"] != "bfloat16"
+    kinds = 3 + exact if call.causal else 1
+    rows = call.x.new_empty((kinds, call.batch, call.heads, plan.padded), dtype=torch.float32)
+    parts = rows.new_empty((3 + exact, call.batch, call.heads, chunks))
+    dA, dbias, carried = parts[:3]
+    inner = parts[3] if exact else None
     dD = None if r.D is None else parts.new_empty((*dA.shape, *r.D.shape[1:]))
     programs, per_group = call.batch * call.groups * chunks, call.heads // call.groups
     # A divisor of the heads of a group, large enough to fill the GPU.
@@ -110,7 +113,7 @@ def _launch_route(
     sizes = (call.steps, call.tokens, chunks, plan.padded)
     strides = (*r.x.stride(), *r.B.stride(), *r.C.stride())
     kernels.inputs[(call.batch * call.heads * chunks,)](
-        r.x, *r.prepared, r.A, r.B, r.C, r.D, r.indices, dy, h, g, *rests, dx, rows, carried, dD,
+        r.x, *r.prepared, r.A, r.B, r.C, r.D, r.indices, dy, h, g, *rests, dx, rows, carried, inner, dD,
         call.heads, per_group, *sizes, *strides, *r.skip, *dy.stride(), *dx.stride(), *h.stride()[:3], rows.stride(0),
         **shared, **plan.options["inputs"], ADD=add, EACH_CHANNEL=r.D is not None and r.D.dim() == 2,
     )  # fmt: skip
@@ -121,7 +124,7 @@ def _launch_route(
     )  # fmt: skip
     heads = min(16, _padded(call.heads))
     kernels.rates[(call.batch * chunks, -(-call.heads // heads))](
-        r.dt, r.prepared[0], r.A, r.bias, r.indices, rows, carried, ddt, dA, None if r.bias is None else dbias,
+        r.dt, r.prepared[0], r.A, r.bias, r.indices, rows, carried, inner, ddt, dA, None if r.bias is None else dbias,
         call.heads, *sizes, *r.limits, *r.dt.stride(), *ddt.stride(), rows.stride(0),
         T=plan.tile.steps, HEADS=heads, CAUSAL=call.causal, DESCENDING=r.descending, SOFTPLUS=call.dt_softplus,
     )  # fmt: skip

@@ -11,6 +11,8 @@ j <= i, and W = E S G s_j below the diagonal; the rest as in ssd_triton_kernels:
 
 Each line of da_t adds what passes through the decay of step t. The first is a running sum of row sums less column sums
 of one and the same W: what cancels in it cancels to the last digits, as <dy, y> - <x, dx> of rounded outputs does not.
+The last digits of every sum still add up in dA, s_1 + ... + s_i times each. Where factors are not bfloat16, the part of
+the first line in dA is therefore summed by itself, from terms W_ij s_j (s_{j+1} + ... + s_i) of which nothing cancels.
 
 Three kernels, since one that did all of it would not fit into the registers. `inputs`, a program a chunk and head,
 writes dx and the addends of ds and da as rows (B, H, steps). `weights`, a program a chunk and share of a group's heads,
@@ -56,10 +58,19 @@ def join(b_high, b_rest, FACTORS: tl.constexpr):
     return b_h
 
 
+@triton.jit
+def between(b_s):
+    """s_{j+1} + ... + s_i at [j, i]; summed in float64, so that differences have all digits of float32."""
+    b_sum = tl.cumsum(tl.minimum(b_s, 1e36).to(tl.float64), 0)
+    b_high = b_sum.to(tl.float32)
+    b_low = (b_sum - b_high.to(tl.float64)).to(tl.float32)
+    return b_high[None, :] - b_high[:, None] + (b_low[None, :] - b_low[:, None])
+
+
 @triton.jit(do_not_specialize=SIZES)
 def inputs(
     p_x, p_s, p_c, p_low, p_A, p_B, p_C, p_D, p_indices, p_dy, p_h, p_g, p_h_rest, p_g_rest,
-    p_dx, p_rows, p_carried, p_dD,
+    p_dx, p_rows, p_carried, p_inner, p_dD,
     heads, per_group, steps, tokens, chunks, padded,
     s_xb, s_xl, s_xh, s_xc, s_Bb, s_Bl, s_Bg, s_Bn, s_Cb, s_Cl, s_Cg, s_Cn, s_Dh, s_Dc,
     s_dyb, s_dyl, s_dyh, s_dyc, s_dxb, s_dxl, s_dxh, s_dxc, s_hb, s_hh, s_ht, s_row,
@@ -69,6 +80,7 @@ def inputs(
 ):  # fmt: skip
     """dx, sums of chunks for dD, and rows: <x, z>, what adds to da after a step, and what adds up to it.
 
+    With p_inner the sums of W are a row of their own, and p_inner has what they make of dA.
     h and g are (B, H, chunks, N, P) with strides over the first three, and what they are rounded by, if they are.
     """
     i_h = (tl.program_id(0) % heads).to(tl.int64)
@@ -113,7 +125,13 @@ def inputs(
         b_later = tl.sum(b_W, 1)
         # The diagonal passes through no decay.
         b_own += b_later + tl.sum(b_B.to(tl.float32) * b_C.to(tl.float32), 1) * tl.sum(b_e, 1)
-        b_until += tl.sum(b_W * b_s[:, None], 0) - b_s * b_later
+        b_W *= b_s[:, None]
+        b_passed = tl.sum(b_W, 0) - b_s * b_later
+        if p_inner is not None:
+            tl.store(p_inner + i_part, tl.sum(tl.sum(b_W * between(b_s), 1)))
+            tl.store(p_rows + s_row + s_row + s_row, b_passed)
+        else:
+            b_until += b_passed
         tl.store(p_rows + s_row + s_row, b_until)
         b_w = b_s
     else:
@@ -182,7 +200,7 @@ def weights(
 
 @triton.jit(do_not_specialize=SIZES)
 def rates(
-    p_dt, p_s, p_A, p_bias, p_indices, p_rows, p_carried, p_ddt, p_dA, p_dbias,
+    p_dt, p_s, p_A, p_bias, p_indices, p_rows, p_carried, p_inner, p_ddt, p_dA, p_dbias,
     heads, steps, tokens, chunks, padded, low, high, s_dtb, s_dtl, s_dth, s_ddtb, s_ddtl, s_ddth, s_row,
     T: tl.constexpr, HEADS: tl.constexpr, CAUSAL: tl.constexpr, DESCENDING: tl.constexpr, SOFTPLUS: tl.constexpr,
 ):  # fmt: skip
@@ -201,11 +219,16 @@ def rates(
         b_until = tl.load(p_rows + s_row + s_row + o_row, mask=m_h[:, None], other=0.0)
         b_da = tl.cumsum(b_past, 1) - b_past + tl.cumsum(b_until, 1, reverse=True)
         b_da += tl.load(p_carried + o_part, mask=m_h, other=0.0)[:, None]
+        b_dA = tl.sum(tl.where(m_t[None, :], b_s * b_da, 0.0), 1)
+        if p_inner is not None:
+            b_dA += tl.load(p_inner + o_part, mask=m_h, other=0.0)
+            b_passed = tl.load(p_rows + s_row + s_row + s_row + o_row, mask=m_h[:, None], other=0.0)
+            b_da += tl.cumsum(b_passed, 1, reverse=True)
         b_ds = b_own + b_A * b_da
     else:
-        b_da = -b_own
-        b_ds = b_A * b_da
-    tl.store(p_dA + o_part, tl.sum(tl.where(m_t[None, :], b_s * b_da, 0.0), 1), mask=m_h)
+        b_ds = -b_A * b_own
+        b_dA = -tl.sum(tl.where(m_t[None, :], b_s * b_own, 0.0), 1)
+    tl.store(p_dA + o_part, b_dA, mask=m_h)
     # Through the limits, and softplus before them.
     m_tile = m_h[:, None] & m_l[None, :]
     p_tile = p_dt + i_b * s_dtb + o_h[:, None] * s_dth + o_l[None, :] * s_dtl
