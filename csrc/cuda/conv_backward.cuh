@@ -4,7 +4,9 @@
 // Every g adds to four entries of a second ring, the gradients of the tokens t - 3 to t + 3; the oldest is whole and
 // leaves. A chunk's own tokens take g from up to three tokens around it, as far as taps reach; those are computed by two
 // chunks, and counted for the weights by one.
-// Grid: as forward. Sums for weight and bias leave as (sequences, chunks, ways, 5, channels), the bias last.
+// Along routes the gradient of x leaves as (B, L, routes, D), still to be added up.
+// Grid: as forward. Sums for weight and bias leave as (sequences, chunks, ways, 5, channels), the bias last; of a batch with
+// routes, these follow one another.
 #include "conv.cuh"
 
 extern "C" __device__ int launch_shape[2] = {128, 0};
@@ -14,11 +16,11 @@ extern "C" __global__ void __launch_bounds__(128) conv_backward(const __grid_con
     if (!place.there) return;
     const int length = (int)p.tokens, from = place.chunk * (int)p.chunk_steps, to = min(from + (int)p.chunk_steps, length);
     const X_TYPE* x = (const X_TYPE*)p.x + place.batch * p.x_b + place.channel;
-    const X_TYPE* dy = (const X_TYPE*)p.dy + place.batch * length * kWays * p.channels + place.channel;
-    X_TYPE* dx = (X_TYPE*)p.dx + place.batch * p.dx_b + place.channel;
+    const X_TYPE* dy = (const X_TYPE*)p.dy + (place.batch * length * results(p) + place.route) * p.channels + place.channel;
+    X_TYPE* dx = (X_TYPE*)p.dx + place.batch * p.dx_b + place.route * p.channels + place.channel;
     Taps taps;
-    taps.read(p, place.channel);
-    // Token t is entry (t - from + 3) mod 7 of both rings.
+    taps.read(p, place.route, place.channel);
+    // Step t is entry (t - from + 3) mod 7 of both rings.
     float ring[kRing][kRun], out[kRing][kRun], sums[kWays][5][kRun] = {};
 #pragma unroll
     for (int i = 0; i < kRing; ++i) {
@@ -27,8 +29,9 @@ extern "C" __global__ void __launch_bounds__(128) conv_backward(const __grid_con
     }
 #pragma unroll
     for (int i = -3; i < 3; ++i) {
-        const int token = from - 3 + i;
-        const Pack<X_TYPE, kRun> pack = read(x, p.x_l, token, token >= 0 && token < length);
+        const int step = from - 3 + i;
+        const bool exists = step >= 0 && step < length;
+        const Pack<X_TYPE, kRun> pack = read(x, p.x_l, place.token(p, step, exists), exists);
 #pragma unroll
         for (int j = 0; j < kRun; ++j) ring[(i + kRing) % kRing][j] = pack.get(j);
     }
@@ -36,18 +39,19 @@ extern "C" __global__ void __launch_bounds__(128) conv_backward(const __grid_con
         Pack<X_TYPE, kRun> ahead[kRing], grads[kWays][kRing];
 #pragma unroll
         for (int i = 0; i < kRing; ++i) {
-            const int token = first + i;
-            ahead[i] = read(x, p.x_l, token + 3, token + 3 >= 0 && token + 3 < length);
+            const int step = first + i;
+            const bool exists = step + 3 >= 0 && step + 3 < length;
+            ahead[i] = read(x, p.x_l, place.token(p, step + 3, exists), exists);
 #pragma unroll
             for (int k = 0; k < kWays; ++k) {
-                const bool reaches = token >= max(from - behind(k), 0) && token < min(to + before(k), length);
-                grads[k][i] = read(dy + k * p.channels, kWays * p.channels, token, reaches);
+                const bool reaches = step >= max(from - behind(k), 0) && step < min(to + before(k), length);
+                grads[k][i] = read(dy + k * p.channels, results(p) * p.channels, place.token(p, step, reaches), reaches);
             }
         }
 #pragma unroll
         for (int i = 0; i < kRing; ++i) {
-            const int token = first + i;
-            const bool counts = token >= from && token < to;
+            const int step = first + i;
+            const bool counts = step >= from && step < to;
 #pragma unroll
             for (int j = 0; j < kRun; ++j) {
                 ring[(i + 3) % kRing][j] = ahead[i].get(j);
@@ -65,16 +69,17 @@ extern "C" __global__ void __launch_bounds__(128) conv_backward(const __grid_con
                 }
             }
             float* whole = out[(i + 4) % kRing];
-            if (token - 3 >= from && token - 3 < to) {
+            if (step - 3 >= from && step - 3 < to) {
                 Pack<X_TYPE, kRun> pack;
                 pack.set(whole);
-                store<true>(pack, dx + (token - 3) * p.dx_l, 1, kRun);
+                store<true>(pack, dx + place.token(p, step - 3) * p.dx_l, 1, kRun);
             }
 #pragma unroll
             for (int j = 0; j < kRun; ++j) whole[j] = 0.f;
         }
     }
-    float* parts = p.parts + (place.batch * p.chunks + place.chunk) * 5 * kWays * p.channels + place.channel;
+    const long long sequence = kRoutes ? place.batch * p.routes + place.route : place.batch;
+    float* parts = p.parts + (sequence * p.chunks + place.chunk) * 5 * kWays * p.channels + place.channel;
 #pragma unroll
     for (int i = 0; i < 5 * kWays; ++i) {
         Pack<Float, kRun> pack;

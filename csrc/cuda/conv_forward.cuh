@@ -1,5 +1,5 @@
 // conv_forward.cuh: y_t0 = silu(bias_0 + sum_j w_0j x_{t-kBefore+j}), y_t1 = silu(bias_1 + sum_j w_1j x_{t+3-j}); y is
-// (B, L, ways, D).
+// (B, L, ways, D), or (B, L, routes, D) along routes.
 // Grid: one thread = kRun channels of a chunk of a sequence.
 #include "conv.cuh"
 
@@ -10,24 +10,28 @@ extern "C" __global__ void __launch_bounds__(128) conv_forward(const __grid_cons
     if (!place.there) return;
     const int length = (int)p.tokens, from = place.chunk * (int)p.chunk_steps, to = min(from + (int)p.chunk_steps, length);
     const X_TYPE* x = (const X_TYPE*)p.x + place.batch * p.x_b + place.channel;
-    X_TYPE* y = (X_TYPE*)p.y + place.batch * length * kWays * p.channels + place.channel;
+    X_TYPE* y = (X_TYPE*)p.y + (place.batch * length * results(p) + place.route) * p.channels + place.channel;
     Taps taps;
-    taps.read(p, place.channel);
-    float ring[kRing][kRun];  // token t is entry (t - from) mod 7
+    taps.read(p, place.route, place.channel);
+    float ring[kRing][kRun];  // step t is entry (t - from) mod 7
 #pragma unroll
     for (int i = -3; i < 3; ++i) {
-        const int token = from + i;
-        const Pack<X_TYPE, kRun> pack = read(x, p.x_l, token, token >= 0 && token < length);
+        const int step = from + i;
+        const bool exists = step >= 0 && step < length;
+        const Pack<X_TYPE, kRun> pack = read(x, p.x_l, place.token(p, step, exists), exists);
 #pragma unroll
         for (int j = 0; j < kRun; ++j) ring[(i + kRing) % kRing][j] = pack.get(j);
     }
     for (int first = from; first < to; first += kRing) {
         Pack<X_TYPE, kRun> ahead[kRing];
 #pragma unroll
-        for (int i = 0; i < kRing; ++i) ahead[i] = read(x, p.x_l, first + i + 3, first + i + 3 < length);
+        for (int i = 0; i < kRing; ++i) {
+            const int step = first + i + 3;
+            ahead[i] = read(x, p.x_l, place.token(p, step, step < length), step < length);
+        }
 #pragma unroll
         for (int i = 0; i < kRing; ++i) {
-            const int token = first + i;
+            const int step = first + i;
             float out[kWays][kRun];
 #pragma unroll
             for (int j = 0; j < kRun; ++j) {
@@ -38,12 +42,13 @@ extern "C" __global__ void __launch_bounds__(128) conv_forward(const __grid_cons
                     out[k][j] = v * sigmoid(v);
                 }
             }
-            if (token < to) {
+            if (step < to) {
+                const long long token = place.token(p, step);
 #pragma unroll
                 for (int k = 0; k < kWays; ++k) {
                     Pack<X_TYPE, kRun> pack;
                     pack.set(out[k]);
-                    store<true>(pack, y + ((long long)kWays * token + k) * p.channels, 1, kRun);
+                    store<true>(pack, y + (results(p) * token + k) * p.channels, 1, kRun);
                 }
             }
         }

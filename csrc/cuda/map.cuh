@@ -26,12 +26,14 @@ struct Window {
     }
 };
 
-// kRows rows of a map about a strip, from `first` on, in this thread's channels. An image has less than 2^31 elements.
+// kRows rows of a map about a strip, from `first` on, in this thread's channels; tokens lie `stride` elements apart. An image
+// has less than 2^31 elements.
 template <int kRows> struct Rowset {
     int width, row, column;  // elements from a row, and from a column, to the next
     unsigned there;          // bit r: whether that row is one of the map's
 
-    DEVICE Rowset(const Rows& p, int first) : width((int)p.width), row((int)(p.width * p.channels)), column((int)p.channels), there(0) {
+    DEVICE Rowset(const Rows& p, int first, long long stride)
+        : width((int)p.width), row((int)(p.width * stride)), column((int)stride), there(0) {
 #pragma unroll
         for (int r = 0; r < kRows; ++r) there |= (unsigned)(first + r >= 0 && first + r < p.height) << r;
     }

@@ -19,18 +19,18 @@ extern "C" __global__ void __launch_bounds__(128, MIN_BLOCKS) map_backward(const
     for (long long piece = worker; piece < pieces; piece += p.workers) {
         const int top = (int)(piece / p.chunks % strips) * kStrip;
         const int from = (int)(piece % p.chunks) * (int)p.chunk_steps, to = min(from + (int)p.chunk_steps, (int)p.width);
-        const Rowset<kStrip + 4> around(p, top - 2);
-        const long long origin = piece / p.chunks / strips * p.tokens * p.channels + channel + (top - 2ll) * around.row;
-        const X_TYPE* x = (const X_TYPE*)p.x + origin;
-        const X_TYPE* dy = (const X_TYPE*)p.dy + origin;
-        X_TYPE* dx = (X_TYPE*)p.dx + origin;
+        const long long batch = piece / p.chunks / strips;
+        const Rowset<kStrip + 4> of_x(p, top - 2, p.x_l), of_dy(p, top - 2, p.channels), of_dx(p, top - 2, p.dx_l);
+        const X_TYPE* x = (const X_TYPE*)p.x + batch * p.x_b + channel + (top - 2ll) * of_x.row;
+        const X_TYPE* dy = (const X_TYPE*)p.dy + batch * p.tokens * p.channels + channel + (top - 2ll) * of_dy.row;
+        X_TYPE* dx = (X_TYPE*)p.dx + batch * p.dx_b + channel + (top - 2ll) * of_dx.row;
         // Column c is entry (c - from + 2) mod 3 of both rings.
         float ring[3][kStrip + 4][kRun], g[3][kStrip + 2][kRun];
 #pragma unroll
         for (int c = 0; c < 2; ++c) {
 #pragma unroll
             for (int r = 0; r < kStrip + 4; ++r) {
-                const Pack<X_TYPE, kRun> pack = around.read(x, r, from - 2 + c);
+                const Pack<X_TYPE, kRun> pack = of_x.read(x, r, from - 2 + c);
 #pragma unroll
                 for (int j = 0; j < kRun; ++j) ring[c][r][j] = pack.get(j);
             }
@@ -45,9 +45,9 @@ extern "C" __global__ void __launch_bounds__(128, MIN_BLOCKS) map_backward(const
 #pragma unroll
             for (int c = 0; c < 3; ++c) {
 #pragma unroll
-                for (int r = 0; r < kStrip + 4; ++r) ahead[c][r] = around.read(x, r, first + c + 1);
+                for (int r = 0; r < kStrip + 4; ++r) ahead[c][r] = of_x.read(x, r, first + c + 1);
 #pragma unroll
-                for (int r = 0; r < kStrip + 2; ++r) grads[c][r] = around.read(dy, r + 1, first + c);
+                for (int r = 0; r < kStrip + 2; ++r) grads[c][r] = of_dy.read(dy, r + 1, first + c);
             }
 #pragma unroll
             for (int c = 0; c < 3; ++c) {
@@ -86,7 +86,7 @@ extern "C" __global__ void __launch_bounds__(128, MIN_BLOCKS) map_backward(const
                             out[j] = fmaf(window.tap[t][j], g[(c + 2 - t % 3) % 3][r + 2 - t / 3][j], out[j]);
                         }
                     }
-                    around.write(out, dx, r + 2, column - 1, column - 1 >= from && column - 1 < to);
+                    of_dx.write(out, dx, r + 2, column - 1, column - 1 >= from && column - 1 < to);
                 }
             }
         }

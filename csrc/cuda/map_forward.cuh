@@ -10,10 +10,9 @@ extern "C" __global__ void __launch_bounds__(128, MIN_BLOCKS) map_forward(const 
     if (batch >= p.batch) return;
     const int channel = (int)(i % runs) * kRun, top = (int)(strip % strips) * kStrip;
     const int from = (int)(piece % p.chunks) * (int)p.chunk_steps, to = min(from + (int)p.chunk_steps, (int)p.width);
-    const Rowset<kStrip + 2> around(p, top - 1);
-    const long long origin = batch * p.tokens * p.channels + channel + (top - 1ll) * around.row;
-    const X_TYPE* x = (const X_TYPE*)p.x + origin;
-    X_TYPE* y = (X_TYPE*)p.y + origin;
+    const Rowset<kStrip + 2> of_x(p, top - 1, p.x_l), of_y(p, top - 1, p.channels);
+    const X_TYPE* x = (const X_TYPE*)p.x + batch * p.x_b + channel + (top - 1ll) * of_x.row;
+    X_TYPE* y = (X_TYPE*)p.y + batch * p.tokens * p.channels + channel + (top - 1ll) * of_y.row;
     Window window;
     window.read(p, channel);
     float ring[3][kStrip + 2][kRun];  // column c is entry (c - from + 1) mod 3
@@ -21,7 +20,7 @@ extern "C" __global__ void __launch_bounds__(128, MIN_BLOCKS) map_forward(const 
     for (int c = 0; c < 2; ++c) {
 #pragma unroll
         for (int r = 0; r < kStrip + 2; ++r) {
-            const Pack<X_TYPE, kRun> pack = around.read(x, r, from - 1 + c);
+            const Pack<X_TYPE, kRun> pack = of_x.read(x, r, from - 1 + c);
 #pragma unroll
             for (int j = 0; j < kRun; ++j) ring[c][r][j] = pack.get(j);
         }
@@ -31,7 +30,7 @@ extern "C" __global__ void __launch_bounds__(128, MIN_BLOCKS) map_forward(const 
 #pragma unroll
         for (int c = 0; c < 3; ++c) {
 #pragma unroll
-            for (int r = 0; r < kStrip + 2; ++r) ahead[c][r] = around.read(x, r, first + c + 1);
+            for (int r = 0; r < kStrip + 2; ++r) ahead[c][r] = of_x.read(x, r, first + c + 1);
         }
 #pragma unroll
         for (int c = 0; c < 3; ++c) {
@@ -48,7 +47,7 @@ extern "C" __global__ void __launch_bounds__(128, MIN_BLOCKS) map_forward(const 
                     const float v = window.at(ring, c, r, j);
                     out[j] = v * sigmoid(v);
                 }
-                around.write(out, y, r + 1, first + c, first + c < to);
+                of_y.write(out, y, r + 1, first + c, first + c < to);
             }
         }
     }

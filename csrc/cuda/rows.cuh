@@ -10,6 +10,9 @@ struct Rows {
     const float* weight;  // (channels), or (2, channels, 4) taps of either way, or (channels, 3, 3)
     const float* bias;    // (channels), or (2, channels)
     const float* shift;   // (channels) that a norm's rows are shifted by
+    const int* table;     // (routes, tokens) the token of each step
+    const float* gate;    // (batch, routes, channels) what routes are weighed by
+    const float* slopes;  // (batch, routes, channels) gradients of the sums of routes' normed rows
     const void* dy;
     const void* dtotal;
     void* y;
@@ -21,6 +24,7 @@ struct Rows {
     long long batch;
     long long tokens;
     long long channels;
+    long long routes;
     long long chunks;       // of a sequence
     long long chunk_steps;  // tokens of one
     // Strides in elements: b batch, l token.

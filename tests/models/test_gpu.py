@@ -13,12 +13,6 @@ pytestmark = pytest.mark.gpu
 
 
 @pytest.fixture(autouse=True)
-def whole_float32(monkeypatch: pytest.MonkeyPatch) -> None:
-    """torch's convolutions round float32 to ten bits by default."""
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
-
-
-@pytest.fixture(autouse=True)
 def full_float32(monkeypatch: pytest.MonkeyPatch) -> None:
     """torch's convolutions keep ten bits of float32 on GPUs unless told otherwise."""
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)

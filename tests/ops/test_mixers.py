@@ -15,11 +15,12 @@ from torch import Tensor, nn
 
 from tests.tolerances import relative_rms
 from vision_mamba import ops
-from vision_mamba.layers import SS2D, BiMamba, bimamba, joined, ss2d
+from vision_mamba.layers import SS2D, BiMamba, bimamba, joined, local, ss2d
+from vision_mamba.layers.local import LocalMamba
 from vision_mamba.layers.norm import LayerNorm, RMSNorm
 from vision_mamba.models import vim, vmamba
 from vision_mamba.ops import conv, fused, mixers, norm
-from vision_mamba.ops.backends import rows_cuda
+from vision_mamba.ops.backends import routes_cuda, rows_cuda
 from vision_mamba.ops.fused import Kernels
 
 
@@ -30,6 +31,17 @@ def norms(kind: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
 MIXERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "ss2d": (lambda: SS2D(32, dt_rank=2), (2, 5, 7, 32)),
     "ss2d_of_three_states": (lambda: SS2D(16, d_state=3, ssm_ratio=2.0, conv_bias=True), (1, 4, 4, 16)),
+    "ss2d_gated": (lambda: SS2D(16, d_state=2, ssm_ratio=2.0, gate=True), (2, 3, 4, 16)),
+    "ss2d_of_weighed_routes": (
+        lambda: SS2D(16, ssm_ratio=2.0, gate=True, route_attention=True, scan_order="local_2"),
+        (2, 4, 6, 16),
+    ),
+    "ss2d_of_weighed_routes_alone": (lambda: SS2D(8, route_attention=True), (1, 3, 5, 8)),
+    "localmamba": (lambda: OnGrid(LocalMamba(24, "local_2", d_state=3), 4, 6), (2, 24, 24)),
+    "localmamba_mean": (
+        lambda: OnGrid(LocalMamba(16, "bidirectional", d_conv=3, average=True, class_token="middle"), 3, 5),
+        (1, 16, 16),
+    ),
     "bimamba": (lambda: BiMamba(32, d_state=4), (2, 11, 32)),
     "bimamba_sum": (lambda: BiMamba(16, d_conv=3, average=False), (1, 3, 16)),
     "vmamba_blocks": (lambda: Blocks(vmamba.VMambaBlock(16, SS2D, LayerNorm, nn.GELU), 2), (2, 3, 4, 16)),
@@ -41,6 +53,17 @@ MIXERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
 }
 CHAINS = dict(vmamba_blocks=["norm_linear", "scan_map", "norm_mlp"], vim_blocks=["norm_both_ways"])
 CHAINS |= dict(vmamba_blocks_alone=["norm_linear", "scan_map"])
+
+
+class OnGrid(nn.Module):
+    """A mixer of tokens that form a grid."""
+
+    def __init__(self, mixer: nn.Module, height: int, width: int) -> None:
+        super().__init__()
+        self.mixer, self.height, self.width = mixer, height, width
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.mixer(x, self.height, self.width)
 
 
 class Blocks(nn.Module):
@@ -72,6 +95,22 @@ def run(mixer: nn.Module, x: Tensor) -> list[Tensor]:
     return [y, *torch.autograd.grad(loss, [x, *mixer.parameters()])]
 
 
+def plain_conv_routes(x: Tensor, weight: Tensor, bias: Tensor, table: Tensor) -> Tensor:
+    routes = []
+    for steps, taps, offset in zip(table.long(), weight, bias, strict=True):
+        u = F.pad(x[:, steps], (0, 0, taps.shape[1] - 1, 0)).transpose(1, 2)
+        u = F.silu(F.conv1d(u, taps.unsqueeze(1), offset, groups=len(taps))).transpose(1, 2)
+        routes.append(torch.zeros_like(u).index_copy(1, steps, u))
+    return torch.stack(routes, 2)
+
+
+def plain_attention(y: Tensor, z: Tensor | None, *parameters: Tensor, eps: float) -> Tensor:
+    weight, bias, reduce_weight, reduce_bias, select_weight, select_bias = parameters
+    v = y if z is None else y * F.silu(z).unsqueeze(2)
+    hidden = F.linear(F.layer_norm(v, weight.shape, weight, bias, eps).mean(1), reduce_weight, reduce_bias)
+    return (v * F.linear(F.gelu(hidden), select_weight, select_bias).sigmoid().unsqueeze(1)).sum(2)
+
+
 def _stand_in(plain: Callable[..., Any]) -> Kernels:
     """Kernels that are plain torch, so that what is made of them runs anywhere."""
 
@@ -85,11 +124,10 @@ def _stand_in(plain: Callable[..., Any]) -> Kernels:
 
     def backward(kept: fused.Tensors, options: dict[str, Any], grads: fused.Tensors) -> fused.Tensors:
         with torch.enable_grad():
-            tensors = [None if t is None else t.detach().requires_grad_() for t in kept]
-            found = iter(
-                torch.autograd.grad(results(*tensors, **options), [t for t in tensors if t is not None], grads)
-            )
-        return tuple(None if t is None else next(found) for t in tensors)
+            tensors = [None if t is None else t.detach().requires_grad_(t.is_floating_point()) for t in kept]
+            wanted = [t for t in tensors if t is not None and t.requires_grad]
+            found = iter(torch.autograd.grad(results(*tensors, **options), wanted, grads))
+        return tuple(None if t is None or not t.requires_grad else next(found) for t in tensors)
 
     return Kernels(lambda tensors, options: False, forward, backward)
 
@@ -102,6 +140,29 @@ def stand_ins(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     kernels = {name: _stand_in(function) for name, function in plain.items()}
     for name, kernel in kernels.items():
         monkeypatch.setattr(rows_cuda, name, kernel)
+    plain = dict(CONV_ROUTES=plain_conv_routes, ROUTE_ATTENTION=plain_attention)
+    kernels |= {name: _stand_in(function) for name, function in plain.items()}
+
+    def attention_forward(tensors: fused.Tensors, options: dict[str, Any], keep: bool) -> Any:
+        results, (y, z, *parameters) = kernels["ROUTE_ATTENTION"].forward(tensors, options, keep)
+        return results, (y, z, y.new_empty(0), *parameters)
+
+    def attention_backward(kept: Any, options: Any, grads: Any, dz: Tensor | None = None) -> Any:
+        y, z, _, *parameters = kept
+        dy, found, *others = kernels["ROUTE_ATTENTION"].backward((y, z, *parameters), options, grads)
+        if dz is not None:
+            dz.copy_(found)
+        return dy, dz, *others
+
+    def route_conv_backward(kept: Any, options: Any, grads: Any, dx: Tensor) -> Any:
+        found = kernels["CONV_ROUTES"].backward(kept, options, grads)
+        dx.copy_(found[0])
+        return found
+
+    monkeypatch.setattr(routes_cuda, "CONV_ROUTES", kernels["CONV_ROUTES"])
+    monkeypatch.setattr(routes_cuda, "ROUTE_ATTENTION", kernels["ROUTE_ATTENTION"]._replace(forward=attention_forward))
+    monkeypatch.setattr(routes_cuda, "attention_backward", attention_backward)
+    monkeypatch.setattr(routes_cuda, "conv_backward", route_conv_backward)
 
     def norm_forward(tensors: fused.Tensors, options: dict[str, Any], keep: bool) -> Any:
         x, branch, weight, bias = tensors
@@ -119,6 +180,11 @@ def stand_ins(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
         return dx, None if branch is None else dx.to(branch.dtype), dweight, dbias
 
     monkeypatch.setattr(rows_cuda, "NORM", kernels["NORM"]._replace(forward=norm_forward))
+
+    def map_backward(kept: Any, options: Any, grads: Any, dx: Tensor) -> Any:
+        found = kernels["CONV_MAP"].backward(kept, options, grads)
+        dx.copy_(found[0])
+        return found
 
     def gate_backward(y: Tensor, z: Tensor, dout: Tensor, dz: Tensor, again: Tensor) -> Tensor:
         dy, found = kernels["GATED"].backward((y, z), {}, (dout,))
@@ -141,10 +207,10 @@ def stand_ins(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
             (dh,) = torch.autograd.grad(a, h, dy)
         return a.detach(), dh, dh.sum(0)
 
-    for function in (norm_backward, gate_backward, gated_sum, conv_backward, gelu_backward):
+    for function in (norm_backward, map_backward, gate_backward, gated_sum, conv_backward, gelu_backward):
         monkeypatch.setattr(rows_cuda, function.__name__, function)
     monkeypatch.setattr(rows_cuda, "sum_rows", lambda x: x.sum(0))
-    for layers in (ss2d, bimamba, vim, vmamba):
+    for layers in (ss2d, bimamba, local, vim, vmamba):
         monkeypatch.setattr(layers, "eager_on_gpu", lambda x: True)
     monkeypatch.setattr(fused, "_by_kernels", lambda tensors: True)
     ran: list[str] = []

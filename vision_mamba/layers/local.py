@@ -12,8 +12,10 @@ from torch import Tensor, nn
 from vision_mamba import scans
 from vision_mamba.layers.bimamba import RouteMamba
 from vision_mamba.layers.init import init_in_float32_
+from vision_mamba.layers.joined import eager_on_gpu, untouched
 from vision_mamba.layers.scan import SelectiveScan
 from vision_mamba.layers.tokens import CLASS_TOKENS, class_place
+from vision_mamba.ops import mixers
 
 
 class ChannelAttention(nn.Module):
@@ -48,6 +50,16 @@ class ChannelAttention(nn.Module):
         self.norm = LayerNorm(dim, eps=1e-5, **dd)
         self.global_reduce = nn.Linear(dim, int(dim * ratio), **dd)
         self.channel_select = nn.Linear(int(dim * ratio), dim, **dd)
+
+    def given(self) -> tuple[Tensor | None, ...]:
+        """The parameters in the order in which kernels take them."""
+        norm, reduce, select = self.norm, self.global_reduce, self.channel_select
+        return norm.weight, norm.bias, reduce.weight, reduce.bias, select.weight, select.bias
+
+    def is_usual(self) -> bool:
+        """Whether this is what was written here, all through: see `joined.untouched`."""
+        layers = (self.norm, LayerNorm), (self.global_reduce, nn.Linear), (self.channel_select, nn.Linear)
+        return all(untouched(layer, kind) for layer, kind in layers)
 
     def weigh(self, y: Tensor) -> Tensor:
         """(B, L, K, D) -> (B, L, D)."""
@@ -90,6 +102,9 @@ class RouteAttention(ChannelAttention):
         self.misplaces = bool(columns)
         self.misplaced = [k in columns for k in range(self.routes)]
         self.source = SelectiveScan(scans.COLUMNS_TWICE.name)
+
+    def is_usual(self) -> bool:
+        return super().is_usual() and untouched(self, RouteAttention) and not self.misplaces
 
     def forward(self, y: Tensor, height: int, width: int, class_token: int = -1) -> Tensor:  # type: ignore[override]
         if self.misplaces:
@@ -162,7 +177,12 @@ class LocalMamba(RouteMamba):
         length = x.shape[1]
         class_token = class_place(self.class_token, height, width)
         table = self.scan.table(x, height, width, class_token)
-        x, z = self.in_proj(x).chunk(2, -1)
+        x = self.in_proj(x)
+        if not torch.jit.is_scripting():
+            joined = self._joined(x, table)
+            if joined is not None:
+                return joined
+        x, z = x.chunk(2, -1)
         u = self._convolve(x, table)  # (B, S, K, D) in the order of each route, and so is all that follows of it
         dt, B, C = self.columns(u)
         A = -torch.exp(self.A_log)
@@ -170,6 +190,19 @@ class LocalMamba(RouteMamba):
         y = self._lay_back(y, table, length) * F.silu(z).unsqueeze(2)
         y = self.attn(y, height, width, class_token)
         return self.out_proj(y if self.scale == 1.0 else y * self.scale)
+
+    def _joined(self, xz: Tensor, table: Tensor) -> Tensor | None:
+        """All behind in_proj as one, where that can be."""
+        attn, out = self.attn, self.out_proj
+        if not eager_on_gpu(xz) or self.norm_columns or self.scan.exportable or not attn.is_usual():
+            return None
+        if not untouched(out, nn.Linear):
+            return None
+        A = -torch.exp(self.A_log)
+        return mixers.scan_routes(
+            xz, self.conv_weight, self.conv_bias, self.x_proj_weight, A, self.D, self.dt_weight, self.dt_bias, table,
+            *attn.given(), out.weight, attention_eps=attn.norm.eps, scale=self.scale,
+        )  # fmt: skip
 
     def _convolve(self, x: Tensor, table: Tensor) -> Tensor:
         """SiLU of the causal depthwise convolution along each route: (B, L, D) and (K, S) -> (B, S, K, D)."""

@@ -156,13 +156,13 @@ class SS2D(nn.Module):
     def mix(self, x: Tensor) -> Tensor:
         """What is behind in_proj: (B, H, W, D), or (B, H, W, 2 D) with a gate, -> (B, H, W, C)."""
         height, width = x.shape[1], x.shape[2]
-        z: Tensor | None = None
-        if self.gate:
-            x, z = x.chunk(2, dim=-1)
         if not torch.jit.is_scripting():
             joined = self._joined(x)
             if joined is not None:
                 return self.proj_drop(joined)
+        z: Tensor | None = None
+        if self.gate:
+            x, z = x.chunk(2, dim=-1)
         # Permuted views: the memory stays channels last, and the convolution works on it as it is.
         x = self.act(self.conv2d(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)).flatten(1, 2)  # (B, L, D)
         columns = F.linear(x, self.x_proj_weight.flatten(0, 1)).unflatten(-1, (self.routes, -1))
@@ -182,10 +182,15 @@ class SS2D(nn.Module):
 
     def _joined(self, x: Tensor) -> Tensor | None:
         """All behind in_proj as one, where that can be."""
-        usual = not (self.gate or self.norm_columns or self.attn is not None or self.scale != 1.0)
+        usual = not self.norm_columns and self.scale == 1.0
         if not usual or not isinstance(self.scan, SelectiveScan) or self.scan.exportable or not eager_on_gpu(x):
             return None
-        conv, norm, out = self.conv2d, self.out_norm, self.out_proj
+        conv, norm, out, attn = self.conv2d, self.out_norm, self.out_proj, self.attn
+        attention: tuple[Tensor | None, ...] = (None,) * 6
+        if attn is not None:
+            if not isinstance(attn, RouteAttention) or not attn.is_usual():
+                return None
+            attention = attn.given()
         if not (untouched(conv, nn.Conv2d) and untouched(self.act, nn.SiLU) and untouched(norm, LayerNorm)):
             return None
         if not (untouched(out, nn.Linear) and isinstance(conv, nn.Conv2d)):
@@ -194,8 +199,9 @@ class SS2D(nn.Module):
         D = self.Ds.unflatten(0, (self.routes, self.d_inner))
         return mixers.scan_map(
             x, conv.weight, conv.bias, self.x_proj_weight, A, D, self.dt_projs_weight, self.dt_projs_bias,
-            self.scan.table(x, x.shape[1], x.shape[2]), norm.weight, norm.bias, out.weight, eps=norm.eps,
-            out_dtype=sum_dtype(x, norm.weight.dtype),
+            self.scan.table(x, x.shape[1], x.shape[2]), *attention, norm.weight, norm.bias, out.weight, eps=norm.eps,
+            out_dtype=sum_dtype(x, norm.weight.dtype), gate=self.gate,
+            attention_eps=None if attn is None else attn.norm.eps,
         )  # fmt: skip
 
 

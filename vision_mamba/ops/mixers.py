@@ -12,9 +12,9 @@ from vision_mamba.ops.fused import Joined, Kernels
 
 def _kernels(name: str) -> Any:
     def make() -> Kernels:
-        from vision_mamba.ops.backends import mixers_cuda
+        from vision_mamba.ops.backends import local_cuda, mixers_cuda
 
-        return getattr(mixers_cuda, name)
+        return getattr(local_cuda if hasattr(local_cuda, name) else mixers_cuda, name)
 
     return make
 
@@ -27,12 +27,18 @@ norm_linear = Joined("norm_linear", _kernels("NORM_LINEAR"))
 norm_mlp = Joined("norm_mlp", _kernels("NORM_MLP"))
 
 #: VMamba's mixer behind its first projection: with u = `conv_map`(x) and columns (r_k, B_k, C_k) = X_k u,
-#: out_proj(norm(sum_k scan_k(u, W_k r_k + b_k, A_k, B_k, C_k, D_k))). Of maps it keeps x, u and the sum.
+#: out_proj(norm(sum_k scan_k(u, W_k r_k + b_k, A_k, B_k, C_k, D_k))). Of maps it keeps x, u and the sum. The norm's
+#: result may be gated, and the sum may be `layers.local.RouteAttention`'s, which has the routes' results kept too.
 scan_map = Joined("scan_map", _kernels("SCAN_MAP"))
 
 #: Vim's mixer behind its first projection, of which x and z are the halves: with u = `conv_both_ways`(x) and columns as
 #: above, scale * out_proj(gated(sum_k scan_k(...), z)). Of sequences it keeps x, z and the sum.
 scan_both_ways = Joined("scan_both_ways", _kernels("SCAN_BOTH_WAYS"))
+
+#: LocalVim's mixer behind its first projection, of which x and z are the halves: with u_k the causal convolution of x
+#: along route k and columns as above, scale * out_proj(attention(silu(z) scan_k(...) of all k)), where no route has
+#: padding. Of sequences it keeps x, z and the routes' results.
+scan_routes = Joined("scan_routes", _kernels("SCAN_ROUTES"))
 
 #: `norm_linear` and `scan_both_ways` one after the other. Of sequences it keeps the stream and the sum over the routes:
 #: x and z take a product to compute again, and more memory than anything else that a layer could keep.

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vision_mamba.ops.backends import rows_cuda
+from vision_mamba.ops.backends import routes_cuda, rows_cuda
 from vision_mamba.ops.backends.cuda_kernels import TYPES
 from vision_mamba.ops.call import ScanCall
 from vision_mamba.ops.fused import Kernels, Tensors
@@ -184,21 +184,49 @@ def _filled_up(projection: Tensor, dtype: torch.dtype, step: int) -> Tensor:
 
 
 def _refuses_map(tensors: Tensors, options: Options) -> bool:
-    return _refuses(tensors, (3, 11)) or rows_cuda.CONV_MAP.refuses(tensors[:3], {})
+    if _refuses(tensors, (3, len(tensors) - 1)):
+        return True
+    x = _halves(tensors[0], options)[0]
+    if rows_cuda.CONV_MAP.refuses((x, *tensors[1:3]), {}):
+        return True
+    attention = tensors[9:15]
+    if attention[0] is None:
+        return False
+    routes = x.new_empty((1, 1, len(tensors[3]), x.shape[3]), dtype=options["out_dtype"])  # type: ignore[arg-type]
+    return routes_cuda.ROUTE_ATTENTION.refuses((routes, None, *attention), {})
+
+
+def _halves(xz: Tensor | None, options: Options) -> tuple[Tensor, Tensor | None]:
+    """x, and the gate z if there is one, of what in_proj gives."""
+    assert xz is not None
+    if not options["gate"]:
+        return xz, None
+    x, z = xz.chunk(2, -1)
+    return x, z
 
 
 def _map_forward(tensors: Tensors, options: Options, keep: bool) -> tuple[tuple[Tensor, ...], Tensors]:
-    x, weight, bias, projection, *of_scan, norm_weight, norm_bias, out_weight = tensors
-    assert x is not None and projection is not None and out_weight is not None and norm_weight is not None
-    with without_autocast(x.device):
+    xz, weight, bias, projection, *middle, norm_weight, norm_bias, out_weight = tensors
+    of_scan, attention = tuple(middle[:5]), middle[5:]
+    assert xz is not None and projection is not None and out_weight is not None and norm_weight is not None
+    with without_autocast(xz.device):
+        x, z = _halves(xz, options)
         (u,), _ = rows_cuda.CONV_MAP.forward((x, weight, bias), {}, keep)
         projection = _filled_up(projection, x.dtype, 8 // math.gcd(8, len(projection)))
         out_weight = out_weight.to(x.dtype)
         columns = F.linear(u.flatten(1, 2), projection.flatten(0, 1)).unflatten(-1, projection.shape[:2])
-        y, saved = _scan_forward(_scan_call(u.flatten(1, 2), columns, tuple(of_scan), options["out_dtype"]), keep)
+        call = _scan_call(u.flatten(1, 2), columns, of_scan, options["out_dtype"])
+        y, saved = _scan_forward(call._replace(merge=attention[0] is None), keep)
+        of_attention: Tensors = (None, None)
+        if attention[0] is not None:
+            how = dict(eps=options["attention_eps"])
+            (y,), (routes, _, sums, *_) = routes_cuda.ROUTE_ATTENTION.forward((y, None, *attention), how, keep)
+            of_attention = routes, sums
         (n,), _ = rows_cuda.NORM.forward((y, None, norm_weight, norm_bias), _out_norm(x, options), keep)
+        if z is not None:
+            (n,), _ = rows_cuda.GATED.forward((n, z.flatten(1, 2)), {}, keep)
         out = F.linear(n, out_weight)
-    kept = (x, u, columns, y, saved, projection, out_weight, *tensors[1:])
+    kept = (xz, u, columns, y, *of_attention, saved, projection, out_weight, *tensors[1:])
     return (out.unflatten(1, x.shape[1:3]),), kept
 
 
@@ -207,27 +235,45 @@ def _out_norm(x: Tensor, options: Options) -> Options:
 
 
 def _map_backward(kept: Tensors, options: Options, grads: Tensors) -> Tensors:
-    (dout,), (x, u, columns, y, saved, projection, out_weight, *parameters) = grads, kept
-    weight, bias, given, *of_scan, norm_weight, norm_bias, _ = parameters
+    (dout,), (xz, u, columns, y, routes, sums, saved, projection, out_weight, *parameters) = grads, kept
+    weight, bias, given, *middle, norm_weight, norm_bias, _ = parameters
+    of_scan, attention = tuple(middle[:5]), middle[5:]
     assert given is not None
-    assert dout is not None and x is not None and u is not None and columns is not None and y is not None
+    assert dout is not None and xz is not None and u is not None and columns is not None and y is not None
     assert saved is not None and projection is not None and out_weight is not None
-    with without_autocast(x.device):
+    with without_autocast(xz.device):
+        x, z = _halves(xz, options)
+        dxz = torch.empty_like(xz)
+        dx, dz = _halves(dxz, options)
         dout = dout.flatten(0, 2).contiguous()
-        n = torch.empty_like(y, dtype=x.dtype)
         dn = (dout @ out_weight).view(y.shape)
-        of_norm = (y, norm_weight, norm_bias, None)
-        dy, _, *dnorm = rows_cuda.norm_backward(of_norm, _out_norm(x, options), (dn,), again=n)
+        n = torch.empty_like(y, dtype=x.dtype)
+        how, of_norm = _out_norm(x, options), (y, norm_weight, norm_bias, None)
+        if z is None or dz is None:
+            dy, _, *dnorm = rows_cuda.norm_backward(of_norm, how, (dn,), again=n)
+        else:
+            (normed,), _ = rows_cuda.NORM.forward((y, None, norm_weight, norm_bias), how, False)
+            dn = rows_cuda.gate_backward(normed, z.flatten(1, 2), dn, dz.flatten(1, 2), again=n)
+            del normed
+            dy, _, *dnorm = rows_cuda.norm_backward(of_norm, how, (dn,))
         assert dy is not None
         dout_weight = _product_of_sums(dout, n.flatten(0, 1))
-        call = _scan_call(u.flatten(1, 2), columns, tuple(of_scan), options["out_dtype"])
+        del n, dn
+        dattention: Tensors = (None,) * 6
+        if routes is not None:
+            of_attention = (routes, None, sums, *attention)
+            dy, _, *found = routes_cuda.attention_backward(of_attention, dict(eps=options["attention_eps"]), (dy,))
+            dattention = tuple(found)
+            assert dy is not None
+        call = _scan_call(u.flatten(1, 2), columns, of_scan, options["out_dtype"])
+        call = call._replace(merge=routes is None)
         du, dcolumns, dscan = _scan_backward(call, saved, dy, projection.shape[1])
         du, dcolumns = du.flatten(0, 1), dcolumns.flatten(2).flatten(0, 1)
         du.addmm_(dcolumns, projection.flatten(0, 1))
         dprojection = _product_of_sums(dcolumns, u.flatten(0, 2)).view(projection.shape)[:, : given.shape[1]]
-        dx, *dconv = rows_cuda.CONV_MAP.backward((x, weight, bias), {}, (du.view(x.shape),))
-    found = (*dconv, dprojection, *dscan, None, *dnorm, dout_weight)
-    return dx, *_as(found, parameters)
+        _, *dconv = rows_cuda.map_backward((x, weight, bias), {}, (du.view(x.shape),), dx)
+    of_parameters = (*dconv, dprojection, *dscan, None, *dattention, *dnorm, dout_weight)
+    return dxz, *_as(of_parameters, parameters)
 
 
 SCAN_MAP = Kernels(_refuses_map, _map_forward, _map_backward)
@@ -252,7 +298,7 @@ def _both_ways_forward(tensors: Tensors, options: Options, keep: bool) -> tuple[
         x, z = xz.chunk(2, -1)
         (u,), _ = rows_cuda.CONV_BOTH_WAYS.forward((x, weight, bias), {}, keep)
         projection, out_weight = _filled_up(projection, xz.dtype, 8), out_weight.to(xz.dtype)
-        columns = torch.bmm(_by_route(u), projection.transpose(1, 2)).unflatten(1, xz.shape[:2]).permute(1, 2, 0, 3)
+        columns = columns_of_routes(u, projection)
         shares, saved = _scan_forward(_scan_call(u, columns, tuple(of_scan), None)._replace(merge=False), keep)
         g, y = rows_cuda.gated_sum(shares, z, keep)
         out = _scaled_product(g.flatten(0, 1), out_weight.t(), options["scale"])
@@ -262,6 +308,20 @@ def _both_ways_forward(tensors: Tensors, options: Options, keep: bool) -> tuple[
 def _by_route(t: Tensor) -> Tensor:
     """(B, L, K, D) -> a view (K, B L, D)."""
     return t.flatten(0, 1).transpose(0, 1)
+
+
+def columns_of_routes(u: Tensor, projection: Tensor) -> Tensor:
+    """(B, L, K, D) and (K, C, D) -> (B, L, K, C), each route by its own projection."""
+    return torch.bmm(_by_route(u), projection.transpose(1, 2)).unflatten(1, u.shape[:2]).permute(1, 2, 0, 3)
+
+
+def columns_backward(u: Tensor, du: Tensor, dcolumns: Tensor, projection: Tensor) -> Tensor:
+    """Adds to du, the gradient of u, what comes through the columns; returns the gradient of the projection."""
+    _by_route(du).baddbmm_(_by_route(dcolumns), projection)
+    # Of the product of all routes with all only the diagonal is wanted; it is faster than one product a route.
+    crossed = _product_of_sums(dcolumns.flatten(2).flatten(0, 1), u.flatten(2).flatten(0, 1))
+    crossed = crossed.view(*projection.shape[:2], *u.shape[2:])
+    return crossed.diagonal(dim1=0, dim2=2).permute(2, 0, 1).contiguous()
 
 
 def _scaled_product(left: Tensor, right: Tensor, scale: float) -> Tensor:
@@ -287,11 +347,7 @@ def _both_ways_backward(kept: Tensors, options: Options, grads: Tensors) -> Tens
         (u,), of_conv = rows_cuda.CONV_BOTH_WAYS.forward((x, weight, bias), {}, True)
         call = _scan_call(u, columns, tuple(of_scan), None)
         du, dcolumns, dscan = _scan_backward(call, saved, dy, projection.shape[1])
-        _by_route(du).baddbmm_(_by_route(dcolumns), projection)
-        # Of the product of all routes with all only the diagonal is wanted; it is faster than one product a route.
-        crossed = _product_of_sums(dcolumns.flatten(2).flatten(0, 1), u.flatten(2).flatten(0, 1))
-        crossed = crossed.view(*projection.shape[:2], *u.shape[2:])[:, : given.shape[1]]
-        dprojection = crossed.diagonal(dim1=0, dim2=2).permute(2, 0, 1).contiguous()
+        dprojection = columns_backward(u, du, dcolumns, projection)[:, : given.shape[1]]
         _, *dconv = rows_cuda.conv_backward(of_conv, {}, (du,), dx)
     return dxz, *_as((*dconv, dprojection, *dscan, None, dout_weight), parameters)
 

@@ -61,8 +61,10 @@ def norm_lanes(width: int, run: int) -> int:
     return min(32, 1 << max(0, (runs // 3).bit_length() - 1))
 
 
-def convolution(forward: bool, x: torch.dtype, run: int, ways: int = 2, before: int = TAPS - 1) -> nvrtc.Specialisation:
-    macros = dict(RUN=run, WAYS=ways, BEFORE=before)
+def convolution(
+    forward: bool, x: torch.dtype, run: int, ways: int = 2, before: int = TAPS - 1, routes: bool = False
+) -> nvrtc.Specialisation:
+    macros = dict(RUN=run, WAYS=ways, BEFORE=before, ROUTES=routes)
     return _kernel("conv_forward" if forward else "conv_backward", dict(X_TYPE=x), macros)
 
 
@@ -255,14 +257,14 @@ def chunks(length: int, others: int, room: int) -> tuple[int, int]:
     return count, (length + count - 1) // count
 
 
-def _conv_sizes(x: Tensor, run: int, reach: int) -> tuple[int, dict[str, int]]:
+def _conv_sizes(x: Tensor, run: int, reach: int, routes: int = 1) -> tuple[int, dict[str, int]]:
     batch, length, channels = x.shape
-    threads = batch * (channels // run)
+    threads = batch * routes * (channels // run)
     count, steps = chunks(length, threads, 1024 * _multiprocessors(x.device.index))
     steps = -(-(steps + reach) // _RING) * _RING - reach  # what is taken seven at a time anyhow
     count = (length + steps - 1) // steps
     fields = dict(batch=batch, tokens=length, channels=channels, chunks=count, chunk_steps=steps)
-    return (threads * count + 127) // 128, fields | dict(x_b=x.stride(0), x_l=x.stride(1))
+    return (threads * count + 127) // 128, fields | dict(routes=routes, x_b=x.stride(0), x_l=x.stride(1))
 
 
 def _conv_forward(tensors: Tensors, options: dict[str, Any], keep: bool = True) -> tuple[tuple[Tensor, ...], Tensors]:
@@ -340,13 +342,18 @@ def _along_backward(kept: Tensors, options: dict[str, Any], grads: Tensors) -> T
 def _refuses_map(tensors: Tensors, options: dict[str, Any]) -> bool:
     x, weight, bias = tensors
     assert x is not None and weight is not None
-    if x.dim() != 4 or weight.shape != (x.shape[3], 1, 3, 3) or not x.is_contiguous():
+    if x.dim() != 4 or weight.shape != (x.shape[3], 1, 3, 3) or not _in_map(x):
         return True
     if bias is not None and bias.shape != x.shape[3:]:
         return True  # plain torch says what is wrong
     if torch.is_autocast_enabled("cuda") and x.dtype != torch.get_autocast_dtype("cuda"):
         return True  # torch's convolution casts, and so does its result
-    return _unfit(*tensors) or x.numel() // len(x) >= 2**31
+    return _unfit(*tensors) or x.shape[1] * x.stride(1) >= 2**31
+
+
+def _in_map(x: Tensor) -> bool:
+    """Whether all tokens of a map lie equally far apart, row after row: whole ones, or a part of their channels."""
+    return x.stride(3) == 1 and x.stride(1) == x.shape[2] * x.stride(2)
 
 
 def _map_sizes(x: Tensor, run: int, strip: int) -> tuple[int, dict[str, int]]:
@@ -359,13 +366,13 @@ def _map_sizes(x: Tensor, run: int, strip: int) -> tuple[int, dict[str, int]]:
         steps = (steps + 1) // 2
     count = (width + steps - 1) // steps
     fields = dict(batch=batch, tokens=height * width, channels=channels, height=height, width=width)
-    return batch * strips * count, fields | dict(chunks=count, chunk_steps=steps)
+    return batch * strips * count, fields | dict(chunks=count, chunk_steps=steps, x_b=x.stride(0), x_l=x.stride(2))
 
 
 def _map_forward(tensors: Tensors, options: dict[str, Any], keep: bool = True) -> tuple[tuple[Tensor, ...], Tensors]:
     x, weight, bias = tensors
     assert x is not None and weight is not None
-    y = torch.empty_like(x)
+    y = torch.empty_like(x, memory_format=torch.contiguous_format)
     run = _run(MAP_RUNS[True], x)
     pieces, fields = _map_sizes(x, run, MAP_STRIPS[True])
     grid = (pieces * (x.shape[3] // run) + 127) // 128
@@ -373,17 +380,19 @@ def _map_forward(tensors: Tensors, options: dict[str, Any], keep: bool = True) -
     return (y,), (x, weight, bias)
 
 
-def _map_backward(kept: Tensors, options: dict[str, Any], grads: Tensors) -> Tensors:
+def map_backward(kept: Tensors, options: dict[str, Any], grads: Tensors, dx: Tensor | None = None) -> Tensors:
+    """The gradient of x goes to `dx`, which may be a part of the channels of a map, if that is given."""
     (dy,), (x, weight, bias) = grads, kept
     assert x is not None and weight is not None and dy is not None
     dy = dy.to(x.dtype).contiguous()
-    run = _run(MAP_RUNS[False], x, dy)
+    dx = torch.empty_like(x, memory_format=torch.contiguous_format) if dx is None else dx
+    run = _run(MAP_RUNS[False], x, dy, dx)
     pieces, fields = _map_sizes(x, run, MAP_STRIPS[False])
     channels = x.shape[3]
     fields["workers"] = workers = min(
         pieces, max(1, 128 * MAP_BLOCKS[False] * _multiprocessors(x.device.index) * run // channels)
     )
-    dx = torch.empty_like(x)
+    fields |= dict(dx_b=dx.stride(0), dx_l=dx.stride(2))
     parts = torch.empty((workers, 10, channels), dtype=torch.float32, device=x.device)
     grid = (workers * (channels // run) + 127) // 128
     _start(
@@ -485,5 +494,5 @@ def gate_backward(y: Tensor, z: Tensor, dout: Tensor, dz: Tensor, again: Tensor 
 NORM = Kernels(_refuses_norm, _norm_forward, norm_backward)
 CONV_BOTH_WAYS = Kernels(_refuses_conv, _conv_forward, conv_backward)
 CONV_ALONG = Kernels(_refuses_along, _along_forward, _along_backward)
-CONV_MAP = Kernels(_refuses_map, _map_forward, _map_backward)
+CONV_MAP = Kernels(_refuses_map, _map_forward, map_backward)
 GATED = Kernels(_refuses_gate, _gate_forward, _gate_backward)
