@@ -6,11 +6,15 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.layers import Attention, LayerNorm
+from timm.layers import Attention
 from torch import Tensor, nn
 
 from vision_mamba.layers.init import init_dt_bias_
+from vision_mamba.layers.joined import eager_on_gpu, untouched
+from vision_mamba.layers.norm import LayerNorm, before_product
 from vision_mamba.layers.scan import DualScan
+from vision_mamba.layers.ss2d import sum_dtype
+from vision_mamba.ops.conv import conv_map
 
 
 class NonCausalSSD(nn.Module):
@@ -71,7 +75,7 @@ class NonCausalSSD(nn.Module):
         self.A_log = nn.Parameter(torch.empty(num_heads, **wide))
         self.D = nn.Parameter(torch.empty(num_heads, **wide))
         self.scan = DualScan("forward")
-        self.norm = LayerNorm(d_inner, eps=norm_eps, **dd)
+        self.norm = before_product(LayerNorm(d_inner, eps=norm_eps, **dd))
         self.out_proj = nn.Linear(d_inner, dim, bias=False, **dd)
         self.reset_parameters()
 
@@ -83,19 +87,29 @@ class NonCausalSSD(nn.Module):
         nn.init.ones_(self.D)
 
     def forward(self, x: Tensor) -> Tensor:
+        return self.mix(self.in_proj(x))
+
+    def mix(self, x: Tensor) -> Tensor:
+        """What is behind in_proj."""
         height, width = x.shape[1], x.shape[2]
-        z, mixed, dt = self.in_proj(x).split([self.parts[0], sum(self.parts), self.num_heads], dim=-1)
-        # Permuted views: the memory stays channels last, and the convolution works on it as it is.
-        mixed = F.silu(self.conv2d(mixed.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)).flatten(1, 2)
-        x, B, C = mixed.split(self.parts, dim=-1)
+        z, mixed, dt = x.split([self.parts[0], sum(self.parts), self.num_heads], dim=-1)
+        x, B, C = self._convolved(mixed).flatten(1, 2).split(self.parts, dim=-1)
         # One route, to which the order of the tokens is nothing: no table, and not causal.
         y = self.scan.along(
             x.unflatten(-1, (self.num_heads, -1)), dt.flatten(1, 2).unsqueeze(2), -torch.exp(self.A_log).unsqueeze(0),
             B.unsqueeze(2).unsqueeze(3), C.unsqueeze(2).unsqueeze(3), self.D.unsqueeze(0), self.dt_bias.unsqueeze(0),
-            None, out_dtype=self.norm.weight.dtype, causal=False,
+            None, out_dtype=sum_dtype(x, self.norm.weight.dtype), causal=False,
         )  # fmt: skip
         y = self.norm(y.flatten(-2)).unflatten(1, (height, width))
         return self.out_proj(y * z)
+
+    def _convolved(self, x: Tensor) -> Tensor:
+        conv = self.conv2d
+        if not torch.jit.is_scripting():  # noqa: SIM102 - TorchScript would look into both sides of an "and"
+            if eager_on_gpu(x) and untouched(conv, nn.Conv2d):
+                return conv_map(x, conv.weight, conv.bias)
+        # Permuted views: the memory stays channels last, and the convolution works on it as it is.
+        return F.silu(conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
 
 
 class MapAttention(nn.Module):

@@ -78,7 +78,7 @@ class VMambaBlock(nn.Module):
 
     def joins(self, x: Tensor) -> bool:
         """Whether the norms run with what is before and behind them; see `layers.joined`."""
-        mixer = untouched(self.ss2d, SS2D) and untouched(self.ss2d.in_proj, nn.Linear)
+        mixer = untouched(self.ss2d, SS2D, SSD2D) and untouched(self.ss2d.in_proj, nn.Linear)
         mlp = self.mlp is None or (is_usual_mlp(self.mlp) and is_usual_norm(self.norm2))
         return eager_on_gpu(x) and untouched(self, VMambaBlock) and mixer and mlp and is_usual_norm(self.norm1)
 

@@ -13,11 +13,13 @@ from typing import Any
 
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import DropPath, LayerNorm, Mlp
+from timm.layers import DropPath, Mlp
 from timm.models import generate_default_cfgs, register_model, register_model_deprecations
 from torch import Tensor, nn
 
+from vision_mamba.layers.joined import eager_on_gpu, is_usual_mlp, is_usual_norm, norm_linear, norm_mlp, untouched
 from vision_mamba.layers.noncausal import MapAttention, NonCausalSSD
+from vision_mamba.layers.norm import LayerNorm, before_product
 from vision_mamba.layers.patch import InvertedDownsample, ResidualStem
 from vision_mamba.models import vmamba
 from vision_mamba.models.checkpoint import rename
@@ -56,11 +58,11 @@ class VSSDBlock(nn.Module):
         super().__init__()
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         self.cpe1 = nn.Conv2d(dim, dim, 3, padding=1, groups=dim, **dd)
-        self.norm1 = LayerNorm(dim, eps=norm_eps, **dd)
+        self.norm1 = before_product(LayerNorm(dim, eps=norm_eps, **dd))
         self.mixer = mixer(dim, **dd)
         self.drop_path1 = DropPath(drop_path) if drop_path > 0.0 else nn.Identity()
         self.cpe2 = nn.Conv2d(dim, dim, 3, padding=1, groups=dim, **dd)
-        self.norm2 = LayerNorm(dim, eps=norm_eps, **dd)
+        self.norm2 = before_product(LayerNorm(dim, eps=norm_eps, **dd))
         self.mlp = Mlp(dim, int(dim * mlp_ratio), drop=proj_drop, **dd)
         self.drop_path2 = DropPath(drop_path) if drop_path > 0.0 else nn.Identity()
 
@@ -69,6 +71,27 @@ class VSSDBlock(nn.Module):
         x = x + self.drop_path1(self.mixer(self.norm1(x)))
         x = x + self.cpe2(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
         return x + self.drop_path2(self.mlp(self.norm2(x)))
+
+    def joins(self, x: Tensor) -> bool:
+        """Whether the norms run with what is before and behind them; see `layers.joined`."""
+        usual = untouched(self, VSSDBlock) and is_usual_norm(self.norm1) and is_usual_norm(self.norm2)
+        return eager_on_gpu(x) and usual and is_usual_mlp(self.mlp)
+
+    def join(self, x: Tensor, branch: Tensor | None) -> tuple[Tensor, Tensor]:
+        """As forward, of a stream x + branch, into a stream and what is to be added to it."""
+        mixer: Any = self.mixer
+        x = x if branch is None else x + branch
+        place = self.cpe1(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        if untouched(mixer, NonCausalSSD) and untouched(mixer.in_proj, nn.Linear):
+            y, x = norm_linear(x, place, self.norm1, mixer.in_proj)
+            y = mixer.mix(y)
+        else:
+            x = x + place
+            y = mixer(self.norm1(x))
+        x = x + self.drop_path1(y)
+        place = self.cpe2(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        added, x = norm_mlp(x, place, self.norm2, self.mlp)
+        return x, self.drop_path2(added)
 
 
 class VSSD(Pyramid):
