@@ -15,10 +15,11 @@ from torch import Tensor, nn
 
 from tests.tolerances import relative_rms
 from vision_mamba import ops
-from vision_mamba.layers import SS2D, BiMamba, bimamba, joined, local, ss2d
+from vision_mamba.layers import SS2D, SSD2D, BiMamba, bimamba, joined, local, noncausal, ss2d
 from vision_mamba.layers.local import LocalMamba
+from vision_mamba.layers.noncausal import MapAttention, NonCausalSSD
 from vision_mamba.layers.norm import LayerNorm, RMSNorm
-from vision_mamba.models import vim, vmamba
+from vision_mamba.models import vim, vmamba, vssd
 from vision_mamba.ops import conv, fused, mixers, norm
 from vision_mamba.ops.backends import routes_cuda, rows_cuda
 from vision_mamba.ops.fused import Kernels
@@ -49,10 +50,23 @@ MIXERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
         lambda: Blocks(vmamba.VMambaBlock(16, SS2D, norms(RMSNorm), nn.GELU, 0.0), 2),
         (1, 3, 4, 16),
     ),
+    "m2_blocks": (
+        lambda: Blocks(vmamba.VMambaBlock(16, partial(SSD2D, d_state=4, dt_rank=2), LayerNorm, nn.GELU), 2),
+        (2, 3, 4, 16),
+    ),
+    "vssd_blocks": (
+        lambda: Blocks(vssd.VSSDBlock(16, partial(NonCausalSSD, num_heads=2, d_state=4)), 2),
+        (2, 3, 4, 16),
+    ),
+    "vssd_blocks_of_attention": (
+        lambda: Blocks(vssd.VSSDBlock(16, partial(MapAttention, num_heads=2)), 2),
+        (2, 3, 4, 16),
+    ),
     "vim_blocks": (lambda: Blocks(vim.Block(16, norms(RMSNorm), BiMamba), 2, 1, 7), (2, 7, 16)),
 }
 CHAINS = dict(vmamba_blocks=["norm_linear", "scan_map", "norm_mlp"], vim_blocks=["norm_both_ways"])
-CHAINS |= dict(vmamba_blocks_alone=["norm_linear", "scan_map"])
+CHAINS |= dict(vmamba_blocks_alone=["norm_linear", "scan_map"], m2_blocks=["norm_linear", "norm_mlp"])
+CHAINS |= dict(vssd_blocks=["norm_linear", "norm_mlp"], vssd_blocks_of_attention=["norm_mlp"])
 
 
 class OnGrid(nn.Module):
@@ -179,7 +193,8 @@ def stand_ins(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
         dx = dx if len(grads) == 1 or grads[1] is None else dx + grads[1]
         return dx, None if branch is None else dx.to(branch.dtype), dweight, dbias
 
-    monkeypatch.setattr(rows_cuda, "NORM", kernels["NORM"]._replace(forward=norm_forward))
+    of_norms = kernels["NORM"]._replace(forward=norm_forward, backward=norm_backward)
+    monkeypatch.setattr(rows_cuda, "NORM", of_norms)
 
     def map_backward(kept: Any, options: Any, grads: Any, dx: Tensor) -> Any:
         found = kernels["CONV_MAP"].backward(kept, options, grads)
@@ -210,7 +225,9 @@ def stand_ins(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     for function in (norm_backward, map_backward, gate_backward, gated_sum, conv_backward, gelu_backward):
         monkeypatch.setattr(rows_cuda, function.__name__, function)
     monkeypatch.setattr(rows_cuda, "sum_rows", lambda x: x.sum(0))
-    for layers in (ss2d, bimamba, local, vim, vmamba):
+    for function, kernel in ((norm._fused, of_norms), (conv._fused_map, kernels["CONV_MAP"])):
+        monkeypatch.setattr(function.joined, "_kernels", kernel)
+    for layers in (ss2d, bimamba, local, noncausal, vim, vmamba, vssd):
         monkeypatch.setattr(layers, "eager_on_gpu", lambda x: True)
     monkeypatch.setattr(fused, "_by_kernels", lambda tensors: True)
     ran: list[str] = []
