@@ -148,6 +148,39 @@ def test_what_a_format_cannot_hold_is_refused_with_the_way_out(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    "options, reason",
+    [
+        (dict(size=64), r"size must be \(height, width\) in pixels, got 64"),
+        (dict(size=(0, 64)), r"size must be \(height, width\)"),
+        (dict(vary="both"), "vary must be one of 'none', 'batch', 'size', got 'both'"),
+        (dict(scan="fast"), "scan must be one of None, 'operator', 'plain', got 'fast'"),
+    ],
+)
+def test_a_request_that_means_nothing_is_refused(options: dict[str, Any], reason: str) -> None:
+    with pytest.raises(ValueError, match=f"^Request: {reason}"):
+        Request(create("test_vim", depth=1), **({"size": (64, 64)} | options))
+
+
+def test_a_model_that_trains_or_is_compiled_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"^Request: the model is in training mode, .* call its eval\(\)"):
+        Request(create("test_vim", depth=1).train(), (64, 64))
+    with pytest.raises(ValueError, match=r"^Request: torch\.compile's wrapper"):
+        Request(torch.compile(create("test_vim", depth=1)), (64, 64))  # type: ignore[arg-type]
+
+
+@small_model
+def test_no_size_decides_on_the_order_of_the_plain_scans_products(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As opt_einsum does where it is installed, which held exported models to the batch of their example."""
+
+    def asked(*_: object) -> bool:
+        raise AssertionError("a product of three tensors")
+
+    monkeypatch.setattr(torch.backends.opt_einsum, "is_available", asked)
+    with torch.no_grad():
+        create(name, exportable=True)(torch.randn(1, 3, 32, 32))
+
+
 def test_a_model_of_one_size_is_refused_for_many() -> None:
     model = create("test_vim", depth=1, dynamic_img_size=False)
     assert "dynamic_img_size=True" in str(refusal("pt2", Request(model, (160, 160), vary="size")))

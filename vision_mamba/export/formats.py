@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -38,6 +38,8 @@ class Request:
         vary: what may differ from call to call: "batch", "size" (that and height and width), or "none".
         int8: hold the weights of the linear layers in int8.
         about: put into the file, as JSON.
+
+    Raises: ValueError for a model in training mode or in torch.compile's wrapper, and for options that do not exist.
     """
 
     model: nn.Module
@@ -46,6 +48,17 @@ class Request:
     vary: str = "batch"
     int8: bool = False
     about: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.model.training:
+            raise ValueError("Request: the model is in training mode, drops and batch statistics on; call its eval().")
+        if hasattr(self.model, "_orig_mod"):
+            raise ValueError("Request: torch.compile's wrapper cannot be exported; give the model that it was made of.")
+        if not isinstance(self.size, Sequence) or len(self.size) != 2 or min(self.size) < 1:
+            raise ValueError(f"Request: size must be (height, width) in pixels, got {self.size!r}.")
+        for name, value, known in (("scan", self.scan, (None, *SCANS)), ("vary", self.vary, VARIES)):
+            if value not in known:
+                raise ValueError(f"Request: {name} must be one of {', '.join(map(repr, known))}, got {value!r}.")
 
     @cached_property
     def example(self) -> Tensor:

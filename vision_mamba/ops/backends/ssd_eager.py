@@ -67,8 +67,10 @@ def _chunked(call: SsdCall, u: Tensor, s: Tensor, B: Tensor, C: Tensor, h: Tenso
     inside = segment_decays(a)  # (B, c, K, G, R, T, T)
     scores = torch.einsum("bcikgn,bcjkgn->bckgij", C, B).unsqueeze(4) * inside
     y = torch.einsum("bckgrij,bcjkgrp->bcikgrp", scores, u)
-    # The last row: from each step to the end of the chunk.
-    written = torch.einsum("bcjkgn,bckgrj,bcjkgrp->bckgrpn", B, inside[..., -1, :], u)
+    # The last row: from each step to the end of the chunk. Products of three are left to opt_einsum where it is
+    # installed, whose choice of an order makes constants of the sizes that an exporter lets vary.
+    kept = inside[..., -1, :].movedim(5, 2).unsqueeze(-1)  # (B, c, T, K, G, R, 1)
+    written = torch.einsum("bcjkgn,bcjkgrp->bckgrpn", B, kept * u)
     since = a.cumsum(-1).exp()  # (B, c, K, G, R, T), from the start of the chunk through each step
     decay = since[..., -1, None, None]
     if h is not None:
