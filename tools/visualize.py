@@ -54,13 +54,15 @@ def picture(text: str) -> Path:
 def load(path: Path | None):
     from PIL import Image, UnidentifiedImageError
 
+    from vision_mamba.train.images import eight_bits
+
     if path is None:
         from sklearn.datasets import load_sample_image
 
         return Image.fromarray(load_sample_image("flower.jpg"))
     try:
-        return Image.open(path).convert("RGB")
-    except (OSError, UnidentifiedImageError) as error:
+        return eight_bits(Image.open(path), "RGB")
+    except (OSError, ValueError, UnidentifiedImageError) as error:
         raise SystemExit(f"visualize: cannot read the image {path}: {error}") from error
 
 

@@ -162,6 +162,9 @@ def test_a_file_of_another_size_or_kind_is_named(root: Path) -> None:
         images[0]
     with pytest.raises(DataError, match=r"11.png \(id 11\) cannot be read"):
         images[1]
+    Image.fromarray(np.full((64, 48), 30_000, dtype=np.uint16)).save(root / "train" / "12.png")
+    with pytest.raises(DataError, match=r"12.png \(id 12\) cannot be read: its pixels are wider than 8 bits"):
+        images[2]
 
 
 @pytest.mark.parametrize(

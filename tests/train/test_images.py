@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 import shutil
 from pathlib import Path
 
@@ -115,6 +116,15 @@ def test_unreadable_images_are_named_and_counted(tmp_path: Path) -> None:
         without_unreadable(images, reasons, limit=2, warn=print)
     assert all(str(path) in str(caught.value) for path in bad)
     assert "--skip-bad-images 3" in str(caught.value)
+
+
+def test_pixels_of_more_than_8_bits_are_not_cut_off_in_silence(tmp_path: Path) -> None:
+    folder = runs.draw(tmp_path)
+    wide = sorted((folder / "train").rglob("*.png"))[0]
+    Image.fromarray(np.full((8, 8), 30_000, dtype=np.uint16)).save(wide)
+    images = class_folders(folder / "train", "RGB")
+    (reason,) = unreadable(images, threads=1).values()
+    assert re.search(r"its pixels are wider than 8 bits \(mode I;?1?6?\), .* scale them to 8 bits", str(reason))
 
 
 def test_unreadable_images_are_left_out_on_request_and_listed(tmp_path: Path) -> None:

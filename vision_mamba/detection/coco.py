@@ -23,6 +23,7 @@ from torchvision.transforms.v2.functional import pil_to_tensor
 
 from vision_mamba.detection import annotations as files
 from vision_mamba.train.errors import DataError
+from vision_mamba.train.images import eight_bits
 from vision_mamba.train.seeds import seeded
 
 _log = logging.getLogger("vision_mamba.detection")
@@ -79,7 +80,7 @@ class CocoSet(Dataset):
         path = self.folder / entry["file_name"]
         try:
             with Image.open(path) as file:
-                picture = file.convert("RGB")
+                picture = eight_bits(file, "RGB")
         except Exception as error:  # decoders of damaged files raise nearly anything
             raise DataError(f"image {path} (id {entry['id']}) cannot be read: {error}") from error
         if picture.size != (entry["width"], entry["height"]):

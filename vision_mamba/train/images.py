@@ -28,6 +28,17 @@ DIGITS_HELD_OUT = 0.2
 DIGITS_SPLIT_SEED = 0  # the split stays the same whatever the seed of a run, so that runs can be compared
 
 
+def eight_bits(image: Image.Image, mode: str) -> Image.Image:
+    """An image with 8 bits a channel.
+
+    Raises: ValueError for pixels of 16 or 32 bits, of which all above 255 would turn white without a word.
+    """
+    if image.mode.startswith(("I", "F")):
+        raise ValueError(f"its pixels are wider than 8 bits (mode {image.mode}), which would cut them off at 255; "
+                         "scale them to 8 bits first")  # fmt: skip
+    return image.convert(mode)
+
+
 @dataclass
 class ImageSet(Dataset):
     """Images that are opened on demand.
@@ -62,7 +73,7 @@ class ImageSet(Dataset):
         """
         try:
             with self.open_image(index) as image:
-                return image.convert(self.mode)
+                return eight_bits(image, self.mode)
         except Exception as error:  # decoders of damaged files raise nearly anything
             raise DataError(f"image {self.names[index]} cannot be read: {_reason(error)}") from error
 
