@@ -125,7 +125,7 @@ def plain_attention(y: Tensor, z: Tensor | None, *parameters: Tensor, eps: float
     return (v * F.linear(F.gelu(hidden), select_weight, select_bias).sigmoid().unsqueeze(1)).sum(2)
 
 
-def _stand_in(plain: Callable[..., Any]) -> Kernels:
+def _stand_in(plain: Callable[..., Any], refuses: Callable[..., bool]) -> Kernels:
     """Kernels that are plain torch, so that what is made of them runs anywhere."""
 
     def results(*tensors: Tensor | None, **options: Any) -> tuple[Tensor, ...]:
@@ -143,7 +143,7 @@ def _stand_in(plain: Callable[..., Any]) -> Kernels:
             found = iter(torch.autograd.grad(results(*tensors, **options), wanted, grads))
         return tuple(None if t is None or not t.requires_grad else next(found) for t in tensors)
 
-    return Kernels(lambda tensors, options: False, forward, backward)
+    return Kernels(refuses, forward, backward)
 
 
 @pytest.fixture
@@ -151,11 +151,13 @@ def stand_ins(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     """Joined layers on the CPU; the list fills with the names of the chains that ran."""
     plain = dict(CONV_MAP=conv.plain_conv_map, GATED=conv.plain_gated, NORM=norm.plain_normed)
     plain |= dict(CONV_BOTH_WAYS=conv.plain_conv_both_ways)
-    kernels = {name: _stand_in(function) for name, function in plain.items()}
+    # They refuse what the kernels refuse, on any device.
+    monkeypatch.setattr(rows_cuda, "_unavailable", lambda device: None)
+    kernels = {name: _stand_in(function, getattr(rows_cuda, name).refuses) for name, function in plain.items()}
     for name, kernel in kernels.items():
         monkeypatch.setattr(rows_cuda, name, kernel)
     plain = dict(CONV_ROUTES=plain_conv_routes, ROUTE_ATTENTION=plain_attention)
-    kernels |= {name: _stand_in(function) for name, function in plain.items()}
+    kernels |= {name: _stand_in(function, getattr(routes_cuda, name).refuses) for name, function in plain.items()}
 
     def attention_forward(tensors: fused.Tensors, options: dict[str, Any], keep: bool) -> Any:
         results, (y, z, *parameters) = kernels["ROUTE_ATTENTION"].forward(tensors, options, keep)
@@ -231,6 +233,13 @@ def stand_ins(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
         monkeypatch.setattr(layers, "eager_on_gpu", lambda x: True)
     monkeypatch.setattr(fused, "_by_kernels", lambda tensors: True)
     ran: list[str] = []
+
+    def refuses(name: str, tensors: fused.Tensors, options: dict[str, Any]) -> bool:
+        refused: bool = kernels[name].refuses(tensors, options)
+        if not refused:
+            ran.append(name)
+        return refused
+
     for chain in vars(mixers).values():
         if not isinstance(chain, fused.Joined):
             continue
@@ -238,7 +247,7 @@ def stand_ins(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
         monkeypatch.setattr(
             chain,
             "_kernels",
-            kernels[chain.name]._replace(refuses=lambda t, o, name=chain.name: ran.append(name)),
+            kernels[chain.name]._replace(refuses=partial(refuses, chain.name)),
         )
     yield ran
 

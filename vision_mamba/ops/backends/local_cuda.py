@@ -19,8 +19,8 @@ def _refuses(tensors: Tensors, options: chains.Options) -> bool:
     x, z = xz.chunk(2, -1)
     if routes_cuda.CONV_ROUTES.refuses((x, weight, bias, table), {}):
         return True
-    y = x.new_empty((1, 1, len(projection), x.shape[2]))
-    return routes_cuda.ROUTE_ATTENTION.refuses((y, z[:1, :1], *attention), {})
+    y, like_z = x.new_empty((1, 1, len(projection), x.shape[2])), z.new_empty((1, 1, z.shape[2]))
+    return routes_cuda.ROUTE_ATTENTION.refuses((y, like_z, *attention), {})
 
 
 def _forward(tensors: Tensors, options: chains.Options, keep: bool) -> tuple[tuple[Tensor, ...], Tensors]:
