@@ -7,6 +7,8 @@ convolution are computed twice. Gradients that meet are added up by the products
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -153,7 +155,16 @@ def _scan_call(
     return ScanCall(u, dt, A, B, C, D, indices, dt_weight, dt_bias, out_dtype=out_dtype)
 
 
+def _multiplied_out(call: ScanCall) -> ScanCall:
+    """With step sizes as large as what is scanned, where each route has its own: kernels of several states take these
+    faster, by more than the product takes. In float16 it could overflow."""
+    if call.states == 1 or call.shared_x or call.dt_weight is None or call.dt.dtype == torch.float16:
+        return call
+    return call._replace(dt=_each_route(call.dt, call.dt_weight.to(call.dt.dtype).transpose(1, 2)), dt_weight=None)
+
+
 def _scan_forward(call: ScanCall, keep: bool) -> tuple[Tensor, Tensor]:
+    call = _multiplied_out(call)
     y, _, saved = scans.choose(call, None).forward(call, keep)
     return y, saved
 
@@ -162,10 +173,15 @@ def _scan_backward(
     call: ScanCall, saved: Tensor, dy: Tensor, width: int
 ) -> tuple[Tensor, Tensor, tuple[Tensor | None, ...]]:
     """Gradients of u, of so many columns of a route, and of A, D and the weight and bias of step sizes."""
-    backend = scans.choose(call, None)
+    whole = _multiplied_out(call)
+    backend = scans.choose(whole, None)
     assert backend.backward is not None, backend.name
-    du, ddt, dA, dB, dC, dD, dweight, dbias, _ = backend.backward(call, saved, dy, None)
+    du, ddt, dA, dB, dC, dD, dweight, dbias, _ = backend.backward(whole, saved, dy, None)
     assert du is not None and ddt is not None and dB is not None and dC is not None
+    if whole is not call:
+        assert call.dt_weight is not None
+        dweight = _sums_of_routes(ddt, call.dt)
+        ddt = _each_route(ddt, call.dt_weight.to(ddt.dtype))
     parts = [ddt, dB, dC]
     missing = width - sum(part.shape[-1] for part in parts)
     if missing:
@@ -310,18 +326,32 @@ def _by_route(t: Tensor) -> Tensor:
     return t.flatten(0, 1).transpose(0, 1)
 
 
+def _each_route(x: Tensor, matrices: Tensor) -> Tensor:
+    """(B, L, K, I) and (K, I, J) -> (B, L, K, J), each route by its own matrix."""
+    y = x.new_empty((*x.shape[:3], matrices.shape[2]))
+    torch.bmm(_by_route(x), matrices, out=_by_route(y))
+    return y
+
+
+def _sums_of_routes(left: Tensor, right: Tensor) -> Tensor:
+    """(B, L, K, I) and (B, L, K, J) -> (K, I, J), sums over tokens of each route's own products.
+
+    Of the product of all routes with all only the diagonal is wanted; it is faster than one product a route.
+    """
+    crossed = _product_of_sums(left.flatten(2).flatten(0, 1), right.flatten(2).flatten(0, 1))
+    crossed = crossed.view(*left.shape[2:], *right.shape[2:])
+    return crossed.diagonal(dim1=0, dim2=2).permute(2, 0, 1).contiguous()
+
+
 def columns_of_routes(u: Tensor, projection: Tensor) -> Tensor:
     """(B, L, K, D) and (K, C, D) -> (B, L, K, C), each route by its own projection."""
-    return torch.bmm(_by_route(u), projection.transpose(1, 2)).unflatten(1, u.shape[:2]).permute(1, 2, 0, 3)
+    return _each_route(u, projection.transpose(1, 2))
 
 
 def columns_backward(u: Tensor, du: Tensor, dcolumns: Tensor, projection: Tensor) -> Tensor:
     """Adds to du, the gradient of u, what comes through the columns; returns the gradient of the projection."""
     _by_route(du).baddbmm_(_by_route(dcolumns), projection)
-    # Of the product of all routes with all only the diagonal is wanted; it is faster than one product a route.
-    crossed = _product_of_sums(dcolumns.flatten(2).flatten(0, 1), u.flatten(2).flatten(0, 1))
-    crossed = crossed.view(*projection.shape[:2], *u.shape[2:])
-    return crossed.diagonal(dim1=0, dim2=2).permute(2, 0, 1).contiguous()
+    return _sums_of_routes(dcolumns, u)
 
 
 def _scaled_product(left: Tensor, right: Tensor, scale: float) -> Tensor:
@@ -329,22 +359,36 @@ def _scaled_product(left: Tensor, right: Tensor, scale: float) -> Tensor:
 
 
 def _both_ways_backward(kept: Tensors, options: Options, grads: Tensors) -> Tensors:
-    (dout,), (xz, columns, y, saved, projection, out_weight, *parameters) = grads, kept
+    xz, *behind = kept
+    assert xz is not None
+    x, z = xz.chunk(2, -1)
+    return _halves_backward(lambda: x, lambda: z, behind, options, grads[0])
+
+
+def _halves_backward(
+    x: Callable[[], Tensor],
+    z: Callable[[], Tensor],
+    kept: Sequence[Tensor | None],
+    options: Options,
+    dout: Tensor | None,
+) -> Tensors:
+    """A backward pass of functions that give x and z, each when it is needed: one is gone before the other is made."""
+    columns, y, saved, projection, out_weight, *parameters = kept
     weight, bias, given, *of_scan, _ = parameters
     assert given is not None
-    assert dout is not None and xz is not None and columns is not None and y is not None
+    assert dout is not None and columns is not None and y is not None
     assert saved is not None and projection is not None and out_weight is not None
     scale = options["scale"]
-    with without_autocast(xz.device):
-        (x, z), dxz = xz.chunk(2, -1), torch.empty_like(xz)
+    with without_autocast(dout.device):
+        dxz = y.new_empty((*y.shape[:2], 2 * y.shape[2]))
         dx, dz = dxz.chunk(2, -1)
         dout = dout.flatten(0, 1).contiguous()
         dg = _scaled_product(dout, out_weight, scale).view(y.shape)
         g = torch.empty_like(dg)
-        dy = rows_cuda.gate_backward(y, z, dg, dz, again=g)
+        dy = rows_cuda.gate_backward(y, z(), dg, dz, again=g)
         dout_weight = _product_of_sums(dout, g.flatten(0, 1)) * scale
         del g, dg
-        (u,), of_conv = rows_cuda.CONV_BOTH_WAYS.forward((x, weight, bias), {}, True)
+        (u,), of_conv = rows_cuda.CONV_BOTH_WAYS.forward((x(), weight, bias), {}, True)
         call = _scan_call(u, columns, tuple(of_scan), None)
         du, dcolumns, dscan = _scan_backward(call, saved, dy, projection.shape[1])
         dprojection = columns_backward(u, du, dcolumns, projection)[:, : given.shape[1]]
@@ -379,7 +423,8 @@ def _norm_both_ways_backward(kept: Tensors, options: Options, grads: Tensors) ->
     with without_autocast(x.device):
         how = dict(eps=options["eps"], rms=options["rms"], out_dtype=matrix.dtype, stream=True)
         (n, _), _ = rows_cuda.NORM.forward((x, None, *of_its_norm), how, False)
-        dxz, *found = _both_ways_backward((F.linear(n, matrix), *behind), options, (dout,))
+        of_x, of_z = matrix.chunk(2)
+        dxz, *found = _halves_backward(partial(F.linear, n, of_x), partial(F.linear, n, of_z), behind, options, dout)
         assert dxz is not None
         dxz = dxz.flatten(0, 1)
         dweight = _product_of_sums(dxz, n.flatten(0, 1))
