@@ -10,14 +10,14 @@ import pytest
 import torch
 
 from tests.tolerances import LOGITS
-from tools import count, parity
+from tools import count, parity, tables
 from vision_mamba import scans
 from vision_mamba.ops import registry
 from vision_mamba.scans import order
 
 ROOT = Path(__file__).resolve().parents[1]
 TEXT = (ROOT / "README.md").read_text()
-RECORDS = {record["case"]: record for record in count.read(count.RECORD)}
+RECORDS = {record["case"]: record for record in tables.read(count.RECORD)}
 
 
 @pytest.fixture
@@ -46,13 +46,20 @@ def test_its_code_runs_from_top_to_bottom(tmp_path: Path, monkeypatch: pytest.Mo
     assert "windows" in scans.names()
 
 
-def test_its_table_of_models_is_the_record() -> None:
-    assert count.put_table(TEXT, count.table(RECORDS.values(), count.measured())) == TEXT
+@pytest.mark.parametrize("name", tables.TABLES)
+def test_its_tables_are_the_records(name: str) -> None:
+    assert tables.put(TEXT, tables.TABLES[name](tables.read(tables.RESULTS / name)), name) == TEXT
+
+
+def test_a_page_without_a_table_is_refused() -> None:
+    with pytest.raises(
+        ValueError, match=r"must have one line '<!-- table of results/ssd.jsonl -->' with an end, found 0"
+    ):
+        tables.put("# A page\n", "", "ssd.jsonl")
+
+
+def test_all_models_are_on_record() -> None:
     assert list(RECORDS) == count.model_names()
-
-
-def test_its_table_of_speeds_is_the_record() -> None:
-    assert count.put_table(TEXT, count.speeds(count.read(count.SPEEDS)), count.SPEEDS) == TEXT
 
 
 def test_every_fixture_has_a_record_of_its_difference() -> None:
@@ -60,7 +67,7 @@ def test_every_fixture_has_a_record_of_its_difference() -> None:
     for case in parity.cases():
         off = recorded[case["model"]]["inputs"][parity.size(case)]
         assert off["logits"] <= LOGITS and off["gradients"] <= LOGITS, case["model"]
-    assert recorded.keys() == count.measured().keys()
+    assert recorded.keys() == tables.measured().keys()
 
 
 def test_a_differing_checkpoint_would_show_in_the_record() -> None:
