@@ -52,9 +52,7 @@ def test_its_tables_are_the_records(name: str) -> None:
 
 
 def test_a_page_without_a_table_is_refused() -> None:
-    with pytest.raises(
-        ValueError, match=r"must have one line '<!-- table of results/ssd.jsonl -->' with an end, found 0"
-    ):
+    with pytest.raises(ValueError, match=r"must have a line '<!-- table of results/ssd.jsonl -->', and one"):
         tables.put("# A page\n", "", "ssd.jsonl")
 
 

@@ -102,7 +102,7 @@ def families(records: Records) -> str:
 
 def whole_models(records: Records) -> str:
     """The models of both main families beside those of timm, 128 images of 224 px, and the published code's figures."""
-    usual = (r for r in records if (r["batch_size"], r["img_size"]) == (128, 224) and not r.get("grad_checkpointing"))
+    usual = (r for r in records if (r["batch_size"], r["img_size"]) == (128, 224) and not r.get("checkpointing"))
     found = _newest(usual, "case", "pass", "mode")
     titles = ("model", "inference, ms", "training step, ms", "its memory, GiB", "published code: ms, ms, GiB")
 
