@@ -1,10 +1,13 @@
-// map.cuh: what both passes of VMamba's convolution share: 3 x 3 taps a channel over a map that is channels last, then SiLU.
+// map.cuh: what both passes of VMamba's convolution share: 3 x 3 taps a channel over a map that is channels last, then SiLU;
+// or no SiLU, but the map itself beside them, as in VSSD: that is one more in the middle tap.
 // A thread takes kRun channels of a strip of the map, some rows high, and goes along it with three columns in registers.
 // Three columns are taken at a time, so that each has its place in the ring of three.
 #pragma once
 #include "rows.cuh"
 
 extern "C" __device__ int launch_shape[2] = {128, 0};
+
+constexpr bool kShortcut = SHORTCUT;
 
 struct Window {
     float tap[9][kRun], bias[kRun];
@@ -14,7 +17,7 @@ struct Window {
         for (int j = 0; j < kRun; ++j) {
             bias[j] = p.bias ? p.bias[channel + j] : 0.f;
 #pragma unroll
-            for (int i = 0; i < 9; ++i) tap[i][j] = p.weight[(channel + j) * 9 + i];
+            for (int i = 0; i < 9; ++i) tap[i][j] = p.weight[(channel + j) * 9 + i] + (kShortcut && i == 4 ? 1.f : 0.f);
         }
     }
     // Before SiLU, at row `row` of the columns that begin one row above it.

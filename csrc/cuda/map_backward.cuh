@@ -63,7 +63,7 @@ extern "C" __global__ void __launch_bounds__(128, MIN_BLOCKS) map_backward(const
 #pragma unroll
                     for (int j = 0; j < kRun; ++j) {
                         const float v = window.at(ring, c, r, j);
-                        const float found = grads[c][r].get(j) * silu_slope(v, sigmoid(v));
+                        const float found = grads[c][r].get(j) * (kShortcut ? 1.f : silu_slope(v, sigmoid(v)));
                         g[(c + 2) % 3][r][j] = found;
                         if (r == 0 || r == kStrip + 1) continue;
                         const float own = counts ? found : 0.f;

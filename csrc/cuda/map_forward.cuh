@@ -1,4 +1,5 @@
-// map_forward.cuh: y = silu(bias + sum_ij w_ij x_(r+i-1)(c+j-1)), of maps (B, height, width, channels), zeros around them.
+// map_forward.cuh: y = silu(bias + sum_ij w_ij x_(r+i-1)(c+j-1)), of maps (B, height, width, channels), zeros around them;
+// with SHORTCUT x_rc instead of SiLU.
 // Grid: one thread = kRun channels of kStrip rows by chunk_steps columns.
 #include "map.cuh"
 
@@ -45,7 +46,7 @@ extern "C" __global__ void __launch_bounds__(128, MIN_BLOCKS) map_forward(const 
 #pragma unroll
                 for (int j = 0; j < kRun; ++j) {
                     const float v = window.at(ring, c, r, j);
-                    out[j] = v * sigmoid(v);
+                    out[j] = kShortcut ? v : v * sigmoid(v);
                 }
                 of_y.write(out, y, r + 1, first + c, first + c < to);
             }

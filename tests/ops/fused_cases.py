@@ -51,13 +51,15 @@ def _along(batch: int, length: int, channels: int, taps: int, before: int, dtype
     return rows_cuda.CONV_ALONG, conv.plain_conv_along, tensors, dict(before=before)
 
 
-def _mapped(batch: int, height: int, width: int, channels: int, dtype: torch.dtype, bias: bool) -> Case:
+def _mapped(
+    batch: int, height: int, width: int, channels: int, dtype: torch.dtype, bias: bool, **options: bool
+) -> Case:
     tensors = [
         torch.randn(batch, height, width, channels).to(dtype),
         torch.randn(channels, 1, 3, 3),
         torch.randn(channels) if bias else None,
     ]
-    return rows_cuda.CONV_MAP, conv.plain_conv_map, tensors, {}
+    return rows_cuda.CONV_MAP, conv.plain_conv_map, tensors, options
 
 
 def _gated(batch: int, length: int, channels: int, dtype: torch.dtype, out: torch.dtype | None = None) -> Case:
@@ -86,6 +88,7 @@ CASES: dict[str, Callable[[], Case]] = {
     "conv_along_one_tap": lambda: _along(1, 2, 4, 1, 0, F16),
     "map": lambda: _mapped(2, 5, 9, 6, F32, True),
     "map_half": lambda: _mapped(1, 14, 3, 32, F16, False),
+    "map_shortcut": lambda: _mapped(2, 4, 7, 6, F32, True, shortcut=True),
     "map_of_one": lambda: _mapped(3, 1, 1, 5, F32, True),
     "gate": lambda: _gated(2, 13, 50, F32),
     "gate_half": lambda: _gated(1, 1, 3, F16),
@@ -103,6 +106,7 @@ LARGE: dict[str, Callable[[], Case]] = {
     "conv_along_both": lambda: _along(2, 2048, 768, 4, 2, F16),
     "map_stage1": lambda: _mapped(3, 56, 56, 96, BF16, False),
     "map_stage3": lambda: _mapped(3, 14, 14, 384, BF16, True),
+    "map_stage2_shortcut": lambda: _mapped(3, 28, 28, 128, BF16, True, shortcut=True),
     "map_wide": lambda: _mapped(1, 31, 200, 34, F16, True),
     "gate_vim_s": lambda: _gated(3, 197, 768, BF16),
 }

@@ -24,6 +24,7 @@ from vision_mamba.layers.patch import InvertedDownsample, ResidualStem
 from vision_mamba.models import vmamba
 from vision_mamba.models.checkpoint import rename
 from vision_mamba.models.pyramid import Pyramid, Stage, build_pyramid, drop_path_rates
+from vision_mamba.ops.conv import conv_map
 
 __all__ = ["VSSD", "VSSDBlock"]
 
@@ -75,22 +76,20 @@ class VSSDBlock(nn.Module):
     def joins(self, x: Tensor) -> bool:
         """Whether the norms run with what is before and behind them; see `layers.joined`."""
         usual = untouched(self, VSSDBlock) and is_usual_norm(self.norm1) and is_usual_norm(self.norm2)
-        return eager_on_gpu(x) and usual and is_usual_mlp(self.mlp)
+        convs = untouched(self.cpe1, nn.Conv2d) and untouched(self.cpe2, nn.Conv2d)
+        return eager_on_gpu(x) and usual and convs and is_usual_mlp(self.mlp)
 
     def join(self, x: Tensor, branch: Tensor | None) -> tuple[Tensor, Tensor]:
         """As forward, of a stream x + branch, into a stream and what is to be added to it."""
         mixer: Any = self.mixer
-        x = x if branch is None else x + branch
-        place = self.cpe1(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        x = conv_map(x if branch is None else x + branch, self.cpe1.weight, self.cpe1.bias, shortcut=True)
         if untouched(mixer, NonCausalSSD) and untouched(mixer.in_proj, nn.Linear):
-            y, x = norm_linear(x, place, self.norm1, mixer.in_proj)
+            y, x = norm_linear(x, None, self.norm1, mixer.in_proj)
             y = mixer.mix(y)
         else:
-            x = x + place
             y = mixer(self.norm1(x))
-        x = x + self.drop_path1(y)
-        place = self.cpe2(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-        added, x = norm_mlp(x, place, self.norm2, self.mlp)
+        x = conv_map(x + self.drop_path1(y), self.cpe2.weight, self.cpe2.bias, shortcut=True)
+        added, x = norm_mlp(x, None, self.norm2, self.mlp)
         return x, self.drop_path2(added)
 
 

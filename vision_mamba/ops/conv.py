@@ -88,11 +88,12 @@ def plain_conv_along(x: Tensor, weight: Tensor, bias: Tensor | None, *, before: 
     return F.silu(y.transpose(1, 2))
 
 
-def plain_conv_map(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def plain_conv_map(x: Tensor, weight: Tensor, bias: Tensor | None, shortcut: bool = False) -> Tensor:
     """`conv_map` by torch's convolution; TorchScript compiles this one."""
     # Permuted views: the memory stays channels last, and the convolution works on it as it is.
     y = F.conv2d(x.permute(0, 3, 1, 2), weight, bias, padding=weight.shape[-1] // 2, groups=weight.shape[0])
-    return F.silu(y.permute(0, 2, 3, 1))
+    y = y.permute(0, 2, 3, 1)
+    return x + y if shortcut else F.silu(y)
 
 
 def plain_gated(y: Tensor, z: Tensor, out_dtype: torch.dtype | None = None) -> Tensor:
@@ -170,8 +171,8 @@ def conv_along(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, before:
     return _fused_along(x, weight, bias, before=before)
 
 
-def conv_map(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Depthwise convolution and SiLU over a map that is channels last, with zeros around it.
+def conv_map(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, shortcut: bool = False) -> Tensor:
+    """Depthwise convolution over a map that is channels last, with zeros around it; then SiLU, or beside a shortcut.
 
     With W x W taps, of which W is odd:
         y_rcd = silu(bias_d + sum_ij weight_dij x_(r+i-W/2)(c+j-W/2)d)
@@ -180,13 +181,14 @@ def conv_map(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         x: (B, H, W, D) map.
         weight: (D, 1, W, W) taps, as torch's convolution has them; W = 3 has kernels.
         bias: (D,).
+        shortcut: add x, and leave SiLU out.
 
     Returns: (B, H, W, D), in memory as x.
 
     >>> conv_map(torch.ones(1, 1, 1, 1), torch.zeros(1, 1, 3, 3))
     tensor([[[[0.]]]])
     """
-    return _fused_map(x, weight, bias)
+    return _fused_map(x, weight, bias, shortcut=shortcut)
 
 
 def gated(y: Tensor, z: Tensor, out_dtype: torch.dtype | None = None) -> Tensor:

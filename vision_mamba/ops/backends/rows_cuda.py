@@ -80,8 +80,8 @@ def gelu(h: torch.dtype, dy: torch.dtype, run: int, sums: bool = False) -> nvrtc
     return _kernel("gelu_backward", dict(X_TYPE=h, Y_TYPE=dy), dict(RUN=run, SUMS=sums))
 
 
-def map_convolution(forward: bool, x: torch.dtype, run: int) -> nvrtc.Specialisation:
-    macros = dict(RUN=run, STRIP=MAP_STRIPS[forward], MIN_BLOCKS=MAP_BLOCKS[forward])
+def map_convolution(forward: bool, x: torch.dtype, run: int, shortcut: bool = False) -> nvrtc.Specialisation:
+    macros = dict(RUN=run, STRIP=MAP_STRIPS[forward], MIN_BLOCKS=MAP_BLOCKS[forward], SHORTCUT=shortcut)
     return _kernel("map_forward" if forward else "map_backward", dict(X_TYPE=x), macros)
 
 
@@ -97,7 +97,7 @@ SHIPPED = (
     *(convolution(forward, _HALF, 2, ways) for forward in (True, False) for ways in (1, 2)),
     *(gate(forward, _HALF, _HALF, _HALF, 8) for forward in (True, False)),
     gate(True, _HALF, _HALF, _HALF, 8, 2),
-    *(map_convolution(forward, _HALF, 2) for forward in (True, False)),
+    *(map_convolution(forward, _HALF, 2, shortcut) for forward in (True, False) for shortcut in (True, False)),
     *(gelu(_HALF, _HALF, 8, sums) for sums in (True, False)),
 )
 
@@ -395,7 +395,8 @@ def _map_forward(tensors: Tensors, options: dict[str, Any], keep: bool = True) -
     run = _run(MAP_RUNS[True], x)
     pieces, fields = _map_sizes(x, run, MAP_STRIPS[True])
     grid = (pieces * (x.shape[3] // run) + 127) // 128
-    _start(map_convolution, (True, x.dtype, run), grid, fields, x=x, weight=_whole(weight), bias=_whole(bias), y=y)
+    how = (True, x.dtype, run, options.get("shortcut", False))
+    _start(map_convolution, how, grid, fields, x=x, weight=_whole(weight), bias=_whole(bias), y=y)
     return (y,), (x, weight, bias)
 
 
@@ -414,9 +415,9 @@ def map_backward(kept: Tensors, options: dict[str, Any], grads: Tensors, dx: Ten
     fields |= dict(dx_b=dx.stride(0), dx_l=dx.stride(2))
     parts = torch.empty((workers, 10, channels), dtype=torch.float32, device=x.device)
     grid = (workers * (channels // run) + 127) // 128
+    how = (False, x.dtype, run, options.get("shortcut", False))
     _start(
-        map_convolution, (False, x.dtype, run), grid, fields, x=x, weight=_whole(weight), bias=_whole(bias), dy=dy,
-        dx=dx, parts=parts,
+        map_convolution, how, grid, fields, x=x, weight=_whole(weight), bias=_whole(bias), dy=dy, dx=dx, parts=parts,
     )  # fmt: skip
     sums = parts.sum(0)
     dweight = sums[:9].t().reshape(weight.shape)
