@@ -72,10 +72,18 @@ def conclude(config: Config, result: Position, console: Console) -> None:
     table.add_row("steps left out", f"{result.left_out_before:,}, for they were not finite")
     table.add_row("files", f"{run_dir}/: {', '.join(found)}")
     console.print(table)
-    data = ["--digits"] if config.dataset == "digits" else ["--data-dir", str(config.data_dir)]
-    validate = ["python", "tools/validate.py", "--checkpoint", str(run_dir / BEST), *data]
+    validate = ["python", "tools/validate.py", "--checkpoint", str(run_dir / BEST), *held_out(config)]
     longer = [*launcher(), sys.argv[0], "--resume", str(run_dir / LAST), "--epochs", str(2 * config.epochs)]
     _log.info("validate with: %s\ntrain longer with: %s", shlex.join(validate), shlex.join(longer))
+
+
+def held_out(config: Config) -> list[str]:
+    """The words that name the held-out images of a run to tools/validate.py."""
+    if config.dataset == "digits":
+        return ["--digits"]
+    names = ("dataset", "data_dir", "val_split", "class_map")
+    chosen = {name: getattr(config, name) for name in names if getattr(config, name) != getattr(Config(), name)}
+    return [word for name, value in chosen.items() for word in (f"--{name.replace('_', '-')}", value)]
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from PIL import Image
 
 from tests.train import runs
 from tools import convert, make_digits_folder, predict, train, validate
+from vision_mamba.train.options import Config
 
 
 @pytest.fixture(scope="module")
@@ -151,6 +152,14 @@ def test_validating_what_cannot_be(
     checkpoint, images = trained / "output" / "run" / "last.pth", trained / "images"
     status, _, err = run(capsys, validate, "--checkpoint", checkpoint, "--data-dir", images, "--workers", "0", *words)
     assert status in (1, 2) and told in err
+
+
+def test_the_words_after_training_name_the_held_out_images() -> None:
+    chosen = {"dataset": "wds/mine", "data_dir": "shards", "val_split": "held-{0..3}.tar", "class_map": "names.txt"}
+    read = vars(validate.parser().parse_args(train.held_out(Config(**chosen))))
+    assert {name: read[name] for name in chosen} == chosen
+    assert train.held_out(Config(data_dir="mine")) == ["--data-dir", "mine"]
+    assert train.held_out(Config(dataset="digits")) == ["--digits"]
 
 
 def test_validating_tells_who_waits_for_whom(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
