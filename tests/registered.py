@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import fnmatch
+import sys
+from types import ModuleType
 
 import timm
 
 import vision_mamba
+from vision_mamba.models import vmamba
 
 
 def is_ours(name: str) -> bool:
@@ -21,7 +24,14 @@ def our_models(pattern: str = "*") -> list[str]:
 
 def ends_in_tokens(name: str) -> bool:
     """Whether the model ends in a token sequence and not in a map: its card names no size of a map to pool."""
-    return timm.get_pretrained_cfg(name).pool_size is None
+    card = timm.get_pretrained_cfg(name)
+    assert card is not None, name
+    return card.pool_size is None
+
+
+def family(name: str) -> ModuleType:
+    """The module whose `to_published` and `checkpoint_filter_fn` are for the model of that name."""
+    return vmamba if "localvmamba" in name else sys.modules[timm.model_entrypoint(name).__module__]
 
 
 ALL = our_models()

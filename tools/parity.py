@@ -30,7 +30,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT)] * (str(ROOT) not in sys.path)  # for the fixtures' reader, which the tests have too
 
 from tests import golden, parity  # noqa: E402
-from vision_mamba.models import vmamba  # noqa: E402
+from tests.registered import family  # noqa: E402
 from vision_mamba.provenance import provenance  # noqa: E402
 
 RECORD = ROOT / "results" / "parity.jsonl"
@@ -55,13 +55,14 @@ def differences(case: dict[str, Any], device: str = "cpu") -> dict[str, float]:
         model = timm.create_model(case["model"], **case["arguments"]).eval()
     if sum(parameter.numel() for parameter in model.parameters()) != case["parameters"]:
         raise ValueError(f"{case['model']} has not the {case['parameters']} parameters of the published model.")
-    family = vmamba if isinstance(model, vmamba.VMamba) else sys.modules[type(model).__module__]
-    if case["model"].startswith("efficientvmamba"):
-        family = sys.modules[timm.model_entrypoint(case["model"]).__module__]
-    state = golden.fill_state_dict(family.to_published(model.state_dict()))
+    published = family(case["model"])
+    state = golden.fill_state_dict(published.to_published(model.state_dict()))
     state = {name: tensor * case["scaled"].get(name, 1.0) for name, tensor in state.items()}
-    model.load_state_dict(family.checkpoint_filter_fn({"state_dict": state}, model), assign=True)
+    model.load_state_dict(published.checkpoint_filter_fn({"state_dict": state}, model), assign=True)
+    del state
     model = model.to(device)
+    for name, parameter in model.named_parameters():  # gradients of the rest would take as much room as the model
+        parameter.requires_grad_(bool(published.to_published({name: parameter}).keys() & case["gradients"].keys()))
     images = golden.image(*case["input"]).to(device)
     wide = case["gradient_type"] == "float64"
     if wide:
@@ -72,7 +73,9 @@ def differences(case: dict[str, Any], device: str = "cpu") -> dict[str, float]:
     outputs = model(images)
     (outputs * golden.image(*outputs.shape).to(outputs)).sum().backward()
     logits = logits if wide else outputs
-    found = family.to_published({name: parameter.grad for name, parameter in model.named_parameters()})
+    found = published.to_published(
+        {name: parameter.grad for name, parameter in model.named_parameters() if parameter.requires_grad}
+    )
     found["input"] = images.grad
     return {
         "logits": parity.error(parity.spread(logits, 32).cpu().float(), case["logits"]),

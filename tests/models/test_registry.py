@@ -17,7 +17,7 @@ from timm.models._hub import save_for_hf
 from timm.optim import create_optimizer_v2
 from torch import Tensor, nn
 
-from tests.registered import ALL, SMALL, ends_in_tokens
+from tests.registered import ALL, SMALL, ends_in_tokens, family
 from vision_mamba.models import vmamba
 
 # Parameters of the mixers that must not decay and stay float32: A (as its logarithm), D, the bias of the step size.
@@ -269,6 +269,30 @@ def test_a_checkpoint_takes_other_image_channels(name: str, tmp_path: Path) -> N
     grey = torch.randn(2, 1, 48, 33)
     with torch.no_grad():
         torch.testing.assert_close(model(grey), source(grey.expand(-1, 3, -1, -1)), rtol=1e-3, atol=1e-4)
+
+
+@small_model
+@pytest.mark.parametrize("options", [dict(num_classes=0), dict(num_classes=5, in_chans=1), dict(features_only=True)])
+def test_a_published_checkpoint_loads_under_any_head(name: str, options: dict, tmp_path: Path) -> None:
+    source = spread(create(name)).eval()
+    torch.save({"model": family(name).to_published(source.state_dict()), "epoch": 3}, tmp_path / "published.pth")
+    overlay = dict(file=str(tmp_path / "published.pth"))
+    model = create(name, pretrained=True, pretrained_cfg_overlay=overlay, **options).eval()
+    own = {key.removeprefix("model."): tensor for key, tensor in model.state_dict().items()}
+    same = [key for key, tensor in source.state_dict().items() if key in own and torch.equal(own[key], tensor)]
+    heads = [key for key in own if key.startswith("head.") and "norm" not in key]
+    assert own.keys() - set(same) <= {*heads, f"{source.default_cfg['first_conv']}.weight"}
+    assert len(same) > 0.9 * len(own)
+
+
+@small_model
+def test_a_published_tensor_of_another_shape_is_named(name: str, tmp_path: Path) -> None:
+    model = create(name)
+    state = family(name).to_published(model.state_dict())
+    other = next(key for key in state if "A_log" in key)
+    torch.save(state | {other: torch.zeros(3, 2)}, tmp_path / "other.pth")
+    with pytest.raises((RuntimeError, ValueError), match=r"A_log.*\(?\[?3, 2"):
+        create(name, pretrained=True, pretrained_cfg_overlay=dict(file=str(tmp_path / "other.pth")))
 
 
 @small_model

@@ -248,9 +248,16 @@ def test_training_files_load_without_the_library_of_their_settings(
         assert torch.equal(tensor, loaded.state_dict()[name]), name
 
 
-@pytest.mark.parametrize("name", ["vssm1_tiny_0230s", "vanilla_vmamba_tiny", "vmamba_base"])
-def test_published_names_stand_for_ours(name: str) -> None:
-    ours = {"vssm1_tiny_0230s": "tiny_s1l8", "vanilla_vmamba_tiny": "tiny_v0", "vmamba_base": "base_s2l15"}[name]
+@pytest.mark.parametrize(
+    ("name", "ours"),
+    [
+        ("vssm1_tiny_0230s", "tiny_s1l8"),
+        ("vssm_tiny_0230", "tiny_s2l5"),
+        ("vanilla_vmamba_tiny", "tiny_v0"),
+        ("vmamba_base", "base_s2l15"),
+    ],
+)
+def test_published_names_stand_for_ours(name: str, ours: str) -> None:
     assert name not in timm.list_models("*vmamba*")
     with torch.device("meta"), pytest.warns(UserWarning, match=f"{name} to current vmamba_{ours}"):
         model = timm.create_model(name)

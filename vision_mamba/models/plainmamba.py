@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import ConvNormAct, LayerNorm, trunc_normal_
-from timm.models import generate_default_cfgs, register_model
+from timm.models import generate_default_cfgs, register_model, register_model_deprecations
 from torch import Tensor, nn
 
 from vision_mamba.layers.embed import PatchGrid
@@ -310,3 +310,6 @@ def test_plainmamba(pretrained: bool = False, **kwargs: Any) -> PlainMamba:
     """A PlainMamba small enough for tests."""
     model_args = dict(img_size=160, embed_dim=48, depth=3, d_state=4, stem_width=16, conv_blocks=(0,))
     return _create("test_plainmamba", pretrained, **dict(model_args, **kwargs))
+
+
+register_model_deprecations(__name__, {f"plain_mamba_l{n}_in1k_300e": f"plainmamba_l{n}.in1k" for n in (1, 2, 3)})

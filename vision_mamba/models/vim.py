@@ -495,6 +495,9 @@ def _from_published(state: dict[str, Tensor], ours: Iterable[str], names: Names)
         theirs = names(name)
         if all(official in left for official in theirs):
             parts = [left.pop(official) for official in theirs]
+            shapes = {official: tuple(part.shape) for official, part in zip(theirs, parts, strict=True)}
+            if len(set(shapes.values())) > 1:
+                raise ValueError(f"{name}: its parts must be of one shape, and are in the checkpoint {shapes}.")
             found[name] = (
                 parts[0] if len(parts) == 1 else torch.stack([p.squeeze(1) if p.dim() == 3 else p for p in parts])
             )

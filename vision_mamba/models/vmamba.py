@@ -327,7 +327,8 @@ def checkpoint_filter_fn(
     (norm,) = to_published({"norm.": None})
     state = _backbone(unwrap(state_dict), len(model.stages), norm)
     if not any(name.startswith("stages.") for name in state):
-        names = to_published({name: name for name in own})
+        classifier = ("head.fc.weight", "head.fc.bias")  # known by name to a model without classes too
+        names = to_published({name: name for name in (*own, *classifier)})
         renamed = {}
         for name, tensor in state.items():
             ours = names.get(name if name in names else rename(name, _OLDER_NAMES), name)
@@ -543,6 +544,9 @@ register_model_deprecations(
         "vssm_base": "vmamba_base_v0",
         "vssm1_tiny_0220": "vmamba_tiny_v1",
         "vssm1_tiny_0230s": "vmamba_tiny_s1l8",
+        "vssm_tiny_0230": "vmamba_tiny_s2l5",
+        "vssm_small_0229": "vmamba_small_s2l15",
+        "vssm_base_0229": "vmamba_base_s2l15",
         "vssm1_tiny_0230": "vmamba_tiny_s2l5",
         "vssm1_small_0229": "vmamba_small_s2l15",
         "vssm1_small_0229s": "vmamba_small_s1l20",
