@@ -62,11 +62,11 @@ extern "C" __global__ void __launch_bounds__(256) finish(const __grid_constant__
         long long at = i;
         int which = 0;
         while (at >= sizes[which]) at -= sizes[which++];
-        const long long shares = p.batch * p.segments, stride = sizes[which];
+        const long long stride = sizes[which];
         const float* from = parts[which] + at;
         float sum = 0.f;
 #pragma unroll 8
-        for (long long share = 0; share < shares; ++share) sum += from[share * stride];
+        for (long long share = 0; share < p.shares; ++share) sum += from[share * stride];
         p.sum_channels[i] = sum;
     } else if (job == 1) {
         if constexpr (kRank > 0 && kNarrow) {

@@ -23,6 +23,7 @@ struct Params {
     const void* dy;
     const float* dlast_state;  // (B, K, D, N), or null
     void* dx;
+    void* first_share;     // (B, L, D): where the first route's share of y or dx goes, if not to those of the others
     void* ddt;             // like dt, or (B, L, K, D); of a low rank (B, L, K, channel tiles, R), where N = 1 (tiles, B, L, K, R)
     void* dB;              // (B, L, K, channel tiles, N)
     void* dC;              // (B, L, K, channel tiles, N)
@@ -43,6 +44,7 @@ struct Params {
     // Sizes.
     long long segments;
     long long segment_tiles;
+    long long shares;  // of sums over the batch, over which they are added up
     long long batch;
     long long tokens;
     long long routes;

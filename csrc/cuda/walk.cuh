@@ -15,6 +15,7 @@ constexpr int kPass = PASS;
 constexpr int kRun = RUN;
 constexpr int kWarps = WARPS;  // of a block; divides the warps of a route
 constexpr int kAhead = AHEAD;
+constexpr int kItems = ITEMS;  // of the batch that a warp takes one after the other
 constexpr int kTile = 16;
 constexpr int kBatch = 8;      // steps that are taken at once, so that loads and arithmetic of neighbours overlap
 constexpr int kChannels = 32 * kRun;
@@ -47,10 +48,6 @@ DEVICE unsigned long long multiply_add_wide(unsigned index, unsigned step, unsig
     asm("mad.wide.u32 %0, %1, %2, %3;" : "=l"(r) : "r"(index), "r"(step), "l"(base));
     return r;
 }
-// The low half of a word to shared memory, without a copy of it.
-DEVICE void store_half(unsigned at, unsigned word) {
-    asm volatile("st.shared.u16 [%0], %1;" ::"r"(at), "r"(word) : "memory");
-}
 
 // Where a tensor's rows lie for a lane.
 struct Place {
@@ -67,6 +64,15 @@ DEVICE Place place_of(const void* data, long long batch, long long b, long long 
                    (unsigned)(l * sizeof(T))};
     keep(place.base);
     return place;
+}
+
+// The same of a route's share of a result; see `first_share`.
+template <class T>
+DEVICE Place place_of_share(const Params& p, const void* data, long long batch, long long b, int route, long long k,
+                            long long l, int offset) {
+    if (!p.first_share) return place_of<T>(data, batch, b, route, k, l, offset);
+    if (route == 0) return place_of<T>(p.first_share, batch, p.tokens * l, 0, 0, l, offset);
+    return place_of<T>(data, batch, b, route - 1, k, l, offset);
 }
 
 // Rows of a tile, of which a lane moves pieces of 16 bytes.
@@ -98,15 +104,15 @@ template <class T> struct alignas(16) Rows {
         else if constexpr (sizeof(T) * kRun == 4) *(unsigned*)to = pack.words[0];
         else *(uint2*)to = make_uint2(pack.words[0], pack.words[1]);
     }
-    // The same of kBatch steps.
+    // The same of kBatch steps, for `leave`. Where a lane has 16 bits a step, words of two steps; they trade places so
+    // that eight lanes that read 16 bytes each meet distinct banks.
+    static constexpr bool kPaired = sizeof(T) * kRun == 2;
     DEVICE void put(const float (*from)[kRun], int start, int lane) {
-        if constexpr (sizeof(T) * kRun == 2) {
-            const unsigned to = shared_address(&at[start][lane]);
+        if constexpr (kPaired) {
 #pragma unroll
             for (int t = 0; t < kBatch; t += 2) {
-                const unsigned two = narrow_pair<T>(from[t][0], from[t + 1][0]);
-                store_half(to + t * (int)sizeof(at[0]), two);
-                store_half(to + (t + 1) * (int)sizeof(at[0]), two >> 16);
+                unsigned* words = (unsigned*)at + (start + t) / 2 * 32;
+                words[(start + t) / 2 % 2 ? lane ^ 4 : lane] = narrow_pair<T>(from[t][0], from[t + 1][0]);
             }
         } else {
 #pragma unroll
@@ -128,6 +134,20 @@ template <class T> struct alignas(16) Rows {
         else leave_rows<true>(place, token, lane, rows);
     }
     template <bool kSome> DEVICE void leave_rows(const Place& place, int token, int lane, int rows) const {
+        if constexpr (kPaired) {
+            const int pair = lane / 4;
+            const uint4* words = (const uint4*)at + pair * 8;
+            const int first = lane % 4 * 2, turned = pair & 1;
+            const uint4 a = words[first ^ turned], b = words[(first + 1) ^ turned];
+            const int even = __shfl_sync(kAll, token, 2 * pair), odd = __shfl_sync(kAll, token, 2 * pair + 1);
+            const uint4 low = {__byte_perm(a.x, a.y, 0x5410), __byte_perm(a.z, a.w, 0x5410),
+                               __byte_perm(b.x, b.y, 0x5410), __byte_perm(b.z, b.w, 0x5410)};
+            const uint4 high = {__byte_perm(a.x, a.y, 0x7632), __byte_perm(a.z, a.w, 0x7632),
+                                __byte_perm(b.x, b.y, 0x7632), __byte_perm(b.z, b.w, 0x7632)};
+            if (!kSome || 2 * pair < rows) write(place.at(even), low);
+            if (!kSome || 2 * pair + 1 < rows) write(place.at(odd), high);
+            return;
+        }
 #pragma unroll
         for (int turn = 0; turn < kTurns; ++turn) {
             const int of = __shfl_sync(kAll, token, row(lane, turn));
@@ -151,11 +171,12 @@ struct Table {
     }
 };
 
-// What a warp does: a segment of a route of one batch item, kChannels channels from `first` on. A segment is kTile-step
-// tiles from `from` to before `to`; there is one where routes are taken whole.
+// What a warp does: a segment of a route of `items` of the batch, kChannels channels from `first` on. A segment is
+// kTile-step tiles from `from` to before `to`; there is one where routes are taken whole.
 struct Work {
     int route, group, first, channel, segment, from, to;
-    long long batch, sequence;
+    long long share;            // of the batch: `items` from share * items on
+    long long batch, sequence;  // of the item at hand
 
     DEVICE Work(const Params& p, int tiles, int lane, int warp) {
         const int groups = (int)p.channels / kChannels, segments = kPass ? (int)p.segments : 1;
@@ -164,12 +185,13 @@ struct Work {
         long long unit = blockIdx.x * (long long)kWarps + warp;
         group = (int)(unit % groups), unit /= groups;
         route = (int)(unit % p.routes), unit /= p.routes;
-        segment = (int)(unit % count), batch = unit / count;
-        first = group * kChannels, channel = first + lane * kRun, sequence = batch * p.routes + route;
+        segment = (int)(unit % count), share = unit / count;
+        first = group * kChannels, channel = first + lane * kRun;
         if (kPass == 1 && kBack) ++segment;
         const int each = kPass ? (int)p.segment_tiles : tiles;
         from = segment * each, to = min(from + each, tiles);
     }
+    DEVICE void take(const Params& p, long long item) { batch = item, sequence = batch * p.routes + route; }
     // Where segment `of` keeps what the first pass tells the second.
     DEVICE long long edge(const Params& p, int of) const { return (sequence * p.segments + of) * p.channels + channel; }
     // What precedes the segment, from that of all before it; kBack: all behind it.
@@ -194,11 +216,21 @@ struct Work {
     }
 };
 
+template <class T> DEVICE unsigned raw(const void* at) {
+    if constexpr (sizeof(T) == 4) return __ldg((const unsigned*)at);
+    else return __ldg((const unsigned short*)at);
+}
 // What a step has for all channels.
 struct alignas(16) Pairs {
     float2 at[kTile];  // B and C
 
-    DEVICE void put(float v, int lane) { (&at[0].x)[lane % kTile * 2 + lane / kTile] = v; }
+    // `word` is as it was read for this tile during the last one: to convert it there would be to wait for it.
+    DEVICE void put(unsigned word, int lane) {
+        keep(word);
+        const Pack<B_TYPE, 1> B = {{word}};
+        const Pack<C_TYPE, 1> C = {{word}};
+        (&at[0].x)[lane % kTile * 2 + lane / kTile] = lane < kTile ? B.get(0) * kUnit : C.get(0);
+    }
     template <int kCount> DEVICE void get(float2* to, int step) const {
 #pragma unroll
         for (int t = 0; t < kCount; t += 2) {
@@ -216,11 +248,9 @@ struct PairPlace {
         place = of_C ? place_of<C_TYPE>(p.C, batch, p.C_b, route, p.C_k, p.C_l, 0)
                      : place_of<B_TYPE>(p.B, batch, p.B_b, route, p.B_k, p.B_l, 0);
     }
-    DEVICE float fetch(int token) const {
-        Pack<B_TYPE, 1> b;
-        Pack<C_TYPE, 1> c;
-        load<false>(b, (const B_TYPE*)place.at(token), 0, !of_C);
-        load<false>(c, (const C_TYPE*)place.at(token), 0, of_C);
-        return of_C ? c.get(0) : b.get(0) * kUnit;
+    DEVICE unsigned fetch(int token) const {
+        const char* at = place.at(token);
+        if constexpr (sizeof(B_TYPE) == sizeof(C_TYPE)) return raw<B_TYPE>(at);
+        else return of_C ? raw<C_TYPE>(at) : raw<B_TYPE>(at);
     }
 };

@@ -71,6 +71,7 @@ struct WeightGradients {
 // the weights' gradients.
 struct MultipliedSizes {
     static constexpr int kTiles = kRank ? (kRank + 7) / 8 : 1, kHalves = 2 * kRun;
+    struct alignas(16) Shares { float4 at[kTiles][32]; };  // of a warp, as lanes hold the products
     Sizes sizes;
     uint4 words[kTiles][kHalves][32];  // what the lanes hold of B in `multiply_add`; depth: 16 channels each
 
@@ -99,8 +100,7 @@ struct MultipliedSizes {
         }
     }
     DEVICE void leave(const Place&, int, int, int) const {}
-    DEVICE void multiply(WeightGradients& gradients, DDT_TYPE* to, const Ranks& columns, int token, int routes, int lane,
-                         int left) const {
+    DEVICE void multiply(WeightGradients& gradients, Shares& shares, const Ranks& columns, int lane) const {
         float out[kTiles][4];
 #pragma unroll
         for (int n = 0; n < kTiles; ++n) out[n][0] = out[n][1] = out[n][2] = out[n][3] = 0.f;
@@ -127,22 +127,37 @@ struct MultipliedSizes {
             }
         }
 #pragma unroll
-        for (int i = 0; i < 2; ++i) {
-            const int of = __shfl_sync(kAll, token, lane / 4 + 8 * i);
-            if (lane / 4 + 8 * i >= left) continue;
+        for (int n = 0; n < kTiles; ++n) shares.at[n][lane] = make_float4(out[n][0], out[n][1], out[n][2], out[n][3]);
+    }
+    // The sums of the warps' shares: each warp takes some of the columns.
+    DEVICE static void add_up(const Shares* shares, DDT_TYPE* to, int token, int routes, int lane, int warp, int left) {
+        int rows[2];
 #pragma unroll
-            for (int n = 0; n < kTiles; ++n) {
-                const int rank = 8 * n + 2 * (lane & 3);
+        for (int i = 0; i < 2; ++i) rows[i] = __shfl_sync(kAll, token, lane / 4 + 8 * i);
+#pragma unroll 1
+        for (int n = warp; n < kTiles; n += kWarps) {
+            float sum[4] = {};
+#pragma unroll
+            for (int of = 0; of < kWarps; ++of) {
+                const float4 four = shares[of].at[n][lane];
+                sum[0] += four.x, sum[1] += four.y, sum[2] += four.z, sum[3] += four.w;
+            }
+            const int rank = 8 * n + 2 * (lane & 3);
+#pragma unroll
+            for (int i = 0; i < 2; ++i) {
+                if (lane / 4 + 8 * i >= left) continue;
                 Pack<DDT_TYPE, 2> packed;
-                packed.set(out[n] + 2 * i);
-                store<true>(packed, to + (long long)of * routes * kRank + rank, 1, kRank - rank);
+                packed.set(sum + 2 * i);
+                store<true>(packed, to + (long long)rows[i] * routes * kRank + rank, 1, kRank - rank);
             }
         }
     }
 };
 template <class T> struct WholeSizes : Rows<T> {
     DEVICE void read_weights(const Params&, int, int, int) {}
-    DEVICE void multiply(WeightGradients&, T*, const Ranks&, int, int, int, int) const {}
+    struct Shares {};
+    DEVICE void multiply(WeightGradients&, Shares&, const Ranks&, int) const {}
+    DEVICE static void add_up(const Shares*, T*, int, int, int, int, int) {}
 };
 template <bool kFormed> struct ChooseGradients { using Type = WholeSizes<DDT_TYPE>; };
 template <> struct ChooseGradients<true> { using Type = MultipliedSizes; };

@@ -16,10 +16,11 @@ struct Ranks {
             const char* row = place.at(__shfl_sync(kAll, token, lane / 4 + 8 * i));
 #pragma unroll
             for (int word = 0; word < 2 * kDepth; ++word) {
-                const int rank = 8 * word + 2 * (lane & 3);
+                // Beyond the last column any number will do: its weight is 0.
+                const int over = 8 * word + 8 <= kRank ? 0 : max(8 * word + 2 * (lane & 3) - (kRank - 2), 0);
                 words[word / 2][word % 2 * 2 + i] = 0;
-                if (8 * word < kRank && (8 * word + 8 <= kRank || rank < kRank)) {
-                    words[word / 2][word % 2 * 2 + i] = __ldg((const unsigned*)(row + 16 * word));
+                if (8 * word < kRank) {
+                    words[word / 2][word % 2 * 2 + i] = __ldg((const unsigned*)(row + 16 * word - 2 * over));
                 }
             }
         }

@@ -76,15 +76,18 @@ def walked() -> list[Case]:
     return [*found, Case(channels=32, states=1, order="cross", grid=(56, 56), dtypes=(F32,) * 4)]
 
 
-@pytest.mark.parametrize("pieces", ["whole", "segments"])
+@pytest.mark.parametrize("pieces", ["whole", "segments", "batch in turn"])
 @pytest.mark.parametrize("case", walked(), ids=str)
 def test_walks(case: Case, pieces: str, poisoned: None, monkeypatch: pytest.MonkeyPatch) -> None:
     launched = []
     walks = cuda.kernels.walk_forward
     monkeypatch.setattr(cuda.kernels, "walk_forward", lambda *how: launched.append(how) or walks(*how))
     monkeypatch.setattr(cuda.kernels, "walks", lambda *_: True)
-    if pieces == "whole":
+    if pieces != "segments":
         monkeypatch.setattr(cuda.kernels, "wide_segments", lambda *_: (1, 0))
+    if pieces == "batch in turn":
+        assert case.batch % 2 == 0
+        monkeypatch.setattr(cuda.kernels, "walk_items", lambda *_: 2)
     monkeypatch.setattr(cuda, "_forward_plans", {})
     monkeypatch.setattr(autograd.operator, "known", Known(10, 5))
     monkeypatch.setattr(cuda, "_backward_plans", {})

@@ -139,3 +139,12 @@ def test_segments_cover_a_route(steps: int, blocks: int) -> None:
     segments, each = kernels.wide_segments(steps, blocks, 528)
     assert each * (segments - 1) < tiles <= each * segments
     assert segments == 1 or 2 < segments <= 528 // max(blocks, 1)
+
+
+@pytest.mark.parametrize("batch", [1, 3, 8, 128])
+@pytest.mark.parametrize("warps", [12, 512, 12_288])
+def test_batch_in_turn_keeps_the_device_as_busy(batch: int, warps: int) -> None:
+    items = kernels.walk_items(batch, batch * warps, 1056)
+    assert batch % items == 0
+    waves = -(-batch * warps // items // 1056)
+    assert waves * items <= -(-batch * warps // 1056)

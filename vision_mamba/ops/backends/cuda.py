@@ -75,6 +75,8 @@ class _Plan(NamedTuple):
     edges: Launch | None = None  # what goes before the scan where routes are taken in segments
     segments: int = 1
     groups: int = 1  # of channels, whose shares of a backward pass's sums over channels are added up
+    items: int = 1  # of the batch, of whose sums over the batch there is one share
+    first: bool = False  # the first route's share is written where the result goes, and those of others added to it
 
 
 def _forward(call: ScanCall, save: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -121,19 +123,20 @@ def _new_runner(call: ScanCall, complete: bool, save: bool) -> Run:
     device = call.x.device.index
     y, last, saved = call.new_output(), call.new_last_state(), _new_saved(call) if save else call.x.new_empty(0)
     plan = _plan_forward(call, complete, y, device)
-    target = y if plan.parts is None else _new_parts(call, plan.parts)
-    wanted = dict(y=target, last_state=last if call.return_last_state else None, saved=saved if save else None)
+    target = y if plan.parts is None else _new_parts(call, plan)
+    wanted = dict(y=target, first_share=y if plan.first else None)
+    wanted |= dict(last_state=last if call.return_last_state else None, saved=saved if save else None)
     if plan.edges is not None:
         wanted |= _new_edges(call, plan.segments)
     makers = {name: maker(t) for name, t in wanted.items() if t is not None}
     names = [name for name, t in zip(ScanCall._fields, call, strict=True) if isinstance(t, Tensor)] + list(makers)
     launches = [launch.ready(names) for launch in (plan.edges, plan.scan) if launch is not None]
-    merge = None if plan.parts is None else _merger(target, y)
+    merge = None if plan.parts is None else _merger(target, y, plan.first)
     new, new_y, to_clear = list(makers.values()), maker(y), not plan.merging and not complete
     # Where they are among what is made. What was not asked for has no elements, and can be the same for all.
     place_last, place_saved = (list(makers).index(n) if n in makers else None for n in ("last_state", "saved"))
     no_last, not_saved = None if call.return_last_state else last, None if save else saved
-    stream_of = torch._C._cuda_getCurrentRawStream  # the public function makes an object each time
+    first, stream_of = plan.first, torch._C._cuda_getCurrentRawStream  # the public function makes an object each time
 
     def run(addresses: list[int]) -> tuple[Tensor, Tensor, Tensor]:
         made = [make() for make in new]
@@ -146,7 +149,7 @@ def _new_runner(call: ScanCall, complete: bool, save: bool) -> Run:
             launch(stream, addresses)
         y = made[0]
         if merge is not None:
-            y = new_y()
+            y = made[1] if first else new_y()
             merge(stream, made[0], y)
         last = no_last if place_last is None else made[place_last]
         return y, last, not_saved if place_saved is None else made[place_saved]  # type: ignore[return-value]
@@ -169,10 +172,10 @@ def _backward(asked: ScanCall, saved: Tensor, dy: Tensor | None, dlast: Tensor |
         plan = _backward_plans.get(key)
         if plan is None:
             plan = _backward_plans[key] = _plan_backward(call, complete, dy, dx, device)
-        target = dx if plan.parts is None else _new_parts(call, plan.parts)
+        target = dx if plan.parts is None else _new_parts(call, plan)
         products = call.rank > 0 and _rank_in_kernel(call)
         blocks = plan.groups
-        shares = batch * plan.segments
+        shares = batch // plan.items * plan.segments
         narrow = states == 1
         if products and not narrow:
             ddt = call.dt.new_empty((batch, tokens, routes, blocks, call.rank), dtype=torch.float32)
@@ -201,17 +204,19 @@ def _backward(asked: ScanCall, saved: Tensor, dy: Tensor | None, dlast: Tensor |
         addresses = dict(
             x=call.x, dt=call.dt, B=call.B, C=call.C, indices=call.indices, A=call.A, D=call.D,
             dt_weight=call.dt_weight, dt_bias=call.dt_bias, initial_state=call.initial_state, saved=saved, dy=dy,
-            dlast_state=dlast, dx=target, ddt=ddt, dinitial_state=dinitial, **parts,
+            dlast_state=dlast, dx=target, ddt=ddt, dinitial_state=dinitial,
+            first_share=dx if plan.first else None, **parts,
         )  # fmt: skip
         if plan.edges is not None:
             addresses |= _new_edges(call, plan.segments)
             plan.edges(device, **addresses)
         plan.scan(device, **addresses)
         if plan.parts is not None:
-            _merge(target, dx)
+            _merge(target, dx, plan.first)
+        del target, addresses  # the routes' shares make room for what follows
 
         found: dict[str, Tensor | None] = dict(x=dx, dt=ddt, initial_state=dinitial)
-        found |= _finish(call, complete, plan.segments, blocks, parts, ddt if products else None)
+        found |= _finish(call, complete, shares, blocks, parts, ddt if products else None)
         if asked.dt_weight is not None and not products:
             low_rank, weight = asked.dt.to(torch.float32), asked.dt_weight.to(torch.float32)
             found["dt"] = torch.einsum("blkd,kdr->blkr", ddt, weight)
@@ -239,8 +244,9 @@ def _plan_forward(call: ScanCall, complete: bool, y: Tensor, device: int) -> _Pl
     x, dt, B, C = _types(call)
     types = (x, dt, B, C, TYPES[view.dtype])
     if walk is not None:
-        room = 2 * kernels.WALK_ROOM * _multiprocessors(device)
-        return _walk_plan(functools.partial(kernels.walk_forward, types), walk, call, fields, parts, room, device)
+        walking, room = functools.partial(kernels.walk_forward, types), 2 * kernels.WALK_ROOM
+        plan = _walk_plan(walking, walk, call, fields, parts, room, kernels.WALK_FORWARD, device)
+        return plan._replace(first=_first(parts, y))
     kernel = kernels.narrow_forward(types, _narrow(call, complete, merging, view))
     return _narrow_plan(kernel, call, fields, merging, parts, device)
 
@@ -272,8 +278,9 @@ def _plan_backward(call: ScanCall, complete: bool, dy: Tensor | None, dx: Tensor
     types = (x, dt, B, C, TYPES[call.y_dtype])
     if walk is not None:
         walking = functools.partial(kernels.walk_backward, types, dx=TYPES[view.dtype], ddt=ddt_type)
-        room = kernels.WALK_ROOM * _multiprocessors(device)
-        return _walk_plan(walking, kernels.walk(call.channels, 1, call.rank), call, fields, parts, room, device)
+        walk = kernels.walk(call.channels, 1, call.rank)
+        plan = _walk_plan(walking, walk, call, fields, parts, kernels.WALK_ROOM, kernels.walk_held(call.rank), device)
+        return plan._replace(first=_first(parts, dx))
     across = (call.x, seen, view, *(() if products else (ddt,)), *(() if call.rank else (call.dt,)))
     if call.states == 1:
         how = _narrow(call, complete, merging, view, *across)
@@ -345,19 +352,23 @@ def _walk_plan(
     fields: dict[str, int],
     parts: torch.dtype | None,
     room: int,
+    held: int,
     device: int,
 ) -> _Plan:
-    """One launch, or two over routes in segments where sequences are too few for the `room` of the device."""
-    groups = call.channels // (32 * how.run)
-    warps = call.batch * call.routes * groups
-    segments, per_segment = kernels.wide_segments(call.steps, warps, room)
+    """One launch, or two over routes in segments where sequences are too few: `room` warps a multiprocessor are enough,
+    of which it holds `held`."""
+    processors = _multiprocessors(device)
+    groups = call.channels // (32 * how.run * how.warps)
+    blocks = call.batch * call.routes * groups
+    segments, per_segment = kernels.wide_segments(call.steps, blocks * how.warps, room * processors)
+    items = kernels.walk_items(call.batch, blocks * how.warps, held * processors) if segments == 1 else 1
     fields |= dict(segments=segments, segment_tiles=per_segment)
 
     def launch(part: int, count: int) -> Launch:
-        return Launch.of(wanted(how._replace(part=part)), device, warps * count // how.warps, _HEADER, fields)
+        return Launch.of(wanted(how._replace(part=part, items=items)), device, blocks * count // items, _HEADER, fields)
 
     if segments == 1:
-        return _Plan(launch(0, 1), False, parts, groups=groups)
+        return _Plan(launch(0, 1), False, parts, groups=groups, items=items)
     return _Plan(launch(2, segments), False, parts, launch(1, segments - 1), segments, groups)
 
 
@@ -374,7 +385,13 @@ def _merging(
         return None, True, result.unsqueeze(2)
     # Not in float16, where a share can overflow though the sum does not.
     parts = result.dtype if result.dtype == torch.bfloat16 else torch.float32
-    return parts, False, torch.empty(_parts(call), dtype=parts, device="meta").transpose(1, 2)
+    first = call.states == 1 and apart and _first(parts, result)
+    return parts, False, torch.empty(_parts(call, first), dtype=parts, device="meta").transpose(1, 2)
+
+
+def _first(parts: torch.dtype | None, result: Tensor) -> bool:
+    """Whether the walking kernels write the first route's share where the result goes."""
+    return parts == result.dtype and result.is_contiguous()
 
 
 def _sum_fits(call: ScanCall, result: Tensor, device: int) -> bool:
@@ -450,14 +467,15 @@ def _new_edges(call: ScanCall, segments: int) -> dict[str, Tensor]:
     return dict(edges=edges, spans=call.A.new_empty(shape))
 
 
-def _merger(parts: Tensor, out: Tensor) -> Callable[[int, Tensor, Tensor], None]:
-    """A function of a stream, parts and out: out[b, l, d] = sum over k of parts[b, k, l, d], in order of k."""
+def _merger(parts: Tensor, out: Tensor, add: bool) -> Callable[[int, Tensor, Tensor], None]:
+    """A function of a stream, parts and out: out[b, l, d] = sum over k of parts[b, k, l, d], in order of k, and if
+    `add` after what is in out."""
     device, in_order = out.device.index, out.is_contiguous()
     batch, routes, tokens, channels = parts.shape
     run = next(n for n in (8, 4, 2, 1) if channels % n == 0)
     fields = dict(batch=batch, tokens=tokens, routes=routes, channels=channels)
     grid = (batch * tokens * (channels // run) + 255) // 256
-    wanted = kernels.merge(TYPES[parts.dtype], TYPES[out.dtype], run)
+    wanted = kernels.merge(TYPES[parts.dtype], TYPES[out.dtype], run, add)
     launch = Launch.of(wanted, device, grid, _HEADER, fields).ready(("x", "y"))
 
     def merge(stream: int, parts: Tensor, out: Tensor) -> None:
@@ -471,11 +489,11 @@ def _merger(parts: Tensor, out: Tensor) -> Callable[[int, Tensor, Tensor], None]
     return merge
 
 
-def _merge(parts: Tensor, out: Tensor) -> None:
-    key = (out.device.index, parts.shape, parts.dtype, out.dtype, out.is_contiguous())
+def _merge(parts: Tensor, out: Tensor, add: bool) -> None:
+    key = (out.device.index, parts.shape, parts.dtype, out.dtype, out.is_contiguous(), add)
     merge = _merges.get(key)
     if merge is None:
-        merge = _merges[key] = _merger(parts, out)
+        merge = _merges[key] = _merger(parts, out, add)
     merge(torch._C._cuda_getCurrentRawStream(out.device.index), parts, out)
 
 
@@ -483,7 +501,7 @@ _merges: Plans = Plans()
 
 
 def _finish(
-    call: ScanCall, complete: bool, segments: int, tiles: int, parts: dict[str, Tensor | None], ddt: Tensor | None
+    call: ScanCall, complete: bool, shares: int, tiles: int, parts: dict[str, Tensor | None], ddt: Tensor | None
 ) -> dict[str, Tensor | None]:
     """The sums of what a backward kernel left in parts, in one launch; see csrc/cuda/finish.cuh."""
     device, rank = call.x.device.index, 0 if ddt is None else call.rank
@@ -494,7 +512,7 @@ def _finish(
     sum_ddt = None if ddt is None else call.dt.new_empty(call.dt.shape)
     sizes = [routes * channels * width for width in (states, 1, 1, rank)]
     of_channels = call.A.new_empty(sum(sizes))
-    key = (device, call.B.shape, call.steps, channels, rank, call.dt.dtype, dB.dtype, dC.dtype, segments, tiles)
+    key = (device, call.B.shape, call.steps, channels, rank, call.dt.dtype, dB.dtype, dC.dtype, shares, tiles)
     launch = _finishes.get(key)
     if launch is None:
         rows = batch * tokens * routes
@@ -505,7 +523,7 @@ def _finish(
         types = (TYPES[call.dt.dtype], TYPES[dB.dtype], TYPES[dC.dtype])
         wanted = kernels.finish(types, states, rank, run)
         grid = sum((count + 255) // 256 for count in (sum(sizes), rows * rank // run, *of_states))
-        launch = _finishes[key] = Launch.of(wanted, device, grid, _HEADER, fields | dict(segments=segments))
+        launch = _finishes[key] = Launch.of(wanted, device, grid, _HEADER, fields | dict(shares=shares))
     launch(
         device, indices=call.indices, ddt=ddt, sum_dB=dB, sum_dC=dC, sum_ddt=sum_ddt, sum_channels=of_channels, **parts
     )
@@ -520,13 +538,14 @@ def _finish(
 _finishes: Plans = Plans()
 
 
-def _new_parts(call: ScanCall, dtype: torch.dtype) -> Tensor:
-    return call.x.new_empty(_parts(call), dtype=dtype)
+def _new_parts(call: ScanCall, plan: _Plan) -> Tensor:
+    return call.x.new_empty(_parts(call, plan.first), dtype=plan.parts)
 
 
-def _parts(call: ScanCall) -> tuple[int, ...]:
-    """Shape of the routes' shares of a result: each route's in one piece, since they are written route by route."""
-    return (call.batch, call.routes, call.tokens, call.channels)
+def _parts(call: ScanCall, first: bool) -> tuple[int, ...]:
+    """Shape of the routes' shares of a result: each route's in one piece, since they are written route by route. Where
+    the first one's is written to the result, those of the others."""
+    return (call.batch, call.routes - first, call.tokens, call.channels)
 
 
 def _like(gradient: Tensor | None, argument: Tensor | None) -> Tensor | None:

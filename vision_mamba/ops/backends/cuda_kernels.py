@@ -120,6 +120,7 @@ class Walk(NamedTuple):
     warps: int  # of a block
     rank: int
     part: int = 0  # of two kernels over a route in segments, or 0
+    items: int = 1  # of the batch that a warp takes one after the other
 
 
 def walk(channels: int, run: int, rank: int) -> Walk:
@@ -136,6 +137,18 @@ def walks(steps: Any, sequences: Any, channels: Any) -> bool:
 def walk_run(channels: int, rank: int) -> int:
     """Channels of a lane going forwards: two save loads, where sequences and registers are plenty."""
     return 2 if channels % 64 == 0 and rank <= 16 else 1
+
+
+def walk_held(rank: int) -> int:
+    """Warps that a multiprocessor holds going back: the gradients of many weights need the registers."""
+    return WALK_BACKWARD if rank <= 16 else WALK_ROOM
+
+
+def walk_items(batch: int, warps: int, held: int) -> int:
+    """Items of the batch that a warp takes one after the other, whose weights it reads once and whose sums it keeps: as
+    many as don't make the device, which holds so many warps, work for longer."""
+    time = {n: -(-warps // n // held) * n for n in (1, 2, 4, 8) if batch % n == 0}
+    return max(n for n in time if time[n] == min(time.values()))
 
 
 def narrow_segment(steps: Any) -> int:
@@ -189,13 +202,9 @@ def walk_forward(types: Types, how: Walk) -> Specialisation:
 
 
 def walk_backward(types: Types, how: Walk, dx: str, ddt: str) -> Specialisation:
-    few_digits = types[2:4] == (
-        "Bfloat",
-        "Bfloat",
-    )  # of dB and dC: one term on the tensor cores is enough
+    few_digits = types[2:4] == ("Bfloat", "Bfloat")  # of dB and dC: one term on the tensor cores is enough
     more = dict(DX_TYPE=dx, DDT_TYPE=ddt, FEW_DIGITS=few_digits)
-    held = WALK_BACKWARD if how.rank <= 16 else WALK_ROOM  # the gradients of many weights need the registers
-    return Specialisation("walk_backward", _macros(types, **_walk(how, 1, held), **more))
+    return Specialisation("walk_backward", _macros(types, **_walk(how, 1, walk_held(how.rank)), **more))
 
 
 def finish(types: tuple[str, str, str], states: int, rank: int, run: int) -> Specialisation:
@@ -207,8 +216,9 @@ def finish(types: tuple[str, str, str], states: int, rank: int, run: int) -> Spe
     )
 
 
-def merge(part: str, out: str, run: int) -> Specialisation:
-    return Specialisation("merge", _macros((part, "Float", "Float", "Float", out), RUN=run))
+def merge(part: str, out: str, run: int, add: bool = False) -> Specialisation:
+    """`add`: to what is there."""
+    return Specialisation("merge", _macros((part, "Float", "Float", "Float", out), RUN=run, ADD=add))
 
 
 def on_tensor_cores(rank: int, dt: str) -> bool:
@@ -232,7 +242,7 @@ def _narrow(types: Types, how: Narrow, blocks: int) -> dict[str, Any]:
 
 
 def _walk(how: Walk, ahead: int, held: int) -> dict[str, Any]:
-    sizes = dict(RUN=how.run, WARPS=how.warps, RANK=how.rank, PASS=how.part, AHEAD=ahead)
+    sizes = dict(RUN=how.run, WARPS=how.warps, RANK=how.rank, PASS=how.part, AHEAD=ahead, ITEMS=how.items)
     return sizes | dict(MIN_BLOCKS=held // how.warps, SOFTPLUS=True)
 
 
@@ -270,6 +280,7 @@ SHIPPED = (
     walk_forward(_HALF, Walk(2, 3, 12)),
     walk_forward(_FULL, Walk(1, 3, 0, 1)),
     walk_backward(_HALF, Walk(1, 3, 6), "Bfloat", "Bfloat"),
+    walk_backward(_HALF, Walk(1, 4, 48, items=4), "Bfloat", "Bfloat"),
     walk_backward(_FULL, Walk(1, 3, 0, 2), "Float", "Float"),
     narrow_forward(_FULL, Narrow(8, 8, 0, True, False, False, True, False, False)),
     narrow_backward(_HALF, Narrow(7, 4, 6, True, True, True, True, True, True), "Bfloat", "Bfloat"),
@@ -281,4 +292,5 @@ SHIPPED = (
     finish(("Bfloat",) * 3, 1, 6, 8),
     finish(("Bfloat",) * 3, 16, 24, 8),
     merge("Bfloat", "Bfloat", 8),
+    merge("Bfloat", "Bfloat", 8, add=True),
 )
