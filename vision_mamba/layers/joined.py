@@ -64,9 +64,12 @@ def conv_norm(x: Tensor, conv: Any, norm: Any) -> Tensor:
     )  # fmt: skip
 
 
-def norm_linear(x: Tensor, branch: Tensor | None, norm: Any, linear: Any) -> tuple[Tensor, Tensor]:
-    """linear(norm(x + branch)) of a usual norm and a layer without bias, and x + branch."""
-    how = dict(eps=norm.eps, rms=isinstance(norm, RMSNorm))
+def norm_linear(x: Tensor, branch: Tensor | None, norm: Any, linear: Any, step: int = 1) -> tuple[Tensor, Tensor]:
+    """linear(norm(x + branch)) of a usual norm and a layer without bias, and x + branch.
+
+    The first may have more channels than the layer gives, up to a multiple of `step`.
+    """
+    how = dict(eps=norm.eps, rms=isinstance(norm, RMSNorm), step=step)
     found = mixers.norm_linear(x, branch, norm.weight, getattr(norm, "bias", None), linear.weight, **how)
     if found is None:
         x = x if branch is None else x + branch

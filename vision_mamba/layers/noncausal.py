@@ -90,9 +90,11 @@ class NonCausalSSD(nn.Module):
         return self.mix(self.in_proj(x))
 
     def mix(self, x: Tensor) -> Tensor:
-        """What is behind in_proj."""
+        """What is behind in_proj, of whose channels there may be more than are used."""
         height, width = x.shape[1], x.shape[2]
-        z, mixed, dt = x.split([self.parts[0], sum(self.parts), self.num_heads], dim=-1)
+        known = self.parts[0] + sum(self.parts)
+        z, mixed, dt = x.split([self.parts[0], sum(self.parts), x.shape[3] - known], dim=-1)
+        dt = dt[..., : self.num_heads]
         x, B, C = self._convolved(mixed).flatten(1, 2).split(self.parts, dim=-1)
         # One route, to which the order of the tokens is nothing: no table, and not causal.
         y = self.scan.along(

@@ -84,7 +84,7 @@ class VSSDBlock(nn.Module):
         mixer: Any = self.mixer
         x = conv_map(x if branch is None else x + branch, self.cpe1.weight, self.cpe1.bias, shortcut=True)
         if untouched(mixer, NonCausalSSD) and untouched(mixer.in_proj, nn.Linear):
-            y, x = norm_linear(x, None, self.norm1, mixer.in_proj)
+            y, x = norm_linear(x, None, self.norm1, mixer.in_proj, step=8)
             y = mixer.mix(y)
         else:
             y = mixer(self.norm1(x))

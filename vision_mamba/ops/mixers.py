@@ -19,7 +19,8 @@ def _kernels(name: str) -> Any:
     return make
 
 
-#: Of a stream x and a branch or None: linear(norm(x + branch)), and x + branch. Of the norm it keeps the sum alone.
+#: Of a stream x and a branch or None: linear(norm(x + branch)), and x + branch. Of the norm it keeps the sum alone. The
+#: product's channels may be filled up by zeros to a multiple of a step: other widths take far longer.
 norm_linear = Joined("norm_linear", _kernels("NORM_LINEAR"))
 
 #: Of a stream x and a branch or None: fc2(gelu(fc1(norm(x + branch)))), and x + branch. It keeps the sum, and what

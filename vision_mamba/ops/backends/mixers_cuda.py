@@ -76,20 +76,21 @@ def _linear_forward(tensors: Tensors, options: Options, keep: bool) -> tuple[tup
     assert x is not None and weight is not None
     (n, total), of_norm = rows_cuda.NORM.forward(tensors[:4], _norm(x, options), keep)
     with without_autocast(x.device):
-        matrix = weight.to(n.dtype)
+        matrix, missing = weight.to(n.dtype), -len(weight) % options.get("step", 1)
+        matrix = F.pad(matrix, (0, 0, 0, missing)) if missing else matrix
         return (F.linear(n, matrix), total), (matrix, weight, *of_norm)
 
 
 def _linear_backward(kept: Tensors, options: Options, grads: Tensors) -> Tensors:
     (dout, dtotal), (matrix, weight, *of_norm) = grads, kept
-    assert matrix is not None
+    assert matrix is not None and weight is not None
     if dout is None:
         return (*_of_stream(dtotal, of_norm), None, None, None)
     with without_autocast(dout.device):
         dout = dout.flatten(0, -2).contiguous()
         n = dout.new_empty((len(dout), matrix.shape[1]))
         found = _norm_backward(of_norm, options, dout @ matrix, dtotal, n)
-        return *found, *_as((_product_of_sums(dout, n),), [weight])
+        return *found, *_as((_product_of_sums(dout, n)[: len(weight)],), [weight])
 
 
 def _of_stream(dtotal: Tensor | None, of_norm: list[Tensor | None]) -> Tensors:
