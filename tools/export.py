@@ -120,7 +120,8 @@ def main(argv: Sequence[str]) -> int:
     title = f"{name}: {len(images)} x {images.shape[2]} x {images.shape[3]} pixels, {torch.get_num_threads()} threads"
     Console(width=width).print(table(f"{title}; files in {options.out}", rows))
     if options.record:
-        source = provenance() | {"case": f"export_{name}", "int8": options.int8, "images": list(images.shape)}
+        source = provenance() | {"case": f"export_{name}", "int8": options.int8, "vary": options.vary}
+        source["images"] = list(images.shape)
         with open(options.record, "a") as file:
             file.writelines(json.dumps(source | row._asdict()) + "\n" for row in rows)
     if options.int8:
