@@ -11,6 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tests.tolerances import assert_close
 from vision_mamba.layers import SS2D
 from vision_mamba.layers.scan import SelectiveScan
+from vision_mamba.scans import CROSS
 
 K, D, N, R = 4, 6, 2, 3
 
@@ -96,3 +97,46 @@ def test_a_transposed_map_swaps_the_routes(gate: bool, d_conv: int) -> None:
         swapped = mixer(x.transpose(1, 2)).transpose(1, 2)
     assert not torch.allclose(moved, expected)
     assert_close("transposed", swapped, moved)
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compiled_graphs_hold_the_shared_table(dynamic: bool) -> None:
+    """For grids of one size: the very tensor that eager calls read, as an input that is always the same."""
+    scan, given, graphs = SelectiveScan("cross"), arguments(15), []
+
+    def compiler(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> torch.fx.GraphModule:
+        graphs.append(graph)
+        return graph
+
+    def along(x: Tensor, *rest: Tensor) -> Tensor:
+        grid = x.unflatten(1, (3, -1)).shape[1:3]
+        return scan(x, *rest, *grid) + scan.visits(x, *grid).sum()
+
+    y = torch.compile(along, fullgraph=True, dynamic=dynamic, backend=compiler)(*given)
+    assert torch.equal(y, along(*given))
+    (graph,) = graphs
+    held = {tensor.data_ptr() for tensor in graph.buffers()}
+    asked = [node.target for node in graph.graph.nodes if str(node.target).startswith("vision_mamba.scan_")]
+    if dynamic:
+        assert not held and len(asked) == 2
+    else:
+        shared = CROSS.indices(3, 5), CROSS.visits(3, 5)
+        assert not asked and held == {tensor.data_ptr() for tensor in shared}
+
+
+def test_programs_get_tables_of_their_own() -> None:
+    """What torch.fx and exporters record may be compiled later, and compilers use an operator's memory again."""
+
+    class Layer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scan = SelectiveScan("cross")
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + self.scan.table(x, 3, 5).sum()
+
+    x = torch.zeros(15)
+    for graph in (torch.fx.symbolic_trace(Layer()).graph, torch.export.export(Layer(), (x,)).graph):
+        (node,) = [n for n in graph.nodes if "scan_indices" in str(n.target)]
+        assert True not in node.args
+    assert torch.equal(torch.jit.script(Layer())(x), Layer()(x))

@@ -16,8 +16,11 @@ from tests.ops import ssd_cases
 from tests.ops.ssd_cases import SsdCase
 from tests.tolerances import assert_close
 from vision_mamba import ops
+from vision_mamba.ops import autograd, ssd_call
 from vision_mamba.ops import call as scan_call
-from vision_mamba.ops import ssd_call
+from vision_mamba.ops.backends import cuda, nvrtc
+from vision_mamba.scans import ScanOrder, reverse, row_major
+from vision_mamba.scans import order as scan_orders
 
 pytestmark = pytest.mark.gpu
 
@@ -163,3 +166,30 @@ def test_compiled_with_reduced_overhead(name: str) -> None:
         found = [t.clone() for t in differentiate(compiled)]
     for i, (a, b) in enumerate(zip(found, expected, strict=True)):
         assert_close(f"output or gradient {i}", a, b)
+
+
+@pytest.mark.parametrize("mode", ["global", "thread_local"])
+@pytest.mark.parametrize("states", [1, 16])
+def test_in_a_graph_from_the_first_call_on(states: int, mode: str) -> None:
+    """Tables are brought to the device and kernels loaded beside a capture, and stay what the graph reads."""
+    call = cases.make_call(Case(grid=(3, 5 + states), routes=2, states=states, channels=40, dtypes=HALF), device="cuda")
+    scan, order = torch.ops.vision_mamba.cross_selective_scan, ScanOrder("twice", (reverse(row_major), row_major))
+    nvrtc.kernel.cache_clear()
+    cuda._forward_plans.clear()
+    autograd.operator.known.clear()
+
+    def run() -> tuple[Tensor, Tensor]:
+        along = order.indices(3, 5 + states, device="cuda")
+        return scan(*call, "cuda")[0], scan(*call._replace(indices=along), "cuda")[0]
+
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, capture_error_mode=mode):
+        captured = run()
+    for tables in (cuda._in_order, scan_orders._tables):
+        tables._kept.clear()
+    others = [torch.full((2, 3 * (5 + states)), 7, dtype=torch.int32, device="cuda") for _ in range(64)]
+    for _ in range(2):
+        graph.replay()
+        torch.cuda.synchronize()
+        assert_equal(list(captured), list(run()))
+    assert len(others) == 64  # what would have got a table's memory, had it been forgotten

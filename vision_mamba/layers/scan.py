@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from timm.layers.config import is_exportable
 from torch import Tensor, nn
+from torch.fx.experimental.symbolic_shapes import has_static_value
 
 from vision_mamba import scans
 from vision_mamba.ops.backends import eager, ssd_eager
@@ -44,13 +45,24 @@ class RouteScan(nn.Module):
         """The order's int32 (K, S) on the device of `like`, with a class token at that place if it is not -1."""
         if self.exportable:
             return _plain_table(like, self.order, height, width, class_token)
-        return torch.ops.vision_mamba.scan_indices(like, self.order, height, width, class_token)
+        shared = not torch.compiler.is_compiling()
+        if not torch.jit.is_scripting():
+            if not shared and _is_compiled_for(height, width):
+                place = None if class_token < 0 else int(class_token)
+                return getattr(_held, _hold(self.order, int(height), int(width), place, like.device, False))
+            shared = shared and isinstance(like, Tensor)  # and no stand-in of torch.fx
+        return torch.ops.vision_mamba.scan_indices(like, self.order, height, width, class_token, shared)
 
     def visits(self, like: Tensor, height: int, width: int) -> Tensor:
         """When and how each route comes to each token: int64 (2, K, L), see `scans.routes.visits`."""
         if self.exportable:
             return _plain_visits(like, self.order, height, width)
-        return torch.ops.vision_mamba.scan_visits(like, self.order, height, width)
+        shared = not torch.compiler.is_compiling()
+        if not torch.jit.is_scripting():
+            if not shared and _is_compiled_for(height, width):
+                return getattr(_held, _hold(self.order, int(height), int(width), None, like.device, True))
+            shared = shared and isinstance(like, Tensor)
+        return torch.ops.vision_mamba.scan_visits(like, self.order, height, width, shared)
 
 
 class SelectiveScan(RouteScan):
@@ -159,6 +171,33 @@ class DualScan(RouteScan):
         With merge=False the routes' results come side by side, (B, L, K, H, P).
         """
         return self.along(x, dt, A, B, C, D, dt_bias, self.table(x, height, width), merge, out_dtype)
+
+
+def _is_compiled_for(height: int, width: int) -> bool:
+    """Whether torch.compile makes a graph for a grid of this size alone."""
+    return torch.compiler.is_dynamo_compiling() and has_static_value(height) and has_static_value(width)
+
+
+class _Held:
+    """Tables that compiled graphs hold, as attributes."""
+
+
+_held = _Held()
+
+
+# What is found in `_held` is part of the graph: an input that is always the same, and that kernels know from other
+# calls. An operator's output would be memory that Inductor may use again, and unknown to them.
+@torch.compiler.assume_constant_result
+def _hold(order: str, height: int, width: int, class_token: int | None, device: torch.device, visits: bool) -> str:
+    """Run by torch.compile as it traces: have a table among those held, and return its name there."""
+    name = f"{'visits' if visits else 'indices'}_{order}_{height}_{width}_{class_token}_{device}"
+    if not hasattr(_held, name):
+        found = scans.get(order)
+        table = found.indices(height, width, class_token=class_token, device=device)
+        table = found.visits(height, width, device=device) if visits else table
+        torch._dynamo.mark_static_address(table, guard=True)
+        setattr(_held, name, table)
+    return name
 
 
 def _plain_table(like: Tensor, order: str, height: int, width: int, class_token: int) -> Tensor:

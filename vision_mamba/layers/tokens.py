@@ -1,6 +1,5 @@
 """Class tokens among patches, and what tells a token its place: resampled position embeddings and rotations."""
 
-import functools
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
@@ -11,6 +10,8 @@ from timm.layers import (
     resample_abs_pos_embed,
 )
 from torch import Tensor, nn
+
+from vision_mamba.constants import Constants
 
 #: Where class tokens stand, and how many they are: among M patches at M // 2, before them, at both ends, or nowhere.
 CLASS_TOKENS = {"middle": 1, "head": 1, "double": 2, "none": 0}
@@ -102,18 +103,19 @@ def rotation(like: Tensor, size: list[int], old_size: list[int], class_token: st
             with ThreadPoolExecutor(1) as thread:
                 return thread.submit(rotation, ones, sides, old_size, class_token, resample).result()
         if not torch.compiler.is_compiling() and type(like) in (Tensor, nn.Parameter):
-            return _kept_rotation(like.shape[-1], tuple(size), tuple(old_size), class_token, resample, like.device)
+            return _rotations.get(like.device, like.shape[-1], tuple(size), tuple(old_size), class_token, resample)
     return _make_rotation(like.shape[-1], size, old_size, class_token, resample, like.device)
 
 
-@functools.lru_cache(maxsize=64)
-def _kept_rotation(
-    dim: int, size: tuple[int, ...], old_size: tuple[int, ...], class_token: str, resample: bool, device: torch.device
+def _shared_rotation(
+    device: torch.device, dim: int, size: tuple[int, ...], old_size: tuple[int, ...], class_token: str, resample: bool
 ) -> Tensor:
-    """The table, made once: from the CPU it could not be brought while a CUDA graph is captured."""
     # One made under inference mode could not be kept for backward later.
     with torch.inference_mode(False), torch.device(device):
         return _make_rotation(dim, list(size), list(old_size), class_token, resample, device)
+
+
+_rotations = Constants(_shared_rotation, most=64)
 
 
 def _make_rotation(

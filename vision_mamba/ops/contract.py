@@ -8,6 +8,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from vision_mamba import constants
 from vision_mamba.ops.call import ScanCall
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -194,9 +195,13 @@ def _read_once(where: str, indices: Tensor, tokens: int) -> bool:
     known = _tables.get(id(indices))
     if known and known.itself() is indices and known[1:3] == (indices._version, tokens):
         return known.complete
-    if indices.is_cuda and torch.cuda.is_current_stream_capturing():
-        return False  # reading would break the capture, and the warm-up before it has read what the table holds
-    complete = _read_table(where, indices, tokens)
+    original = constants.original(indices)
+    if original is not indices:
+        complete = _read_once(where, original, tokens)
+    elif indices.is_cuda and constants.capturing():
+        return False  # a graph's own memory holds nothing yet, and the warm-up before it has read what the table holds
+    else:
+        complete = _read_table(where, indices, tokens)
     if not indices.is_inference():  # which does not count what is written into it, and so is read each time
         key = id(indices)
         itself = weakref.ref(indices, lambda _: _tables.pop(key, None))

@@ -147,7 +147,7 @@ class Operator:
             grads = tuple(None if t is None else torch.zeros_like(t) for t in self._differentiable(call))
         else:
             grads = backend.backward(call, saved, dy, dlast)
-        return tuple(call.x.new_empty(0) if grad is None else grad for grad in grads)
+        return tuple(call.x.new_empty(0) if grad is None else _aligned(grad) for grad in grads)
 
     def _differentiable(self, call: Any) -> tuple[Tensor | None, ...]:
         return tuple(getattr(call, name) for name in self.gradients)
@@ -218,6 +218,12 @@ class Operator:
 def _laid_out(result: Tensor, promised: Tensor) -> Tensor:
     """A result in the memory order that its fake tensor promised; what plain torch computes may come in another."""
     return result if result.stride() == promised.stride() else promised.copy_(result)
+
+
+def _aligned(result: Tensor) -> Tensor:
+    """A part of what kernels left in one piece, or a copy of it where it does not begin as tensors of their own do,
+    which Inductor takes every result for."""
+    return result if result.storage_offset() * result.element_size() % 16 == 0 else result.clone()
 
 
 def _watched(arguments: tuple[Any, ...]) -> bool:

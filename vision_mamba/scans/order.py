@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vision_mamba.constants import Constants, copy_of
 from vision_mamba.scans.routes import Route, atrous, column_major, reverse, row_major, snake, transpose, visits, window
 
 
@@ -54,19 +55,18 @@ class ScanOrder:
         Returns: int32 (K, S); routes shorter than the longest end in padding steps, -1.
         Raises: ValueError for an empty grid, a class token out of place, or a route that breaks the contract.
         """
-        return _table_on(self, height, width, class_token, torch.device(device))
+        return _tables.get(torch.device(device), self, height, width, class_token)
 
     def visits(self, height: int, width: int, *, device: torch.device | str = "cpu") -> Tensor:
         """When and how each route comes to each token: int64 (2, K, L), see `routes.visits`; shared as indices are."""
-        return _visits_on(self, height, width, torch.device(device))
+        return _visits.get(torch.device(device), self, height, width)
 
 
-@functools.lru_cache(maxsize=512)
-def _table_on(order: ScanOrder, height: int, width: int, class_token: int | None, device: torch.device) -> Tensor:
+def _table(device: torch.device, order: ScanOrder, height: int, width: int, class_token: int | None) -> Tensor:
     # A table made under inference mode could not be kept for backward later.
     with torch.inference_mode(False):
         if device.type != "cpu":
-            return _table_on(order, height, width, class_token, torch.device("cpu")).to(device)
+            return copy_of(_tables.get(torch.device("cpu"), order, height, width, class_token), device)
         if height < 1 or width < 1:
             raise ValueError(f"ScanOrder {order.name!r}: the grid must have tokens, got {height} x {width}.")
         if class_token is not None and not 0 <= class_token <= height * width:
@@ -80,11 +80,13 @@ def _table_on(order: ScanOrder, height: int, width: int, class_token: int | None
             return stack(routes, class_token)
 
 
-@functools.lru_cache(maxsize=512)
-def _visits_on(order: ScanOrder, height: int, width: int, device: torch.device) -> Tensor:
+def _visits_of(device: torch.device, order: ScanOrder, height: int, width: int) -> Tensor:
     order.indices(height, width)  # whatever breaks the contract is reported there
     with torch.inference_mode(False), torch.device("cpu"):
         return all_visits(order.routes, height, width).to(device)
+
+
+_tables, _visits = Constants(_table), Constants(_visits_of)
 
 
 def all_visits(order_routes: Sequence[Route], height: int, width: int) -> Tensor:
@@ -181,15 +183,24 @@ ATROUS_2 = register(  # EfficientVMamba, arXiv:2403.09977: four disjoint sub-gri
 )
 
 # The table as an operator, so that a model asks for it by name under TorchScript, fx, torch.compile and torch.export.
+# It makes a new tensor, as those expect of operators, and gives the shared one, as eager models want it, if asked to.
 _library = torch.library.Library("vision_mamba", "FRAGMENT")
-_library.define("scan_indices(Tensor like, str order, SymInt height, SymInt width, int class_token=-1) -> Tensor")
+_library.define(
+    "scan_indices(Tensor like, str order, SymInt height, SymInt width, int class_token=-1, bool shared=False) -> Tensor"
+)
 
 
-def _scan_indices(like: Tensor, order: str, height: int, width: int, class_token: int = -1) -> Tensor:
-    return get(order).indices(height, width, class_token=None if class_token < 0 else class_token, device=like.device)
+def _scan_indices(
+    like: Tensor, order: str, height: int, width: int, class_token: int = -1, shared: bool = False
+) -> Tensor:
+    place = None if class_token < 0 else class_token
+    table = get(order).indices(height, width, class_token=place, device=like.device)
+    return table if shared else copy_of(table)
 
 
-def _fake_scan_indices(like: Tensor, order: str, height: int, width: int, class_token: int = -1) -> Tensor:
+def _fake_scan_indices(
+    like: Tensor, order: str, height: int, width: int, class_token: int = -1, shared: bool = False
+) -> Tensor:
     with torch.device(like.device):
         routes = [route(height, width) for route in get(order).routes]
         return stack(routes, None if class_token < 0 else class_token)
@@ -199,14 +210,15 @@ _library.impl("scan_indices", _scan_indices, "CompositeExplicitAutograd")
 _library.impl("scan_indices", torch.library.fallthrough_kernel, "Autograd")
 torch.library.register_fake("vision_mamba::scan_indices", _fake_scan_indices, lib=_library)
 
-_library.define("scan_visits(Tensor like, str order, SymInt height, SymInt width) -> Tensor")
+_library.define("scan_visits(Tensor like, str order, SymInt height, SymInt width, bool shared=False) -> Tensor")
 
 
-def _scan_visits(like: Tensor, order: str, height: int, width: int) -> Tensor:
-    return get(order).visits(height, width, device=like.device)
+def _scan_visits(like: Tensor, order: str, height: int, width: int, shared: bool = False) -> Tensor:
+    visits = get(order).visits(height, width, device=like.device)
+    return visits if shared else copy_of(visits)
 
 
-def _fake_scan_visits(like: Tensor, order: str, height: int, width: int) -> Tensor:
+def _fake_scan_visits(like: Tensor, order: str, height: int, width: int, shared: bool = False) -> Tensor:
     with torch.device(like.device):
         return all_visits(get(order).routes, height, width)
 

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from vision_mamba.constants import Constants
 from vision_mamba.ops.backends import cuda_kernels as kernels
 from vision_mamba.ops.backends import nvrtc
 from vision_mamba.ops.backends.cuda_kernels import TYPES, vector
@@ -95,7 +96,7 @@ def _prepare(call: ScanCall, save: bool) -> Run | None:
     if call.indices is not None and not call.indices.is_contiguous():
         return None
     with on(device):
-        table = _in_order(call.x.device, call.routes, call.tokens) if call.indices is None else None
+        in_order = (call.x.device, call.routes, call.tokens) if call.indices is None else None
         run = _runner(_prepared(call), visits_all(call), save)
     place = sum(t is not None for t in call[: ScanCall._fields.index("indices")])
 
@@ -103,8 +104,8 @@ def _prepare(call: ScanCall, save: bool) -> Run | None:
         if torch._C._cuda_getDevice() != device:
             with torch.cuda.device(device):
                 return start(addresses)
-        if table is not None:
-            addresses.insert(place, table.data_ptr())
+        if in_order is not None:
+            addresses.insert(place, _in_order.get(*in_order).data_ptr())
         return run(addresses)
 
     return start
@@ -571,7 +572,7 @@ def _prepared(call: ScanCall) -> ScanCall:
         if tensor is not None and not _fits(tensor):
             changed[name] = tensor.to(torch.float32).contiguous()
     if call.indices is None:
-        changed["indices"] = _in_order(call.x.device, call.routes, call.tokens)
+        changed["indices"] = _in_order.get(call.x.device, call.routes, call.tokens)
     elif not call.indices.is_contiguous():
         changed["indices"] = call.indices.contiguous()
     if changed:
@@ -587,18 +588,12 @@ def _fits(parameter: Tensor) -> bool:
     return parameter.dtype == torch.float32 and parameter.is_contiguous()
 
 
-def _in_order(device: torch.device, routes: int, tokens: int) -> Tensor:
+def _make_in_order(device: torch.device, routes: int, tokens: int) -> Tensor:
     """The table of routes that visit tokens in their order."""
-    key = (device, routes, tokens)
-    table = _tables_in_order.get(key)
-    if table is None:
-        table = torch.arange(tokens, device=device, dtype=torch.int32).repeat(routes, 1)
-        if not torch.cuda.is_current_stream_capturing():  # memory of a capture is the graph's own
-            _tables_in_order[key] = table
-    return table
+    return torch.arange(tokens, device=device, dtype=torch.int32).repeat(routes, 1)
 
 
-_tables_in_order = Plans()
+_in_order = Constants(_make_in_order)
 
 
 def _rank_in_kernel(call: ScanCall) -> bool:

@@ -59,33 +59,42 @@ class Launch(NamedTuple):
     def ready(self, names: Sequence[str]) -> Callable[[int, Sequence[int]], None]:
         """A function of a stream and of the addresses of tensors of these names, in this order; others are absent."""
         places = [slots(self.header)[name] for name in names]
-        launch, template, grid, threads, more = self.kernel.launch, self.template, *self[1:2], *self[4:]
+        idle: list[nvrtc.Bound] = []  # one for each of the threads that are launching it at the same time
 
         def start(stream: int, addresses: Sequence[int]) -> None:
-            params = template[:]  # of this call alone: other threads may be launching too
+            try:
+                bound = idle.pop()
+            except IndexError:
+                bound = self._bound()
+            params = bound.params
             for place, address in zip(places, addresses):  # noqa: B905 (as many, and asking for it takes time)
                 params[place] = address
-            launch(grid, params, stream, threads, more)
+            bound.launch(stream)
+            idle.append(bound)
 
         return start
 
     def __call__(self, device: int, **addresses: Tensor | None) -> None:
-        params, places = self.template[:], slots(self.header)
+        bound, places = self._bound(), slots(self.header)
         for name, tensor in addresses.items():
             if tensor is not None:
-                params[places[name]] = tensor.data_ptr()
-        stream = torch._C._cuda_getCurrentRawStream(device)  # the public function makes an object each time
-        self.kernel.launch(self.grid, params, stream, self.threads, self.more_shared)
+                bound.params[places[name]] = tensor.data_ptr()
+        bound.launch(torch._C._cuda_getCurrentRawStream(device))  # the public function makes an object each time
+
+    def _bound(self) -> nvrtc.Bound:
+        return self.kernel.bound(self.grid, self.template[:], self.threads, self.more_shared)
 
 
 def maker(wanted: Tensor) -> Callable[[], Tensor]:
     """A function that makes uninitialised tensors like the given one, which is dense.
 
-    Sizes come from a template without memory, which is faster than from Python. Memory that a plan kept could belong to
-    a graph that torch.compile was recording when the plan was made, and torch refuses graphs with such tenants.
+    Sizes come from a template, which is faster than from Python; not on the meta device, whose operators are Python.
+    It has no memory: what a plan kept could belong to a graph that torch.compile was recording when the plan was made,
+    and torch refuses graphs with such tenants.
     """
-    template = torch.empty_strided(wanted.shape, wanted.stride(), dtype=wanted.dtype, device="meta")
-    return functools.partial(torch.empty_like, template, device=wanted.device)
+    template = torch.empty_strided(wanted.shape, wanted.stride(), dtype=wanted.dtype, device=wanted.device)
+    template.untyped_storage().resize_(0)
+    return functools.partial(torch.empty_like, template)
 
 
 def on(device: int) -> contextlib.AbstractContextManager[Any]:

@@ -7,6 +7,7 @@ renamed, which makes processes that race harmless; an entry that does not match 
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import hashlib
 import io
@@ -20,6 +21,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from vision_mamba.constants import relaxed
 from vision_mamba.ops.backends.sources import source_dir
 
 _log = logging.getLogger("vision_mamba")
@@ -39,26 +41,61 @@ class Specialisation(NamedTuple):
 class Kernel(NamedTuple):
     """A compiled kernel on one device."""
 
-    starter: Callable[..., tuple[Any]]  # cuLaunchKernel
-    handle: object
+    handle: int
     threads: int  # of a block; 0 = chosen at each launch
     shared: int  # bytes of dynamic shared memory a block takes at least
 
-    def launch(self, grid: int, params: array[int], stream: int, threads: int = 0, more_shared: int = 0) -> None:
-        """Start it on the current device; `params` are the eight-byte fields of its argument in their order."""
-        pointers = array("Q", [params.buffer_info()[0]])
-        threads, shared = threads or self.threads, self.shared + more_shared
-        arguments = (self.handle, grid, 1, 1, threads, 1, 1, shared, stream, pointers.buffer_info()[0], 0)
-        (status,) = self.starter(*arguments)
-        if status and status.name == "CUDA_ERROR_INVALID_CONTEXT":
-            # A thread that has not touched the device yet: one call of the runtime makes torch's context its own.
-            torch.cuda.synchronize()
-            (status,) = self.starter(*arguments)
+    def bound(self, grid: int, params: array[int], threads: int = 0, more_shared: int = 0) -> Bound:
+        """Ready to be launched; `params` are the eight-byte fields of its argument in their order.
+
+        What the driver reads at a launch is laid out in C once: to do it each time takes as long as the launch itself.
+        """
+        pointers, queue = (ctypes.c_void_p * 1)(params.buffer_info()[0]), ctypes.c_void_p()
+        arguments = (
+            ctypes.c_void_p(self.handle), grid, 1, 1, threads or self.threads, 1, 1, self.shared + more_shared, queue,
+            pointers, None,
+        )  # fmt: skip
+        return Bound(params, queue, functools.partial(_launcher(), *arguments), arguments)
+
+
+class Bound(NamedTuple):
+    """A kernel and its argument, for one thread at a time: `params` are filled in, then it is launched."""
+
+    params: array[int]
+    queue: ctypes.c_void_p
+    starter: Callable[[], int]
+    arguments: tuple[Any, ...]
+
+    def launch(self, stream: int) -> None:
+        """Start it on a stream of the current device."""
+        self.queue.value = stream
+        status = self.starter()
         if status:
+            self._launch_again(status)
+
+    def _launch_again(self, status: int) -> None:
+        """Once more, if it failed for want of what a new thread does not have yet."""
+        from cuda.bindings import driver
+
+        if driver.CUresult(status) == driver.CUresult.CUDA_ERROR_INVALID_CONTEXT:
+            _use_context(torch.cuda.current_device())
+            status = self.starter()
+        if status:
+            _, grid, _, _, threads, _, _, shared, *_ = self.arguments
             raise RuntimeError(
                 f"vision_mamba: a kernel could not be launched with {grid} blocks of {threads} threads and {shared} "
-                f"bytes of shared memory: {status.name}."
+                f"bytes of shared memory: {driver.CUresult(status).name}."
             )
+
+
+@functools.cache
+def _launcher() -> Callable[..., int]:
+    """cuLaunchKernel as the driver has it; the bindings take longer to understand its arguments."""
+    from cuda.bindings import driver
+
+    address, found = _checked(driver.cuGetProcAddress(b"cuLaunchKernel", 12000, 0))
+    assert address, found
+    return ctypes.CFUNCTYPE(ctypes.c_int)(int(address))
 
 
 def missing() -> str | None:
@@ -190,25 +227,51 @@ def _write(entry: Path, code: bytes) -> None:
 
 @functools.cache
 def kernel(wanted: Specialisation, device: int) -> Kernel:
-    """The kernel loaded on a CUDA device, which must be the current one."""
+    """The kernel loaded on a CUDA device, which must be the current one; at any time, also amid a capture."""
+    major, minor = torch.cuda.get_device_capability(device)
+    machine_code = cubin(wanted, 10 * major + minor)
+    with relaxed():
+        return _load(wanted, machine_code, device)
+
+
+def _load(wanted: Specialisation, machine_code: bytes, device: int) -> Kernel:
     from cuda.bindings import driver
     from cuda.core import ObjectCode
 
-    major, minor = torch.cuda.get_device_capability(device)
-    torch.cuda.synchronize(device)  # makes torch's context current in this thread
-    code = ObjectCode.from_cubin(cubin(wanted, 10 * major + minor), name=wanted.name)
+    _use_context(device)
+    code = ObjectCode.from_cubin(machine_code, name=wanted.name)
     handle = driver.CUkernel(int(code.get_kernel(wanted.name).handle))
     _loaded.append(code)
     # Every source ends in these two numbers, so that they are defined where the kernel is.
     shape = array("i", [0, 0])
-    _, address, size = _checked(driver.cuLibraryGetGlobal(driver.CUlibrary(int(code.handle)), b"launch_shape"))
-    _checked(driver.cuMemcpyDtoH(shape.buffer_info()[0], address, size))
+    address, size = _checked(driver.cuLibraryGetGlobal(driver.CUlibrary(int(code.handle)), b"launch_shape"))
+    (stream,) = _checked(driver.cuStreamCreate(driver.CUstream_flags.CU_STREAM_NON_BLOCKING))  # waits for nobody
+    _checked(driver.cuMemcpyDtoHAsync(shape.buffer_info()[0], address, size, stream))
+    _checked(driver.cuStreamSynchronize(stream))
+    _checked(driver.cuStreamDestroy(stream))
     threads, shared = shape
     limit = shared if threads else shared_limit(device)
     if limit > 48 * 1024:
         attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
         _checked(driver.cuKernelSetAttribute(attribute, limit, handle, driver.CUdevice(device)))
-    return Kernel(driver.cuLaunchKernel, driver.CUfunction(int(handle)), threads, shared)
+    return Kernel(int(handle), threads, shared)
+
+
+def _use_context(device: int) -> None:
+    """Make torch's context of a device current in this thread, if none is; unlike torch's ways to, without a wait."""
+    from cuda.bindings import driver
+
+    (current,) = _checked(driver.cuCtxGetCurrent())
+    if not int(current):
+        _checked(driver.cuCtxSetCurrent(_context(device)))
+
+
+@functools.cache
+def _context(device: int) -> Any:
+    from cuda.bindings import driver
+
+    torch.cuda.init()
+    return _checked(driver.cuDevicePrimaryCtxRetain(driver.CUdevice(device)))[0]
 
 
 @functools.cache
@@ -221,7 +284,7 @@ _loaded: list[object] = []  # machine code is unloaded with its object
 
 
 def _checked(result: tuple) -> tuple:
-    """What a driver call returned. Raises RuntimeError if it failed."""
+    """What a driver call returned, beside its status. Raises RuntimeError if it failed."""
     if int(result[0]):
         raise RuntimeError(f"vision_mamba: a kernel could not be loaded: {result[0].name}.")
-    return result
+    return result[1:]
