@@ -72,9 +72,11 @@ def export_model(name: str, request: Request, path: str | Path) -> Exported:
             told = textwrap.shorten(f"{type(error).__name__}: {error}", 600, placeholder=" ...")
             raise ExportError(f"{name}: the model could not be exported and run: {told}") from error
         if not difference <= PARITY:
+            width = request.example.dtype
+            rounded = "" if width == torch.float32 else f" The model rounds to {width}; export it in float32."
             raise ExportError(
                 f"{name}: what was written differs from the model by {difference:.1e} of its largest output, more than "
-                f"{PARITY:.0e}; nothing was put at {path}."
+                f"{PARITY:.0e}; nothing was put at {path}.{rounded}"
             )
         try:
             os.replace(draft, path)
