@@ -321,7 +321,7 @@ def conv_backward(kept: Tensors, options: dict[str, Any], grads: Tensors, dx: Te
         convolution, how, grid, fields, x=x, weight=_filled(weight), bias=_whole(bias), dy=dy, dx=dx,
         parts=parts,
     )  # fmt: skip
-    sums = parts.sum(0)
+    sums = sum_rows(parts.flatten(1)).view(parts.shape[1:])
     dweight = sums[:, TAPS - weight.shape[2] : TAPS].transpose(1, 2)
     return dx, dweight.to(weight.dtype), sums[:, TAPS].to(bias.dtype)
 
