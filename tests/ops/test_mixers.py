@@ -21,7 +21,7 @@ from vision_mamba.layers.noncausal import MapAttention, NonCausalSSD
 from vision_mamba.layers.norm import LayerNorm, RMSNorm
 from vision_mamba.models import vim, vmamba, vssd
 from vision_mamba.ops import conv, fused, mixers, norm
-from vision_mamba.ops.backends import routes_cuda, rows_cuda
+from vision_mamba.ops.backends import mixers_cuda, routes_cuda, rows_cuda
 from vision_mamba.ops.fused import Kernels
 
 
@@ -67,6 +67,10 @@ MIXERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
 CHAINS = dict(vmamba_blocks=["norm_linear", "scan_map", "norm_mlp"], vim_blocks=["norm_both_ways"])
 CHAINS |= dict(vmamba_blocks_alone=["norm_linear", "scan_map"], m2_blocks=["norm_linear", "norm_mlp"])
 CHAINS |= dict(vssd_blocks=["norm_linear", "norm_mlp"], vssd_blocks_of_attention=["norm_mlp"])
+
+
+#: Those whose step sizes are multiplied out before the scan where there is much of them.
+PER_ROUTE = ("localmamba", "bimamba", "bimamba_sum", "vim_blocks")
 
 
 class OnGrid(nn.Module):
@@ -252,8 +256,11 @@ def stand_ins(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     yield ran
 
 
-@pytest.mark.parametrize("name", MIXERS)
-def test_is_what_the_layers_are(name: str, request: pytest.FixtureRequest) -> None:
+@pytest.mark.parametrize("name, much", [(name, None) for name in MIXERS] + [(name, 0) for name in PER_ROUTE])
+def test_is_what_the_layers_are(
+    name: str, much: int | None, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mixers_cuda, "MUCH", mixers_cuda.MUCH if much is None else much)
     mixer, x = make(name)
     expected = run(mixer, x)
     ran = request.getfixturevalue("stand_ins")
@@ -303,8 +310,9 @@ def test_the_stream_alone_has_a_gradient(name: str, stand_ins: list[str]) -> Non
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("name", MIXERS)
-def test_on_gpu(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("name, much", [(name, None) for name in MIXERS] + [(name, 0) for name in PER_ROUTE])
+def test_on_gpu(name: str, much: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mixers_cuda, "MUCH", mixers_cuda.MUCH if much is None else much)
     mixer, x = make(name)
     mixer, x = mixer.cuda(), x.cuda()
     found = run(mixer, x)

@@ -23,6 +23,7 @@ from vision_mamba.ops.reference import without_autocast
 from vision_mamba.ops.registry import scans
 
 Options = dict[str, Any]
+MUCH = 1 << 22  # inputs of routes beside which one more launch is little
 
 
 def _product_type(x: Tensor) -> torch.dtype:
@@ -158,8 +159,10 @@ def _scan_call(
 
 def _multiplied_out(call: ScanCall) -> ScanCall:
     """With step sizes as large as what is scanned, where each route has its own: kernels of several states take these
-    faster, by more than the product takes. In float16 it could overflow."""
+    faster, by more than the product takes where there is much to scan. In float16 it could overflow."""
     if call.states == 1 or call.shared_x or call.dt_weight is None or call.dt.dtype == torch.float16:
+        return call
+    if call.x.numel() < MUCH:
         return call
     return call._replace(dt=_each_route(call.dt, call.dt_weight.to(call.dt.dtype).transpose(1, 2)), dt_weight=None)
 
