@@ -38,6 +38,8 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(triton, "FORWARD", {1: Tile(2, 2, 2), 256: Tile(2, 1, 2, parts=2, warps=2)})
     monkeypatch.setattr(triton, "BACKWARD", {1: Tile(1, 2, 4), 256: Tile(1, 2, 4, parts=2)})
     monkeypatch.setattr(triton, "LOW_RANK", {256: Product(4, 4)})
+    monkeypatch.setattr(triton, "_ROUND", 8)
+    monkeypatch.setattr(triton, "_LEAST_RANK", 2)
     monkeypatch.setattr(triton, "_SMALL_RANK", 2)  # of the cases above, one goes into the scan and one does not
 
 
@@ -49,13 +51,13 @@ def test_matches_the_reference(case: Case, poisoned: None) -> None:
         assert_close(name, found[name], tensor)
 
 
-@pytest.mark.parametrize("states", [1, 3])
-def test_segments(states: int, monkeypatch: pytest.MonkeyPatch, poisoned: None) -> None:
-    """A route in three pieces, of which the last is short."""
+@pytest.mark.parametrize(("states", "rank", "steps"), [(1, 0, 11), (3, 0, 11), (1, 2, 21)])
+def test_segments(states: int, rank: int, steps: int, monkeypatch: pytest.MonkeyPatch, poisoned: None) -> None:
+    """A route in three pieces, of which the last is short; of low rank, in pieces of whole rounds."""
     monkeypatch.setattr(triton, "_SHORTEST_SEGMENT", 1)
-    call = make_call(Case(grid=(1, 11), batch=1, routes=1, channels=2, states=states, state=True))
+    call = make_call(Case(grid=(1, steps), batch=1, routes=1, channels=2, states=states, rank=rank, state=True))
     tile = triton.tile_for(triton.BACKWARD, states)
-    assert triton._segments(call, tile, tile.steps) == 3
+    assert triton._segments(call, tile, tile.steps * triton._round(call)) == 3
     found, reference = run(call, "triton"), run(cases.double(call), "reference")
     for name, tensor in reference.items():
         assert_close(name, found[name], tensor)

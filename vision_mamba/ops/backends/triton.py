@@ -25,7 +25,9 @@ _DEVICES = ("cuda", "xpu")  # torch calls ROCm devices cuda too
 _OLDEST = (7, 0)
 _MAX_RANK = 256
 _INT32 = 2**31
-_SMALL_RANK = 16  # columns of the least product of matrices: with more, dt is multiplied out before a scan
+_LEAST_RANK = 16  # columns of the least product of matrices
+_SMALL_RANK = 32  # of one state, a step size of a higher rank is multiplied out before a scan
+_ROUND = 16  # steps of one such product in the backward pass, in tiles
 _MERGED = 1024  # sums of one program of `merge`
 _PROGRAMS = 1536  # that keep a GPU busy: a route in fewer sequences than that is cut into segments,
 _LEAST_SEGMENTS = 3  # of which fewer cost as much as they gain,
@@ -197,7 +199,7 @@ def _backward(call: ScanCall, saved: Tensor, dy: Tensor | None, dlast: Tensor | 
         dy = dy.unsqueeze(2).expand(-1, -1, call.routes, -1)
     with _on(call.x.device):
         small = _taken(call)
-        segments = _segments(call, tile, tile.steps)
+        segments = _segments(call, tile, tile.steps * _round(call))
         edges = _new_edges(call, segments)
         rows = (call.batch * segments, call.routes, call.states + 2, call.channels)
         per_channel = call.x.new_empty(rows, dtype=torch.float32)
@@ -265,7 +267,12 @@ def _rank_inside(call: ScanCall) -> bool:
 
 def _low_rank_inside(call: ScanCall) -> dict[str, Any]:
     """Constants of a backward pass that multiplies a step size of low rank back."""
-    return dict(PRECISION_LOW=_precision(call.dt.device, call.dt.dtype), RANKS=_padded(call.rank or 1))
+    return dict(PRECISION_LOW=_precision(call.dt.device, call.dt.dtype), ROUND=_round(call))
+
+
+def _round(call: ScanCall) -> int:
+    """Tiles of the backward pass whose step sizes are one product, if it multiplies any."""
+    return max(1, _ROUND // tile_for(BACKWARD, 1).steps) if _rank_inside(call) else 1
 
 
 def _multiply_back(call: ScanCall, ddt: Tensor) -> tuple[Tensor, Tensor]:
@@ -300,11 +307,16 @@ def _low_rank_constants(call: ScanCall) -> dict[str, Any]:
     return dict(
         ROWS=tile.tokens,
         BLOCK_D=tile.channels,
-        BLOCK_R=max(_padded(call.rank), _SMALL_RANK),
+        BLOCK_R=_columns(call),
         PRECISION=_precision(call.x.device),
         num_warps=tile.warps,
         num_stages=1,  # more would not fit into the shared memory of smaller GPUs
     )
+
+
+def _columns(call: ScanCall) -> int:
+    """Columns of low rank that a product has room for."""
+    return max(_padded(call.rank), _LEAST_RANK)
 
 
 def _precision(device: torch.device, total: torch.dtype = torch.float32) -> str:
@@ -385,7 +397,7 @@ def _constants(call: ScanCall, tile: Tile, *results: Tensor | None) -> dict[str,
         enable_fp_fusion=True,
     )
     if call.states == 1:
-        constants |= dict(BLOCK_R=_SMALL_RANK if call.rank else 1, PRECISION=_precision(call.x.device))
+        constants |= dict(BLOCK_R=_columns(call) if call.rank else 1, PRECISION=_precision(call.x.device))
     else:
         constants |= dict(states=call.states, WARPS=tile.warps, PARTS=tile.parts, BLOCK_N=_block(call.states))
     if _is_nvidia(call.x.device):

@@ -14,8 +14,9 @@ sees which register it is. The row strides are kept from specialisation for that
 would make the compiler spread a tile's rows over the lanes to load 16 bytes each.
 
 Low rank: a tile of dt is the product of STEPS rows of columns with dt_weight, on the tensor cores where there are any,
-with each float32 in several terms. Backward multiplies the gradient of that tile back at once: to columns on the tensor
-cores, as a share of each block of channels, and to weights in registers.
+with each float32 in several terms. Tiles of the backward pass are too short for that, so ROUND of them share a product
+and keep their rows of it in registers. A tile's gradient takes the place of its step sizes there, and at the end of the
+round it is multiplied back: to columns, as a share of each block of channels, and to weights, summed over the rounds.
 
 Backward: forward saves the states every STEPS steps. From there a program computes the tile's states once more, keeps
 them in registers, and walks back with g_t = dL/dh_t = C_t dy_t + exp(s_{t+1} A) g_{t+1}. No (B, L, D, N) anywhere.
@@ -132,6 +133,22 @@ def _terms(b_weight, p_low, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def _product_back(b_low, b_ddt, PRECISION: tl.constexpr):
+    """(channels, BLOCK_R): the gradient of dt transposed times columns; beside those of 16 bits it takes two terms.
+
+    Transposed last, so that the compiler does not add up in the tensor cores, which cut off what should be rounded.
+    """
+    b_turned = tl.trans(b_low.to(tl.float32))
+    if PRECISION == "ieee" or b_low.dtype == tl.float32:
+        b_sum = tl.dot(b_turned, b_ddt, input_precision=PRECISION)
+    else:
+        b_high = (b_ddt.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)
+        b_sum = tl.dot(b_turned, b_ddt - b_high, input_precision="tf32")
+        b_sum = tl.dot(b_turned, b_high, b_sum, input_precision="tf32")
+    return tl.trans(b_sum)
+
+
+@triton.jit
 def _row(tile, o_t, t):
     """Row t of a float32 (STEPS, X, Y) tile as (X, Y). A sum of integers, since x + 0 is x for those and folds away."""
     return tl.sum(tl.where((o_t == t)[:, None, None], tile.to(tl.int32, bitcast=True), 0), 0).to(
@@ -149,6 +166,19 @@ def _put(tile, o_t, t, row):
 def _fold(tile, GROUPS: tl.constexpr, LANES: tl.constexpr):
     """(STEPS, channels) as (STEPS, GROUPS, LANES); where an axis comes and goes, the compiler lays out anew."""
     return tl.sum(tl.reshape(tile, (tile.shape[0], GROUPS, LANES))[:, None, :, :], 1)
+
+
+@triton.jit
+def _fold_round(tile, ROUND: tl.constexpr, GROUPS: tl.constexpr, LANES: tl.constexpr):
+    """(ROUND * STEPS, channels) as (ROUND, STEPS, GROUPS, LANES)."""
+    return tl.sum(tl.reshape(tile, (ROUND, tile.shape[0] // ROUND, GROUPS, LANES))[:, :, None, :, :], 2)
+
+
+@triton.jit
+def _turn(b_round, o_turn, i_turn):
+    """The tile of a round, (STEPS, GROUPS, LANES), whose turn it is; in integers as `_row`."""
+    b_tiles = tl.where((o_turn == i_turn)[:, None, None, None], b_round.to(tl.int32, bitcast=True), 0)
+    return tl.sum(b_tiles, 0).to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -170,18 +200,13 @@ def _load_column(p_column, o_token, s_l):
 
 
 @triton.jit
-def _load_ahead(
-    p_x, p_dt, p_B, p_C, o_token, o_d, o_r, m_d, m_r, s_xl, s_xd, s_dtl, s_dtd, s_Bl, s_Cl, WHOLE: tl.constexpr
-):
-    """A tile of x, of dt or its columns, of B and C.
+def _load_ahead(p_x, p_dt, p_B, p_C, o_token, o_d, m_d, s_xl, s_xd, s_dtl, s_dtd, s_Bl, s_Cl, WHOLE: tl.constexpr):
+    """A tile of x, of dt if it comes whole, of B and C.
 
     Called a tile ahead of its use: the compiler moves loads down to where they are used, but not into the next pass.
     """
     b_x = _load_tile(p_x, o_token, o_d, m_d, s_xl, s_xd)
-    if WHOLE:
-        b_dt = _load_tile(p_dt, o_token, o_d, m_d, s_dtl, s_dtd)
-    else:
-        b_dt = _load_rows(p_dt, o_token, o_r, m_r, s_dtl, s_dtd)
+    b_dt = _load_tile(p_dt, o_token, o_d, m_d, s_dtl, s_dtd) if WHOLE else b_x
     return b_x, b_dt, _load_column(p_B, o_token, s_Bl), _load_column(p_C, o_token, s_Cl)
 
 
@@ -298,15 +323,17 @@ def forward(
     o_token = _token(p_indices, first_step + o_t, steps, LONG)
     o_next = _token(p_indices, first_step + STEPS + o_t, steps, LONG)
     b_x, b_dt, b_B, b_C = _load_ahead(
-        p_x, p_dt, p_B, p_C, o_token, o_d, o_r, m_d, m_r, s_xl, s_xd, s_dtl, s_dtd, s_Bl, s_Cl, p_dt_weight is None
+        p_x, p_dt, p_B, p_C, o_token, o_d, m_d, s_xl, s_xd, s_dtl, s_dtd, s_Bl, s_Cl, p_dt_weight is None
     )
+    if p_dt_weight is not None:
+        b_low = _load_rows(p_dt, o_token, o_r, m_r, s_dtl, s_dtd)
     for start in range(first_step, last_step, STEPS):
         i_tile = i_bk * tl.cdiv(steps, SAVED) + start // SAVED
         if p_saved is not None and SAVED > STEPS:  # noqa: SIM102 (the first is settled by the compiler)
             if start % SAVED == 0:
                 tl.store(p_saved + i_tile * channels + o_d, b_h, mask=m_d)
         next_x, next_dt, next_B, next_C = _load_ahead(
-            p_x, p_dt, p_B, p_C, o_next, o_d, o_r, m_d, m_r, s_xl, s_xd, s_dtl, s_dtd, s_Bl, s_Cl, p_dt_weight is None
+            p_x, p_dt, p_B, p_C, o_next, o_d, m_d, s_xl, s_xd, s_dtl, s_dtd, s_Bl, s_Cl, p_dt_weight is None
         )
         # (STEPS,)
         o_after = _token(p_indices, start + 2 * STEPS + o_t, steps, LONG)
@@ -315,7 +342,8 @@ def forward(
         if p_dt_weight is None:
             b_v = b_dt.to(tl.float32)
         else:
-            b_v = _fold(_product(b_dt, b_high, b_rest, PRECISION), GROUPS, LANES)
+            b_v = _fold(_product(b_low, b_high, b_rest, PRECISION), GROUPS, LANES)
+            b_low = _load_rows(p_dt, o_next, o_r, m_r, s_dtl, s_dtd)
         b_v += b_bias[None, :, :]
         b_s = _softplus(b_v) if SOFTPLUS else b_v
         b_s = tl.where((start + o_t < steps)[:, None, None], b_s, 0.0)  # past the end the state stays as it is
@@ -421,7 +449,7 @@ def backward(
     LONG: tl.constexpr,
     PRECISION: tl.constexpr,
     PRECISION_LOW: tl.constexpr,  # of the gradient of the columns
-    RANKS: tl.constexpr,  # room for those of its weights
+    ROUND: tl.constexpr,  # tiles whose step sizes of low rank are one product
 ):
     blocks = tl.cdiv(channels, GROUPS * LANES)
     i_d, i_bk = tl.program_id(0) % blocks, tl.program_id(0) // blocks
@@ -460,8 +488,9 @@ def backward(
         for i_after in range(segments - 1, i_s, -1):
             b_g = _pass_on(b_g, b_A, p_ends, p_spans, (i_bk * segments + i_after) * channels + o_d, m_d)
     b_dA, b_dD, b_dbias = tl.zeros_like(b_g), tl.zeros_like(b_g), tl.zeros_like(b_g)
-    b_dweight = tl.zeros((RANKS, GROUPS, LANES), tl.float32)
-    o_rank = tl.arange(0, RANKS)
+    b_dweight = tl.zeros((GROUPS * LANES, BLOCK_R), tl.float32)
+    b_round = tl.zeros((ROUND, STEPS, GROUPS, LANES), tl.float32)  # step sizes, then their gradients
+    o_round, o_turn = tl.arange(0, ROUND * STEPS), tl.arange(0, ROUND)
     if p_dt_weight is not None:
         b_weight = _load_weight(p_dt_weight, i_k, channels, rank, o_c, o_r, m_c, m_r)
         b_high, b_rest = _terms(b_weight, p_dt, PRECISION)
@@ -469,93 +498,109 @@ def backward(
     if ENDS:
         i_s += 1  # the first segment hands nothing back
     tiles = tl.cdiv(steps, STEPS)
-    first_step, last_step = _segment(i_s, segments, steps, STEPS)
-    first_tile, last_tile = first_step // STEPS, tl.cdiv(last_step, STEPS)
+    first_step, last_step = _segment(i_s, segments, steps, STEPS * ROUND)
+    first_round, last_round = first_step // (STEPS * ROUND), tl.cdiv(last_step, STEPS * ROUND)
     b_span = tl.zeros((STEPS, GROUPS, LANES), tl.float32)
     # Tokens are read two tiles ahead, their tensors one; before the first tile lies nothing, as behind the last.
-    o_last = (last_tile - 1) * STEPS + o_t
+    o_last = (last_round * ROUND - 1) * STEPS + o_t
     o_token = _token(p_indices, o_last, steps, LONG)
     o_next = _token(p_indices, tl.where(o_last < STEPS, steps, o_last - STEPS), steps, LONG)
     b_x, b_dt, b_B, b_C = _load_ahead(
-        p_x, p_dt, p_B, p_C, o_token, o_d, o_r, m_d, m_r, s_xl, s_xd, s_dtl, s_dtd, s_Bl, s_Cl, p_dt_weight is None
+        p_x, p_dt, p_B, p_C, o_token, o_d, m_d, s_xl, s_xd, s_dtl, s_dtd, s_Bl, s_Cl, p_dt_weight is None
     )
     b_dy = b_x
     if p_dy is not None:
         b_dy = _load_tile(p_dy, o_token, o_d, m_d, s_dyl, s_dyd)
-    for i_back in range(first_tile, last_tile):
-        i_tile = first_tile + last_tile - 1 - i_back
-        start = i_tile * STEPS
-        b_h = tl.zeros_like(b_g)
-        if not ENDS:  # the state before each step of the tile comes from the saved one
-            b_h = tl.load(p_saved + (i_bk * tiles + i_tile) * channels + o_d, mask=m_d, other=0.0)
-        next_x, next_dt, next_B, next_C = _load_ahead(
-            p_x, p_dt, p_B, p_C, o_next, o_d, o_r, m_d, m_r, s_xl, s_xd, s_dtl, s_dtd, s_Bl, s_Cl, p_dt_weight is None
-        )
-        next_dy = next_x
-        if p_dy is not None:
-            next_dy = _load_tile(p_dy, o_next, o_d, m_d, s_dyl, s_dyd)
-        # (STEPS,)
-        o_after = start - 2 * STEPS + o_t
-        o_after = _token(p_indices, tl.where(o_after < 0, steps, o_after), steps, LONG)
+    if p_dt_weight is not None:
+        o_low = _token(p_indices, (last_round - 1) * (STEPS * ROUND) + o_round, steps, LONG)
+        b_low = _load_rows(p_dt, o_low, o_r, m_r, s_dtl, s_dtd)
+    for i_back in range(first_round, last_round):
+        i_round = first_round + last_round - 1 - i_back
+        if p_dt_weight is not None:
+            b_round = _fold_round(_product(b_low, b_high, b_rest, PRECISION), ROUND, GROUPS, LANES)
+            o_before = (i_round - 1) * (STEPS * ROUND) + o_round
+            o_before = _token(p_indices, tl.where(o_before < 0, steps, o_before), steps, LONG)
+            b_before_low = _load_rows(p_dt, o_before, o_r, m_r, s_dtl, s_dtd)
+        for i_turn in tl.static_range(ROUND - 1, -1, -1):
+            i_tile = i_round * ROUND + i_turn
+            start = i_tile * STEPS
+            b_h = tl.zeros_like(b_g)
+            if not ENDS:  # the state before each step of the tile comes from the saved one
+                # Of a round that the route ends in, the tiles behind the last do nothing, with any state.
+                i_saved = i_bk * tiles + tl.minimum(i_tile, tiles - 1)
+                b_h = tl.load(p_saved + i_saved * channels + o_d, mask=m_d, other=0.0)
+            next_x, next_dt, next_B, next_C = _load_ahead(
+                p_x, p_dt, p_B, p_C, o_next, o_d, m_d, s_xl, s_xd, s_dtl, s_dtd, s_Bl, s_Cl, p_dt_weight is None
+            )
+            next_dy = next_x
+            if p_dy is not None:
+                next_dy = _load_tile(p_dy, o_next, o_d, m_d, s_dyl, s_dyd)
+            # (STEPS,)
+            o_after = start - 2 * STEPS + o_t
+            o_after = _token(p_indices, tl.where(o_after < 0, steps, o_after), steps, LONG)
 
-        b_x = b_x.to(tl.float32)
-        if p_dt_weight is None:
-            b_v = b_dt.to(tl.float32)
-        else:
-            b_v = _fold(_product(b_dt, b_high, b_rest, PRECISION), GROUPS, LANES)
-        b_v += b_bias[None, :, :]
-        m_t = (start + o_t < steps)[:, None, None]
-        b_s = tl.where(m_t, _softplus(b_v) if SOFTPLUS else b_v, 0.0)
-        b_sx = b_s * b_x
-        if p_dy is not None:
-            b_dy = b_dy.to(tl.float32)
-        else:
-            b_dy = tl.zeros((STEPS, GROUPS, LANES), tl.float32)
-
-        b_a = tl.exp2(b_s * b_A[None, :, :] + BIAS)
-        b_y = b_C.to(tl.float32)[:, None, None] * b_dy
-        if ENDS:
-            for t in tl.static_range(STEPS - 1, -1, -1):
-                b_g = (b_g + _row(b_y, o_t, t)) * _row(b_a, o_t, t)
-            b_span += b_s
-        else:
-            b_Bs = b_B.to(tl.float32)[:, None, None]
-            b_u = b_sx * b_Bs
-            b_before, b_gs = tl.zeros((STEPS, GROUPS, LANES), tl.float32), tl.zeros((STEPS, GROUPS, LANES), tl.float32)
-            for t in tl.static_range(STEPS):
-                b_before = _put(b_before, o_t, t, b_h)
-                b_h = _row(b_a, o_t, t) * b_h + _row(b_u, o_t, t)
-            for t in tl.static_range(STEPS - 1, -1, -1):
-                b_g += _row(b_y, o_t, t)
-                b_gs = _put(b_gs, o_t, t, b_g)
-                b_g *= _row(b_a, o_t, t)
-            b_kept = b_a * b_before  # the part of h_t that was there before
-            tl.store(p_dC + o_token * s_dCl, tl.sum(tl.sum((b_kept + b_u) * b_dy, 1), 1), mask=o_token >= 0)
-            tl.store(p_dB + o_token * s_dBl, tl.sum(tl.sum(b_gs * b_sx, 1), 1), mask=o_token >= 0)
-            b_dsx = b_gs * b_Bs
-            b_kept *= b_gs
-            b_dA += tl.sum(b_s * b_kept, 0)
-
-            b_dv = b_kept * b_A[None, :, :] * LN2 + b_dsx * b_x
-            if SOFTPLUS:
-                b_dv *= _slope(b_v)
-            b_dv = tl.where(m_t, b_dv, 0.0)
-            b_dx = b_s * b_dsx + b_D[None, :, :] * b_dy
-            b_dD += tl.sum(b_dy * b_x, 0)
-            b_dbias += tl.sum(b_dv, 0)
-            m_tile = (o_token >= 0)[:, None, None] & m_d[None, :, :]
-            tl.store(p_dx + _place(o_token, o_d, s_dxl, s_dxd), b_dx, mask=m_tile)
+            b_x = b_x.to(tl.float32)
             if p_dt_weight is None:
-                tl.store(p_ddt + _place(o_token, o_d, s_ddtl, s_ddtd), b_dv, mask=m_tile)
+                b_v = b_dt.to(tl.float32)
             else:
-                b_ddt = tl.reshape(b_dv, (STEPS, GROUPS * LANES))
+                b_v = _turn(b_round, o_turn, i_turn)
+            b_v += b_bias[None, :, :]
+            m_t = (start + o_t < steps)[:, None, None]
+            b_s = tl.where(m_t, _softplus(b_v) if SOFTPLUS else b_v, 0.0)
+            b_sx = b_s * b_x
+            if p_dy is not None:
+                b_dy = b_dy.to(tl.float32)
+            else:
+                b_dy = tl.zeros((STEPS, GROUPS, LANES), tl.float32)
+
+            b_a = tl.exp2(b_s * b_A[None, :, :] + BIAS)
+            b_y = b_C.to(tl.float32)[:, None, None] * b_dy
+            if ENDS:
+                for t in tl.static_range(STEPS - 1, -1, -1):
+                    b_g = (b_g + _row(b_y, o_t, t)) * _row(b_a, o_t, t)
+                b_span += b_s
+            else:
+                b_Bs = b_B.to(tl.float32)[:, None, None]
+                b_u = b_sx * b_Bs
+                b_before = tl.zeros((STEPS, GROUPS, LANES), tl.float32)
+                b_gs = b_before
+                for t in tl.static_range(STEPS):
+                    b_before = _put(b_before, o_t, t, b_h)
+                    b_h = _row(b_a, o_t, t) * b_h + _row(b_u, o_t, t)
+                for t in tl.static_range(STEPS - 1, -1, -1):
+                    b_g += _row(b_y, o_t, t)
+                    b_gs = _put(b_gs, o_t, t, b_g)
+                    b_g *= _row(b_a, o_t, t)
+                b_kept = b_a * b_before  # the part of h_t that was there before
+                tl.store(p_dC + o_token * s_dCl, tl.sum(tl.sum((b_kept + b_u) * b_dy, 1), 1), mask=o_token >= 0)
+                tl.store(p_dB + o_token * s_dBl, tl.sum(tl.sum(b_gs * b_sx, 1), 1), mask=o_token >= 0)
+                b_dsx = b_gs * b_Bs
+                b_kept *= b_gs
+                b_dA += tl.sum(b_s * b_kept, 0)
+
+                b_dv = b_kept * b_A[None, :, :] * LN2 + b_dsx * b_x
+                if SOFTPLUS:
+                    b_dv *= _slope(b_v)
+                b_dv = tl.where(m_t, b_dv, 0.0)
+                b_dx = b_s * b_dsx + b_D[None, :, :] * b_dy
+                b_dD += tl.sum(b_dy * b_x, 0)
+                b_dbias += tl.sum(b_dv, 0)
+                m_tile = (o_token >= 0)[:, None, None] & m_d[None, :, :]
+                tl.store(p_dx + _place(o_token, o_d, s_dxl, s_dxd), b_dx, mask=m_tile)
+                if p_dt_weight is None:
+                    tl.store(p_ddt + _place(o_token, o_d, s_ddtl, s_ddtd), b_dv, mask=m_tile)
+                else:
+                    b_round = tl.where((o_turn == i_turn)[:, None, None, None], b_dv[None, :, :, :], b_round)
+            o_token, o_next = o_next, o_after
+            b_x, b_dt, b_B, b_C, b_dy = next_x, next_dt, next_B, next_C, next_dy
+        if p_dt_weight is not None:
+            if not ENDS:
+                b_ddt = tl.reshape(b_round, (ROUND * STEPS, GROUPS * LANES))
                 b_dlow = tl.dot(b_weight, tl.trans(b_ddt), input_precision=PRECISION_LOW)
-                m_low = m_r[:, None] & (o_token >= 0)[None, :]
-                tl.store(p_ddt + o_token[None, :] * s_ddtl + o_r[:, None] * s_ddtd, b_dlow, mask=m_low)
-                b_low = _load_rows(p_dt, o_token, o_rank, o_rank < rank, s_dtl, s_dtd).to(tl.float32)
-                b_dweight += tl.sum(b_low[:, :, None, None] * b_dv[:, None, :, :], 0)
-        o_token, o_next = o_next, o_after
-        b_x, b_dt, b_B, b_C, b_dy = next_x, next_dt, next_B, next_C, next_dy
+                m_low = m_r[:, None] & (o_low >= 0)[None, :]
+                tl.store(p_ddt + o_low[None, :] * s_ddtl + o_r[:, None] * s_ddtd, b_dlow, mask=m_low)
+                b_dweight += _product_back(b_low, b_ddt, PRECISION)
+            o_low, b_low = o_before, b_before_low
 
     if ENDS:
         o_end = (i_bk * segments + i_s) * channels + o_d
@@ -568,8 +613,8 @@ def backward(
         tl.store(p_dper_channel + 2 * channels + o_d, b_dbias, mask=m_d)
         if p_dt_weight is not None:
             p_dweight += ((i_b * segments + i_s) * routes + i_k) * channels * rank
-            o_weight = o_d[None, :, :] * rank + o_rank[:, None, None]
-            tl.store(p_dweight + o_weight, b_dweight, mask=m_d[None, :, :] & (o_rank < rank)[:, None, None])
+            o_weight = o_c[:, None] * rank + o_r[None, :]
+            tl.store(p_dweight + o_weight, b_dweight, mask=m_c[:, None] & m_r[None, :])
         if p_dinitial is not None:  # noqa: SIM102
             if i_s == 0:
                 tl.store(p_dinitial + o_state, b_g, mask=m_d)
