@@ -13,7 +13,7 @@ from vision_mamba.constants import Constants
 from vision_mamba.ops.backends import cuda_kernels as kernels
 from vision_mamba.ops.backends import nvrtc
 from vision_mamba.ops.backends.cuda_kernels import TYPES, vector
-from vision_mamba.ops.backends.launch import Launch, Plans, maker, on
+from vision_mamba.ops.backends.launch import Launch, Plans, maker, on, room_for
 from vision_mamba.ops.call import GRADIENTS, ScanCall
 from vision_mamba.ops.contract import visits_all
 from vision_mamba.ops.known import Run
@@ -124,34 +124,42 @@ def _new_runner(call: ScanCall, complete: bool, save: bool) -> Run:
     device = call.x.device.index
     y, last, saved = call.new_output(), call.new_last_state(), _new_saved(call) if save else call.x.new_empty(0)
     plan = _plan_forward(call, complete, y, device)
-    target = y if plan.parts is None else _new_parts(call, plan)
-    wanted = dict(y=target, first_share=y if plan.first else None)
-    wanted |= dict(last_state=last if call.return_last_state else None, saved=saved if save else None)
+    parts = None if plan.parts is None else _new_parts(call, plan)
+    between = {} if parts is None else dict(y=parts)
     if plan.edges is not None:
-        wanted |= _new_edges(call, plan.segments)
+        between |= _new_edges(call, plan.segments)
+    wanted = dict(last_state=last if call.return_last_state else None, saved=saved if save else None)
     makers = {name: maker(t) for name, t in wanted.items() if t is not None}
-    names = [name for name, t in zip(ScanCall._fields, call, strict=True) if isinstance(t, Tensor)] + list(makers)
+    given = [name for name, t in zip(ScanCall._fields, call, strict=True) if isinstance(t, Tensor)]
+    # The address of y comes last, where the scan does not look if it writes parts of it alone.
+    names = [*given, *between, *makers, *(["y"] if parts is None else ["first_share"] if plan.first else [])]
     launches = [launch.ready(names) for launch in (plan.edges, plan.scan) if launch is not None]
-    merge = None if plan.parts is None else _merger(target, y, plan.first)
-    new, new_y, to_clear = list(makers.values()), maker(y), not plan.merging and not complete
+    merge = None if parts is None else _merger(parts, y, plan.first)
+    new, (new_room, places) = [*makers.values(), maker(y)], room_for(list(between.values()))
+    to_clear = not plan.merging and not complete
     # Where they are among what is made. What was not asked for has no elements, and can be the same for all.
     place_last, place_saved = (list(makers).index(n) if n in makers else None for n in ("last_state", "saved"))
     no_last, not_saved = None if call.return_last_state else last, None if save else saved
-    first, stream_of = plan.first, torch._C._cuda_getCurrentRawStream  # the public function makes an object each time
+    stream_of = torch._C._cuda_getCurrentRawStream  # the public function makes an object each time
 
     def run(addresses: list[int]) -> tuple[Tensor, Tensor, Tensor]:
         made = [make() for make in new]
+        y = made[-1]
+        begin = 0
+        if new_room is not None:
+            room = new_room()
+            begin = room.data_ptr()
+            for place in places:
+                addresses.append(begin + place)
         if to_clear:
-            made[0].zero_()
+            (y if merge is None else room).zero_()
         for tensor in made:
             addresses.append(tensor.data_ptr())
         stream = stream_of(device)
         for launch in launches:
             launch(stream, addresses)
-        y = made[0]
         if merge is not None:
-            y = made[1] if first else new_y()
-            merge(stream, made[0], y)
+            merge(stream, begin, y)  # parts are the first in the room
         last = no_last if place_last is None else made[place_last]
         return y, last, not_saved if place_saved is None else made[place_saved]  # type: ignore[return-value]
 
@@ -468,9 +476,9 @@ def _new_edges(call: ScanCall, segments: int) -> dict[str, Tensor]:
     return dict(edges=edges, spans=call.A.new_empty(shape))
 
 
-def _merger(parts: Tensor, out: Tensor, add: bool) -> Callable[[int, Tensor, Tensor], None]:
-    """A function of a stream, parts and out: out[b, l, d] = sum over k of parts[b, k, l, d], in order of k, and if
-    `add` after what is in out."""
+def _merger(parts: Tensor, out: Tensor, add: bool) -> Callable[[int, int, Tensor], None]:
+    """A function of a stream, the address of parts, and out: out[b, l, d] = sum over k of parts[b, k, l, d], in order
+    of k, and if `add` after what is in out."""
     device, in_order = out.device.index, out.is_contiguous()
     batch, routes, tokens, channels = parts.shape
     run = next(n for n in (8, 4, 2, 1) if channels % n == 0)
@@ -479,12 +487,12 @@ def _merger(parts: Tensor, out: Tensor, add: bool) -> Callable[[int, Tensor, Ten
     wanted = kernels.merge(TYPES[parts.dtype], TYPES[out.dtype], run, add)
     launch = Launch.of(wanted, device, grid, _HEADER, fields).ready(("x", "y"))
 
-    def merge(stream: int, parts: Tensor, out: Tensor) -> None:
+    def merge(stream: int, parts: int, out: Tensor) -> None:
         if in_order:
-            launch(stream, (parts.data_ptr(), out.data_ptr()))
+            launch(stream, (parts, out.data_ptr()))
             return
         result = torch.empty_like(out, memory_format=torch.contiguous_format)
-        launch(stream, (parts.data_ptr(), result.data_ptr()))
+        launch(stream, (parts, result.data_ptr()))
         out.copy_(result)
 
     return merge
@@ -495,7 +503,7 @@ def _merge(parts: Tensor, out: Tensor, add: bool) -> None:
     merge = _merges.get(key)
     if merge is None:
         merge = _merges[key] = _merger(parts, out, add)
-    merge(torch._C._cuda_getCurrentRawStream(out.device.index), parts, out)
+    merge(torch._C._cuda_getCurrentRawStream(out.device.index), parts.data_ptr(), out)
 
 
 _merges: Plans = Plans()

@@ -97,6 +97,21 @@ def maker(wanted: Tensor) -> Callable[[], Tensor]:
     return functools.partial(torch.empty_like, template)
 
 
+def room_for(tensors: list[Tensor]) -> tuple[Callable[[], Tensor] | None, list[int]]:
+    """A function that makes one tensor of bytes with room for all of these, None if for none; where each begins in it.
+
+    What a call needs in between and gives to nobody takes one allocation so, not several.
+    """
+    sizes = [-(-tensor.numel() * tensor.element_size() // _BLOCK) * _BLOCK for tensor in tensors]
+    places = [sum(sizes[:i]) for i in range(len(sizes))]
+    if not sizes:
+        return None, places
+    return maker(torch.empty(sum(sizes), dtype=torch.uint8, device=tensors[0].device)), places
+
+
+_BLOCK = 512  # bytes: what torch's own allocations begin at multiples of
+
+
 def on(device: int) -> contextlib.AbstractContextManager[Any]:
     """Make a device the current one, if it is not."""
     if device == torch.cuda.current_device():
