@@ -68,6 +68,8 @@ def main(argv: list[str]) -> int:
         if "-" in arguments.inputs:
             lines = [line.rstrip("\n") for line in sys.stdin]
             arguments.inputs = [name for name in arguments.inputs if name != "-"] + [line for line in lines if line]
+            if not arguments.inputs:
+                raise ConfigError("stdin named no image; it is read for one name a line.")
         results = [classify(path, arguments, progress) for path in arguments.checkpoint or [None]]
         for classifier, _, predictions in results:
             console.print(table(classifier, predictions, arguments.rows))

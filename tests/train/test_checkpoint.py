@@ -109,7 +109,9 @@ def test_a_file_of_another_kind(tmp_path: Path) -> None:
         ("b.pth", b"bad words\n\n"),
     ):
         (tmp_path / name).write_bytes(content)
-        with pytest.raises(CheckpointError, match=rf"{name} \(11 bytes\) is not a PyTorch file, or damaged"):
+        with pytest.raises(
+            CheckpointError, match=rf"{name} \(11 bytes\) is not a PyTorch file, or damaged(\.|: KeyError|: .+ )"
+        ):
             checkpoint.read(tmp_path / name)
 
 

@@ -104,6 +104,17 @@ def test_predict_wants_one_kind_of_images(
     assert status == 2 and message in err
 
 
+def test_names_of_images_come_from_stdin_if_there_are_any(
+    trained: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ("--checkpoint", trained / "output" / "run" / "best.pth", "--device", "cpu", "-")
+    monkeypatch.setattr("sys.stdin", io.StringIO("\n"))
+    assert run(capsys, predict, *words)[::2] == (2, "error: stdin named no image; it is read for one name a line.\n")
+    monkeypatch.setattr("sys.stdin", io.StringIO(f"{trained / 'images/val/left/0.png'}\n"))
+    status, out, err = run(capsys, predict, *words)
+    assert status == 0 and "test_vmamba: 1 images" in out, err
+
+
 @pytest.mark.parametrize("flag", ["--top", "--rows", "--batch-size"])
 @pytest.mark.parametrize("number", ["0", "-1", "1.5", "few"])
 def test_predict_counts_from_one(flag: str, number: str, capsys: pytest.CaptureFixture[str]) -> None:

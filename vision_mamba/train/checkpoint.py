@@ -164,7 +164,9 @@ def _objects(error: Exception) -> str:
 
 
 def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    """What an error says, or its kind where that is no sentence, such as the byte that a reader stumbled over."""
+    line = (str(error).strip().splitlines() or [""])[0]
+    return line if " " in line else type(error).__name__
 
 
 def weights(content: dict[str, Any], path: str | Path, use_ema: bool = True) -> dict[str, Tensor]:
