@@ -193,8 +193,10 @@ def covers(where: str, indices: Tensor, tokens: int) -> bool:
 def _read_once(where: str, indices: Tensor, tokens: int) -> bool:
     """Read a table unless it was read as it is now; returns whether every route is known to visit every token."""
     known = _tables.get(id(indices))
-    if known and known.itself() is indices and known[1:3] == (indices._version, tokens):
-        return known.complete
+    if known is not None:
+        itself, version, of_tokens, complete = known
+        if itself() is indices and version == indices._version and of_tokens == tokens:
+            return complete
     original = constants.original(indices)
     if original is not indices:
         complete = _read_once(where, original, tokens)

@@ -7,7 +7,9 @@ is one that was seen.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
+from operator import or_
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -27,8 +29,9 @@ _MOST = 1024
 class Seen(NamedTuple):
     """A kind of call, and what runs it."""
 
-    same: Any  # .check(*tensors): whether they are like those that it was made of
+    same: Callable[..., bool]  # of tensors: whether they are like those that it was made of
     offsets: list[int]  # of where the tensors begin, from a multiple of the alignment
+    beyond: int  # 0 if all of these are
     run: Run
     backend: str
 
@@ -49,8 +52,11 @@ class Known:
         """What is known of a call, and the addresses to run it on, if one like it was added with the same `more`."""
         key, tensors = self._key(arguments, more)
         for seen in self._seen.get(key, ()):
-            if seen.same.check(*tensors):
+            if seen.same(*tensors):
                 addresses = [tensor.data_ptr() for tensor in tensors]
+                # Where all begin at a multiple of the alignment, as they mostly do, one look tells.
+                if not (functools.reduce(or_, addresses) | seen.beyond) % _ALIGNMENT:
+                    return seen, addresses
                 if _offsets(addresses) == seen.offsets:
                     return seen, addresses
         return None
@@ -61,8 +67,9 @@ class Known:
             return
         if len(self._seen) >= _MOST:
             del self._seen[next(iter(self._seen))]
-        same = _TensorGuards(*tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None)
-        seen = Seen(same, _offsets([tensor.data_ptr() for tensor in tensors]), run, backend)
+        same = _TensorGuards(*tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None).check
+        offsets = _offsets([tensor.data_ptr() for tensor in tensors])
+        seen = Seen(same, offsets, max(offsets), run, backend)
         # Of calls that differ in strides, places or who wants gradients alone, a few; the newest are asked first.
         self._seen[key] = [seen, *self._seen.get(key, ())][:8]
 
@@ -73,8 +80,8 @@ class Known:
         """What a call is found by, and its tensors."""
         count = self._count
         tensors = [tensor for tensor in arguments[:count] if tensor is not None]
-        absent = tuple([tensor is None for tensor in arguments[self._required : count]])
-        return (arguments[0].shape, arguments[2].shape, absent, arguments[count:], forced(), more), tensors
+        kinds = tuple(map(type, arguments[self._required : count]))  # of None those that are absent
+        return (arguments[0].shape, arguments[2].shape, kinds, arguments[count:], forced(), more), tensors
 
 
 def _offsets(addresses: list[int]) -> list[int]:
