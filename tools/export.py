@@ -27,6 +27,8 @@ from vision_mamba.train.errors import CheckpointError, ConfigError, TrainError
 from vision_mamba.train.images import digits
 from vision_mamba.train.predict import Classifier, accuracy, load
 
+COVERED = ("vision_mamba", "csrc", "tools/export.py")  # what a record depends on
+
 
 def parser() -> argparse.ArgumentParser:
     width = max(map(len, FORMATS))
@@ -120,7 +122,7 @@ def main(argv: Sequence[str]) -> int:
     title = f"{name}: {len(images)} x {images.shape[2]} x {images.shape[3]} pixels, {torch.get_num_threads()} threads"
     Console(width=width).print(table(f"{title}; files in {options.out}", rows))
     if options.record:
-        source = provenance() | {"case": f"export_{name}", "int8": options.int8, "vary": options.vary}
+        source = provenance("cpu", *COVERED) | {"case": f"export_{name}", "int8": options.int8, "vary": options.vary}
         source["images"] = list(images.shape)
         with open(options.record, "a") as file:
             file.writelines(json.dumps(source | row._asdict()) + "\n" for row in rows)
