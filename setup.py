@@ -1,4 +1,4 @@
-"""Build steps that pyproject.toml cannot say: the optional C++ kernel, and csrc as package data.
+"""Build steps that pyproject.toml cannot say: the optional C++ kernel, csrc and a page of docs as package data.
 
 The kernel is one shared library without Python's or torch's headers, opened with ctypes. Its source is compiled once
 for every instruction set that the compiler knows; the library asks the processor when it runs. Without a working
@@ -18,6 +18,7 @@ from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
 
 SOURCES = "csrc"
+PAGE = os.path.join("docs", "state_spaces.md")
 
 COMMON = [
     "-std=c++17",
@@ -65,7 +66,7 @@ class BuildKernel(build_ext):
 
 
 class BuildSources(build_py):
-    """Put csrc beside the modules as vision_mamba/_csrc; an editable install reads it where it is."""
+    """Put csrc and the page of docs beside the modules; an editable install has them where they are."""
 
     def run(self) -> None:
         super().run()
@@ -73,6 +74,7 @@ class BuildSources(build_py):
             target = os.path.join(self.build_lib, "vision_mamba", "_csrc")
             shutil.rmtree(target, ignore_errors=True)
             shutil.copytree(SOURCES, target)
+            shutil.copy(PAGE, os.path.join(self.build_lib, "vision_mamba", "ssm"))
 
 
 kernel = Extension(

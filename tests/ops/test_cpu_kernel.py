@@ -299,5 +299,6 @@ def test_building_without_a_compiler_succeeds(tmp_path: Path) -> None:
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "lib" / "vision_mamba" / "_csrc" / "params.h").is_file()
+    assert (tmp_path / "lib" / "vision_mamba" / "ssm" / "state_spaces.md").is_file()
     assert (tmp_path / "lib" / "vision_mamba" / "ops" / "call.py").is_file()
     assert not list((tmp_path / "lib").rglob("_cpu*"))

@@ -1,6 +1,7 @@
 """Linear time-invariant state spaces, from the differential equation to a layer: what selective scans grew out of.
 
-`docs/state_spaces.md` walks through it; every function is tested to equal its neighbour.
+`docs/state_spaces.md` walks through it, in an installed package `state_spaces.md` beside this file; every function is
+tested to equal its neighbour.
 """
 
 from vision_mamba.ssm.discretize import discretize
