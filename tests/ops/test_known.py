@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
 from tests.cases import BF16, F16, F32, Case, make_call
+from vision_mamba import ops
 from vision_mamba.ops import autograd, contract, use_backend
 from vision_mamba.ops import known as known_calls
 from vision_mamba.ops.backends import cuda
 from vision_mamba.ops.known import Known
+from vision_mamba.ops.operator import nobody_looks
 
 X, Y, A = torch.randn(2, 3), torch.randn(2, 3), torch.rand(4, 5)
 CALL = (X, Y, A, None, True)
@@ -117,3 +125,95 @@ def test_a_call_run_again_gives_what_it_gives_anew(case: Case) -> None:
         anew = scan(*other, "cuda")
     for a, b in zip(again, anew, strict=True):
         assert torch.equal(a, b) and a.stride() == b.stride() and a.dtype == b.dtype
+
+
+def test_arguments_are_shortened_as_the_dispatcher_does() -> None:
+    """Else a call would not be found that came past it, or the other way."""
+    seen: list[tuple] = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
+            seen.append(args)
+            return func(*args, **(kwargs or {}))
+
+    plain = make_call(Case(routes=2, bias=False, skip=False))
+    for call in (
+        plain,
+        plain._replace(return_last_state=True),
+        plain._replace(out_dtype=F32),
+        plain._replace(merge=False),
+    ):
+        for backend in (None, "reference"):
+            with Watch():
+                torch.ops.vision_mamba.cross_selective_scan(*call, backend)
+            given = seen.pop(0)
+            seen.clear()
+            mine = autograd.operator.shortened((*call, backend))
+            assert len(mine) == len(given) and all(a is b or a == b for a, b in zip(mine, given, strict=True))
+
+
+def _traced(function: Callable[[], bool]) -> bool:
+    found = []
+
+    def traced(x: Tensor) -> Tensor:
+        found.append(function())
+        return x + 1
+
+    torch.jit.trace(traced, torch.zeros(1), check_trace=False)
+    return found[0]
+
+
+def _compiled(function: Callable[[], bool]) -> bool:
+    return (
+        torch.compile(lambda x: x + 1 if function() else x, backend="eager", fullgraph=True)(torch.zeros(1)).item() > 0
+    )
+
+
+def _profiled(function: Callable[[], bool]) -> bool:
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]):
+        return function()
+
+
+def _within(context: Callable[[], Any]) -> Callable[[Callable[[], bool]], bool]:
+    def run(function: Callable[[], bool]) -> bool:
+        with context():
+            return function()
+
+    return run
+
+
+def _vmapped(function: Callable[[], bool]) -> bool:
+    found = []
+    torch.vmap(lambda x: (found.append(function()), x)[1])(torch.zeros(2))
+    return found[0]
+
+
+@pytest.mark.parametrize(
+    "look",
+    [
+        _compiled,
+        _profiled,
+        _traced,
+        _vmapped,
+        _within(forward_ad.dual_level),
+        _within(lambda: torch.device("cpu")),
+        _within(lambda: FlopCounterMode(display=False)),
+    ],
+    ids=["compiler", "profiler", "tracer", "transform", "tangents", "device", "counter"],
+)
+def test_somebody_looks(look: Callable[[Callable[[], bool]], bool]) -> None:
+    assert nobody_looks() and not look(nobody_looks) and nobody_looks()
+
+
+@pytest.mark.gpu
+def test_past_the_dispatcher_comes_what_the_operator_gives() -> None:
+    call = make_call(Case(order="cross", states=1, channels=64, rank=4, dtypes=(BF16,) * 4), device="cuda")
+    operator, arguments = autograd.operator, (*call, None)
+    operator.known.clear()
+    assert operator.at_once(arguments) is None
+    expected = torch.ops.vision_mamba.cross_selective_scan(*arguments)[0]
+    found = operator.at_once(arguments)
+    assert found is not None and torch.equal(found[0], expected)
+    assert operator.at_once((*call._replace(x=call.x.clone().requires_grad_()), None)) is None
+    y = ops.cross_selective_scan(*call[:6], indices=call.indices, dt_weight=call.dt_weight, dt_bias=call.dt_bias)
+    assert torch.equal(y, expected)

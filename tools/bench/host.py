@@ -2,9 +2,10 @@
 
     python tools/bench/host.py --out results/host.jsonl
 
-Microseconds of one forward call by the backend `cuda`, without gradients, of a kind that was seen before: in all, and
-in parts, found by calling the parts alone and with launches that do nothing. The median of batches of calls, each short
-enough for the device's queue. A call with gradients, and forward and backward together, stand beside it.
+Microseconds of one forward call by the backend `cuda`, without gradients, of a kind that was seen before: of the public
+function, which finds such calls past torch's dispatcher; of the operator in all, and in parts, found by calling the
+parts alone and with launches that do nothing. The median of batches of calls, each short enough for the device's queue.
+A call with gradients, and forward and backward together, stand beside it.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ sys.path.insert(0, str(ROOT / "tools"))
 
 from bench.cases import CASES, make_call  # noqa: E402
 from bench.run import MEASURED  # noqa: E402
+from vision_mamba import ops  # noqa: E402
 from vision_mamba.ops.autograd import operator  # noqa: E402
 from vision_mamba.ops.backends import cuda, nvrtc  # noqa: E402
 from vision_mamba.ops.call import GRADIENTS, ScanCall  # noqa: E402
@@ -63,6 +65,10 @@ def parts(call: ScanCall) -> dict[str, float]:
         return microseconds(lambda: seen.run(list(addresses)))
 
     _forget()
+    options = call._asdict()
+    for name in ("initial_state", "return_last_state"):
+        assert not options.pop(name), "a call of the public function has none"
+    public = microseconds(lambda: ops.cross_selective_scan(**options))
     whole = microseconds(lambda: operator.run_op(*call))
     kernel = microseconds(lambda: operator._autograd_run(*call))
     seen = microseconds(lambda: operator._seen(tuple(call), False))
@@ -77,7 +83,7 @@ def parts(call: ScanCall) -> dict[str, float]:
         silent = run()
     _forget()
     return dict(
-        forward=whole, dispatcher=whole - kernel, modes=kernel - seen, recognition=seen - launched,
+        public=public, forward=whole, dispatcher=whole - kernel, modes=kernel - seen, recognition=seen - launched,
         tensors=silent, launches=launched - silent, kernels=count,
     )  # fmt: skip
 

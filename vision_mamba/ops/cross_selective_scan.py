@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from vision_mamba.ops import contract, registry
+from vision_mamba.ops.autograd import operator
 from vision_mamba.ops.call import ScanCall
 
 
@@ -61,6 +62,10 @@ def cross_selective_scan(
     if indices is None:
         raise ValueError("cross_selective_scan: indices must be an int32 table (routes, steps), got None.")
     call = ScanCall(x, dt, A, B, C, D, indices, dt_weight, dt_bias, None, dt_softplus, merge, False, out_dtype)
-    contract.check_tensors("cross_selective_scan", call)
-    contract.require_out_dtype("cross_selective_scan", out_dtype, x)
-    return torch.ops.vision_mamba.cross_selective_scan(*call, backend or registry.forced())[0]
+    arguments = (*call, backend or registry.forced())
+    found = operator.at_once(arguments)
+    if found is None:
+        contract.check_tensors("cross_selective_scan", call)
+        contract.require_out_dtype("cross_selective_scan", out_dtype, x)
+        found = torch.ops.vision_mamba.cross_selective_scan(*arguments)
+    return found[0]

@@ -45,7 +45,7 @@ class Known:
     """
 
     def __init__(self, count: int, required: int) -> None:
-        self._count, self._required = count, required
+        self.count, self._required = count, required
         self._seen: dict[tuple[Any, ...], list[Seen]] = {}
 
     def find(self, arguments: tuple[Any, ...], *more: Any) -> tuple[Seen, list[int]] | None:
@@ -78,7 +78,7 @@ class Known:
 
     def _key(self, arguments: tuple[Any, ...], more: tuple[Any, ...]) -> tuple[tuple[Any, ...], list[Tensor]]:
         """What a call is found by, and its tensors."""
-        count = self._count
+        count = self.count
         tensors = [tensor for tensor in arguments[:count] if tensor is not None]
         kinds = tuple(map(type, arguments[self._required : count]))  # of None those that are absent
         return (arguments[0].shape, arguments[2].shape, kinds, arguments[count:], forced(), more), tensors
