@@ -104,9 +104,9 @@ template <class T, int V> struct Pack {
     }
 };
 
-// What this kernel doesn't write can be read through the texture path.
+// What this kernel doesn't write can be read through the texture path, what other blocks of it write from L2 alone.
 template <bool kWritten, class T> DEVICE T read(const T* at) {
-    if constexpr (kWritten) return *at;
+    if constexpr (kWritten) return __ldcg(at);
     else return __ldg(at);
 }
 

@@ -41,10 +41,14 @@ struct Params {
     // Where routes are taken in segments of tiles: local states at the segments' ends, and sums of step sizes.
     float* edges;  // (B, K, segments, D, N), N as many as lanes hold
     float* spans;  // (B, K, segments, D)
+    float* middle;  // (B, K, segments, D, N), N as many as lanes hold: states between two that are saved, or null
+    int* order;     // zeros: how many blocks have begun, then for each whether it is done; or null
     // Sizes.
     long long segments;
     long long segment_tiles;
     long long shares;  // of sums over the batch, over which they are added up
+    long long apart;   // shares of a sum over routes: a route's is the one of its number modulo that
+    long long turns;   // groups of channels that a block takes one after the other
     long long batch;
     long long tokens;
     long long routes;

@@ -14,9 +14,17 @@ constexpr bool kVectorBC = VECTOR_BC;      // B, C: states are neighbours, align
 constexpr bool kVectorRank = VECTOR_RANK;  // a low-rank step size: pairs of columns are neighbours, aligned
 constexpr bool kTensorRank = TENSOR_RANK;  // it is multiplied on the tensor cores
 constexpr int kPass = PASS;                // of two over a route in segments, or 0
-constexpr int kTile = 16;                  // steps between two states that forward saves
+constexpr int kTile = 16;                  // steps that are in shared memory at a time
+constexpr int kEvery = EVERY;              // tiles between two states that forward saves: 1 or 2
 
-constexpr int kRing = 4 * kBuffers;        // tiles whose tokens are in shared memory
+// Whether what is read ahead waits in shared memory rather than in registers.
+#if __CUDA_ARCH__ >= 800
+constexpr bool kCopies = COPIES;
+#else
+constexpr bool kCopies = false;
+#endif
+
+constexpr int kRing = kBuffers == 1 ? 2 * kEvery : kCopies ? 5 : 8;  // tiles whose tokens are in shared memory
 
 constexpr int kThreads = 32 * kWarps;
 constexpr int kGroups = 32 / kLanes;
@@ -115,3 +123,48 @@ DEVICE void multiply_add_tf32(float* d, float a0, float a1, float a2, float a3, 
 #endif
 }
 constexpr float kTruncated = 1.000352f;  // what cutting off 13 bits takes from a number on average, given back
+
+// What a thread has asked for of a row and not yet used: on its way into a place of its own in shared memory, where a copy
+// without registers is possible, so that no barrier is needed to read it; in registers elsewhere.
+template <int kBytes> DEVICE void copy_async(void* to, const void* from, bool there) {
+#if __CUDA_ARCH__ >= 800
+    const unsigned at = (unsigned)__cvta_generic_to_shared(to);
+    if constexpr (kBytes % 16 == 0) {
+#pragma unroll
+        for (int i = 0; i < kBytes; i += 16) {
+            asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
+                         :: "r"(at + i), "l"((const char*)from + i), "r"(there ? 16 : 0) : "memory");
+        }
+    } else {
+        asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;"
+                     :: "r"(at), "l"(from), "n"(kBytes), "r"(there ? kBytes : 0) : "memory");
+    }
+#endif
+}
+DEVICE void wait_for_copies() {
+#if __CUDA_ARCH__ >= 800
+    if (kCopies) asm volatile("cp.async.wait_all;" ::: "memory");
+#endif
+}
+template <class T, int V, bool kVector> struct Asked {
+    static constexpr int kWords = Pack<T, V>::kWords, kBytes = V * (int)sizeof(T);
+    static constexpr bool kApart = kCopies && kVector && (kBytes == 4 || kBytes == 8 || kBytes % 16 == 0);
+    Pack<T, V> pack;
+
+    DEVICE void ask(unsigned* place, const T* at, int stride, int valid) {
+        if constexpr (kApart) copy_async<kBytes>(place, at, valid > 0);
+        else load<kVector>(pack, at, stride, valid);
+    }
+    DEVICE Pack<T, V> take(const unsigned* place) const {
+        if constexpr (kApart) {
+            float words[kWords];
+            get<kWords>(words, (const float*)place);
+            Pack<T, V> taken;
+#pragma unroll
+            for (int i = 0; i < kWords; ++i) taken.words[i] = __float_as_uint(words[i]);
+            return taken;
+        } else {
+            return pack;
+        }
+    }
+};

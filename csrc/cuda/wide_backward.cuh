@@ -21,6 +21,7 @@ constexpr int kFirstSegment = 1;  // of those whose ends, their first states, ar
 constexpr int kBuffers = 1;       // tiles in shared memory
 #include "wide_sums.cuh"
 
+constexpr bool kAdd = ADD;  // shares of a sum over routes are fewer than routes: a block adds to what another has left
 constexpr int kSub = SUB;
 constexpr int kHeld = kTile - kSub;
 constexpr bool kDirect = kWarps == 1;  // a warp's sums are the block's
@@ -29,34 +30,52 @@ constexpr int kColumns = owned_count<2 * kRun, kRowHigh, kRowLow>();
 
 static_assert(kSub % kSpan == 0 && kHeld % kSpan == 0);
 
+using AskedDy = Asked<Y_TYPE, kRun, kVectorX>;
+
+// Whether the state before a tile waits in shared memory too, and that before the next one in registers.
+constexpr int kBegin = kCopies ? 1 : 0;
+
+DEVICE void pause() {
+#if __CUDA_ARCH__ >= 700
+    __nanosleep(100);
+#endif
+}
+
 struct alignas(16) BlockMemory {
-    const Y_TYPE* dy;  // of the block's channels, as what stage has
+    const Y_TYPE* of_dy;  // of the block's channels, as what stage has
     DX_TYPE* dx;
     DDT_TYPE* ddt;
     SUM_TYPE *dB, *dC;
+    unsigned index;
+    int turn;
     Stage stage;               // su: s, s x -> <g, B>; in between, halves of ddt, of two channels in the first's place
     float2 dz[kTile][kPitch];  // dy, x or none -> <g h A>
     alignas(16) float columns[kThreads][kColumns];  // a thread's shares of dD and ddt_bias
     float sums[kDirect ? 1 : kWarps][kDirect ? 1 : kTile][2 * kRow];  // dB, then dC
-    float held[kWarps][kHeld][kSlots][32][kStates];                   // the state after each of the first steps
+    union {
+        struct {  // between the scans of two tiles
+            Places places;
+            alignas(16) unsigned dy[kRows][AskedDy::kApart ? kThreads : 1][AskedDy::kWords];
+        };
+        float held[kWarps][kHeld + kBegin][kSlots][32][kStates];  // the state before the first steps and behind them
+    };
     float4 dweight[kTensorRank ? kWarps : 1][kTensorRank ? (kOwnTiles + 1) / 2 : 1][kTensorRank ? kRankTiles : 1][32];
 };
 extern "C" __device__ int launch_shape[2] = {kThreads, (int)sizeof(BlockMemory)};
 
-extern "C" __global__ void __launch_bounds__(kThreads, MIN_BLOCKS) wide_backward(const __grid_constant__ Params p) {
-    extern __shared__ __align__(16) char shared[];
-    BlockMemory& block = *reinterpret_cast<BlockMemory*>(shared);
+// Of one of the block's groups of channels; the sums over channels of the groups before it are added to.
+DEVICE void scan_back(const Params& p, BlockMemory& block) {
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
 
-    const Source from(p, -1);
+    const Source from(p, -1, block.turn, block.index);
     const int channels = from.channels, steps = from.steps, states = from.states, run = from.run;
     const int route = from.route, blocks = from.blocks, first = from.first;
     const long long batch = from.batch, sequence = from.sequence;
     const int q = lane / kGroups, group = lane % kGroups;
     const long long first_sum = (batch * p.tokens * p.routes + route) * blocks + from.block;
     if (threadIdx.x == 0) {
-        block.dy = (const Y_TYPE*)p.dy + batch * p.dy_b + route * p.dy_k + first * p.dy_d;
-        block.dx = (DX_TYPE*)p.dx + batch * p.dx_b + route * p.dx_k + first * p.dx_d;
+        block.of_dy = (const Y_TYPE*)p.dy + batch * p.dy_b + route * p.dy_k + first * p.dy_d;
+        block.dx = from.result<DX_TYPE>(p, p.dx, p.dx_b, p.dx_k, p.dx_d);
         block.ddt = (DDT_TYPE*)p.ddt + batch * p.ddt_b + route * p.ddt_k + first * p.ddt_d;
         block.dB = (SUM_TYPE*)p.dB + first_sum * states, block.dC = (SUM_TYPE*)p.dC + first_sum * states;
     }
@@ -97,16 +116,17 @@ extern "C" __global__ void __launch_bounds__(kThreads, MIN_BLOCKS) wide_backward
 #pragma unroll
         for (int i = 0; i < kSlots * kStates; ++i) to[i / kStates][i % kStates] = from[i / kStates][i % kStates];
     };
-    auto recall = [&](float (*to)[kStates], int t) {
+    auto recall = [&](float (*to)[kStates], int t) {  // the state after step t
 #pragma unroll
-        for (int j = 0; j < kSlots; ++j) get<kStates>(to[j], block.held[warp][t][j][lane]);
+        for (int j = 0; j < kSlots; ++j) get<kStates>(to[j], block.held[warp][t + kBegin][j][lane]);
     };
-    auto saved = [&](float (*h)[kStates], int tile) {  // the state before a tile
+    auto saved = [&](float (*h)[kStates], int tile) {  // the state before a tile, or before the one that precedes it
+        tile -= tile % kEvery;
 #pragma unroll
         for (int j = 0; j < kSlots; ++j) {
             const int channel = min(first + places[j], channels - 1);
             if (tile > 0) {
-                const long long row = (sequence * (tiles - 1) + tile - 1) * channels + channel;
+                const long long row = (sequence * ((tiles - 1) / kEvery) + tile / kEvery - 1) * channels + channel;
                 get<kStates>(h[j], p.saved + row * kRow + q * kStates);
             } else {
 #pragma unroll
@@ -120,40 +140,83 @@ extern "C" __global__ void __launch_bounds__(kThreads, MIN_BLOCKS) wide_backward
     };
 
     Incoming in;
-    Pack<Y_TYPE, kRun> dy_in[kRows];
-    float h[kSlots][kStates];
+    AskedDy dy_in[kRows];
+    float h[kSlots][kStates], apart[kSlots][kStates];
+    float(*ahead_of)[kStates] = kBegin ? apart : h;  // before the next tile
     auto fetch = [&](int tile) {
         const int* tokens = block.stage.tokens[tile % kRing];
-        in.fetch(from, p, block.stage, tokens);
+        in.fetch(from, p, block.stage, block.places, tile);
 #pragma unroll
         for (int r = 0; r < kRows; ++r) {
             const int token = tokens[own_row(r)];
-            if (p.dy) load<kVectorX>(dy_in[r], at_token(block.dy, token, p.dy_l, from.run_at(p.dy_d)), (int)p.dy_d,
-                                     token >= 0 ? from.valid : 0);
-            else dy_in[r].clear();
+            dy_in[r].ask(block.dy[r][AskedDy::kApart ? threadIdx.x : 0], at_token(block.of_dy, token, p.dy_l, from.run_at(p.dy_d)),
+                         (int)p.dy_d, token >= 0 && p.dy ? from.valid : 0);
         }
-        if (kPass != 1) saved(h, tile);
     };
     auto unpack = [&](int tile) {
-        in.unpack<true>(from, p, block.stage, tile, block.dz, [&](int r, int i) { return dy_in[r].get(i); });
+        Pack<Y_TYPE, kRun> dy[kRows];
+        wait_for_copies();
+#pragma unroll
+        for (int r = 0; r < kRows; ++r) dy[r] = dy_in[r].take(block.dy[r][AskedDy::kApart ? threadIdx.x : 0]);
+        in.unpack<true>(from, p, block.stage, block.places, tile, block.dz, [&](int r, int i) { return dy[r].get(i); });
     };
 
-    if (threadIdx.x < kTile) {
-        const int tile = from.last_tile - 1;
-        block.stage.tokens[tile % kRing][threadIdx.x] = from.token_at(tile * kTile + threadIdx.x);
-    }
+    auto forwards = [&](int t) {
+        float b[kStates];
+        get<kStates>(b, block.stage.rows[0][t] + q * kStates);
+#pragma unroll
+        for (int j = 0; j < kSlots; ++j) {
+            const float2 su = block.stage.su[0][t][places[j]];
+#pragma unroll
+            for (int n = 0; n < kStates; ++n) h[j][n] = fmaf(decay(su.x, A[j][n]), h[j][n], su.y * b[n]);
+        }
+    };
+    // The state between two that are saved. Forward's steps once more.
+    float* middle = p.middle + (sequence * from.segments + from.segment) * channels * kRow + q * kStates;
+    const bool halved = kEvery > 1 && kPass != 1;
+    auto ask = [&](int tile) {
+        if (halved && tile % kEvery) in.fetch(from, p, block.stage, block.places, tile - 1);
+        else fetch(tile);
+    };
+    auto stage = [&](int tile) {
+        if (halved && tile % kEvery) {
+            if (kTensorRank) __syncthreads();  // every warp has multiplied with what is in the tile's place
+            in.unpack<false>(from, p, block.stage, block.places, tile - 1, block.dz, [](int, int) { return 0.f; });
+            __syncthreads();
+            in.multiply_rank(from, block.stage, tile - 1, block.dz);
+            fetch(tile);
+            if (kBegin) copy(h, ahead_of);
+#pragma unroll 4
+            for (int t = 0; t < kTile; ++t) forwards(t);
+            if (kBegin) copy(ahead_of, h);
+#pragma unroll
+            for (int j = 0; !kBegin && j < kSlots; ++j) {
+                if (first + places[j] < channels) put<kStates>(middle + (long long)(first + places[j]) * kRow, h[j]);
+            }
+            __syncthreads();
+        }
+        unpack(tile);
+    };
+    auto token_of = [&](int tile) {  // of a tile and, where states are saved for every other one, the one before
+        const int of = tile - threadIdx.x / kTile;
+        return of >= 0 ? from.token_at(of * kTile + threadIdx.x % kTile) : -2;
+    };
+    auto keep_token = [&](int tile, int token) {
+        const int of = tile - threadIdx.x / kTile;
+        if (of >= 0) block.stage.tokens[of % kRing][threadIdx.x % kTile] = token;
+    };
+
+    if (threadIdx.x < kEvery * kTile) keep_token(from.last_tile - 1, token_of(from.last_tile - 1));
     __syncthreads();
-    fetch(from.last_tile - 1);
-    unpack(from.last_tile - 1);
+    ask(from.last_tile - 1);
+    if (kPass != 1) saved(ahead_of, from.last_tile - 1);
+    stage(from.last_tile - 1);
     for (int tile = from.last_tile - 1; tile >= from.first_tile; --tile) {
         const int start = tile * kTile;
         const int* tokens = block.stage.tokens[tile % kRing];
         const bool more = tile > from.first_tile;
         int ahead = 0;
-        if (threadIdx.x < kTile && more) ahead = from.token_at(start - kTile + threadIdx.x);
-        Pack<X_TYPE, kRun> x_now[kRows];
-#pragma unroll
-        for (int r = 0; r < kRows; ++r) x_now[r] = in.x[r];
+        if (threadIdx.x < kEvery * kTile && more) ahead = token_of(tile - 1);
         __syncthreads();
         in.multiply_rank(from, block.stage, tile, block.dz);
         if constexpr (kPass == 1) {
@@ -172,23 +235,13 @@ extern "C" __global__ void __launch_bounds__(kThreads, MIN_BLOCKS) wide_backward
                     span[j] += s;
                 }
             }
-            if (threadIdx.x < kTile) block.stage.tokens[(tile + kRing - 1) % kRing][threadIdx.x] = ahead;
+            if (threadIdx.x < kEvery * kTile) keep_token(tile - 1, ahead);
             __syncthreads();
             if (more) fetch(tile - 1), unpack(tile - 1);
             continue;
         }
 
         const bool whole = start + kHeld < steps;  // not only padding behind the first steps
-        auto forwards = [&](int t) {
-            float b[kStates];
-            get<kStates>(b, block.stage.rows[0][t] + q * kStates);
-#pragma unroll
-            for (int j = 0; j < kSlots; ++j) {
-                const float2 su = block.stage.su[0][t][places[j]];
-#pragma unroll
-                for (int n = 0; n < kStates; ++n) h[j][n] = fmaf(decay(su.x, A[j][n]), h[j][n], su.y * b[n]);
-            }
-        };
         float product_of_sums[4];
         auto row_at = [&](int t) {
             // The sums of a lone warp take the place of B and C, which nothing reads again.
@@ -235,11 +288,18 @@ extern "C" __global__ void __launch_bounds__(kThreads, MIN_BLOCKS) wide_backward
             }
         };
 
+        auto hold = [&](int t) {
+#pragma unroll
+            for (int j = 0; j < kSlots; ++j) put<kStates>(block.held[warp][t + kBegin][j][lane], h[j]);
+        };
+        if (kBegin) {
+            copy(h, ahead_of);
+            hold(-1);
+        }
 #pragma unroll 4
         for (int t = 0; t < kHeld; ++t) {
             forwards(t);
-#pragma unroll
-            for (int j = 0; j < kSlots; ++j) put<kStates>(block.held[warp][t][j][lane], h[j]);
+            hold(t);
         }
         if (whole) {
             float history[kSub][kSlots][kStates], before[kSlots][kStates];  // states after the last steps, and before
@@ -254,22 +314,41 @@ extern "C" __global__ void __launch_bounds__(kThreads, MIN_BLOCKS) wide_backward
             backwards(kHeld, 0, before, history[0]);
         }
         float begin[kSlots][kStates];
-        saved(begin, tile);
+        if (!kBegin && kEvery > 1 && tile % kEvery) {
+#pragma unroll
+            for (int j = 0; j < kSlots; ++j) {
+                get<kStates>(begin[j], middle + (long long)min(first + places[j], channels - 1) * kRow);
+            }
+        } else if (!kBegin) {
+            saved(begin, tile);
+        }
         recall(h, kHeld - 1);
+        if (kBegin && more) saved(ahead_of, tile - 1);
 #pragma unroll 1
         for (int last = kHeld - kSpan; last >= 0; last -= kSpan) {
 #pragma unroll
             for (int span = kSpan - 1; span >= 0; --span) {
                 float before[kSlots][kStates];
-                if (last + span > 0) recall(before, last + span - 1);
+                if (kBegin || last + span > 0) recall(before, last + span - 1);
                 else copy(before, begin);
                 backwards(last + span, span, before, h);
                 copy(h, before);
             }
         }
-        if (threadIdx.x < kTile) block.stage.tokens[(tile + kRing - 1) % kRing][threadIdx.x] = ahead;
+        if (threadIdx.x < kEvery * kTile) keep_token(tile - 1, ahead);
+        Pack<DX_TYPE, kRun> so_far[kRows];
+#pragma unroll
+        for (int r = 0; r < (kAdd ? kRows : 0); ++r) {
+            const int token = route >= (int)p.apart ? tokens[own_row(r)] : -1;
+            load<kVectorX, true>(so_far[r], at_token(block.dx, token, p.dx_l, from.run_at(p.dx_d)), (int)p.dx_d,
+                                 token >= 0 ? from.valid : 0);
+        }
         __syncthreads();
-        if (more) fetch(tile - 1);
+        Pack<X_TYPE, kRun> x_now[kRows];
+#pragma unroll
+        for (int r = 0; r < kRows; ++r) x_now[r] = in.taken_x(block.stage, tile, r);
+        if (more) ask(tile - 1);
+        if (!kBegin && more) saved(ahead_of, tile - 1);
 
         // dx and ddt of a thread's run, and its shares of dD and ddt_bias.
 #pragma unroll
@@ -283,6 +362,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, MIN_BLOCKS) wide_backward
             for (int i = 0; i < kRun; ++i) {
                 const float s = su[2 * i], gB = su[2 * i + 1], out = dz[2 * i], u = x_now[r].get(i);
                 dx_out[i] = fmaf(skip[i], out, s * gB);
+                if (kAdd) dx_out[i] += so_far[r].get(i);
                 ddt_out[i] = fmaf(u, gB, dz[2 * i + 1] * kLn2);
                 if (kSoftplus) ddt_out[i] *= softplus_slope(s);
                 if (token == -2) ddt_out[i] = 0.f;
@@ -331,14 +411,19 @@ extern "C" __global__ void __launch_bounds__(kThreads, MIN_BLOCKS) wide_backward
 #pragma unroll
                     for (int n = 0; n < kRowRun; ++n) sum[n] += more[n];
                 }
+                SUM_TYPE* to = at_token(kind ? block.dC : block.dB, token, sums_stride * states, part.state);
 #pragma unroll
                 for (int n = 0; n < kRowRun; ++n) {
                     if constexpr (kTensor && !kTwoTerms) sum[n] *= kTruncated;
                 }
                 if (token >= 0) {
                     Pack<SUM_TYPE, kRowRun> packed;
+                    if (block.turn > 0) {
+                        load<kVectorBC, true>(packed, to, 1, states - part.state);
+#pragma unroll
+                        for (int n = 0; n < kRowRun; ++n) sum[n] += packed.get(n);
+                    }
                     packed.set(sum);
-                    SUM_TYPE* to = at_token(kind ? block.dC : block.dB, token, sums_stride * states, part.state);
                     store<kVectorBC>(packed, to, 1, states - part.state);
                 }
             }
@@ -361,9 +446,9 @@ extern "C" __global__ void __launch_bounds__(kThreads, MIN_BLOCKS) wide_backward
         }
         if constexpr (kTensorRank) {
             __syncthreads();
-            multiply_back(block, tile, (float*)p.ddt + first_sum * kRank, sums_stride * kRank);
+            multiply_back(block, tile, (float*)p.ddt + first_sum * kRank, sums_stride * kRank, block.turn > 0);
         }
-        if (more) unpack(tile - 1);
+        if (more) stage(tile - 1);
     }
     if constexpr (kPass == 1) {
 #pragma unroll
@@ -418,5 +503,36 @@ extern "C" __global__ void __launch_bounds__(kThreads, MIN_BLOCKS) wide_backward
         const int channel = first + i % kBlockChannels;
         float* to = i < kBlockChannels ? p.dD : p.ddt_bias;
         if (to && channel < channels) to[share * channels + channel] = sum;
+    }
+}
+
+extern "C" __global__ void __launch_bounds__(kThreads, MIN_BLOCKS) wide_backward(const __grid_constant__ Params p) {
+    extern __shared__ __align__(16) char shared[];
+    BlockMemory& block = *reinterpret_cast<BlockMemory*>(shared);
+    volatile int* done = p.order + 1;
+    if (threadIdx.x == 0) {
+        block.turn = 0, block.index = blockIdx.x;
+        if constexpr (kAdd) {
+            // Blocks are numbered as they begin, so that the one waited for has begun.
+            const unsigned apart = gridDim.x / (unsigned)p.routes * (unsigned)p.apart;
+            block.index = (unsigned)atomicAdd(p.order, 1);
+            if (block.index >= apart) {
+                while (!done[block.index - apart]) pause();
+                __threadfence();
+            }
+        }
+    }
+    __syncthreads();
+    for (;;) {
+        scan_back(p, block);
+        __syncthreads();
+        if (block.turn + 1 == (int)p.turns) break;
+        __syncthreads();
+        if (threadIdx.x == 0) ++block.turn;
+        __syncthreads();
+    }
+    if (kAdd && threadIdx.x == 0) {
+        __threadfence();
+        done[block.index] = 1;
     }
 }

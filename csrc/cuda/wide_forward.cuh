@@ -16,14 +16,14 @@ constexpr int kBuffers = 2;       // tiles in shared memory
 
 constexpr bool kMerge = MERGE;
 constexpr int kHalf = kTile / 2;
-constexpr int kYPitch = kBlockChannels + 4;
-constexpr int kXWords = Pack<X_TYPE, kRun>::kWords;
+
+constexpr int kYPitch = kBlockChannels + 4;  // of y, which with copies takes the place of s
 
 struct alignas(16) BlockMemory {
     Stage stage;
-    float y[2][kTile][kYPitch];
+    Places places;
+    float y[2][kCopies ? 1 : kTile][kCopies ? 1 : kYPitch];
     Y_TYPE* out;
-    alignas(16) float x[2][kRows][kThreads][kXWords];  // a thread's runs, as they came, of two tiles in turn
 };
 extern "C" __device__ int launch_shape[2] = {kThreads, (int)sizeof(BlockMemory)};
 
@@ -32,21 +32,23 @@ DEVICE void scan_route(const Params& p, BlockMemory& block, int turn) {
     Stage& stage = block.stage;
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
     const bool adding = turn > 0;
-    const Source from(p, turn);
+    const Source from(p, turn, 0, blockIdx.x);
     const int channels = from.channels, steps = from.steps, states = from.states, run = from.run;
-    if (threadIdx.x == 0) block.out = (Y_TYPE*)p.y + from.batch * p.y_b + from.route * p.y_k + from.first * p.y_d;
+    if (threadIdx.x == 0) block.out = from.result<Y_TYPE>(p, p.y, p.y_b, p.y_k, p.y_d);
     float span[kSlots] = {};
     from.prepare(stage, p);
 
     Incoming in;
     auto unpack = [&](int tile) {
-        in.unpack<false>(from, p, stage, tile, stage.su[tile % kBuffers], [](int, int) { return 0.f; });
+        in.unpack<false>(from, p, stage, block.places, tile, stage.su[tile % kBuffers], [](int, int) { return 0.f; });
+        if constexpr (!AskedX::kApart) {
 #pragma unroll
-        for (int r = 0; r < kRows; ++r) {
-            float words[kXWords];
+            for (int r = 0; r < kRows; ++r) {
 #pragma unroll
-            for (int i = 0; i < kXWords; ++i) words[i] = __uint_as_float(in.x[r].words[i]);
-            put<kXWords>(block.x[tile & 1][r][threadIdx.x], words);
+                for (int i = 0; i < AskedX::kWords; ++i) {
+                    stage.x_places[tile % kRingX][r][threadIdx.x][i] = in.x[r].pack.words[i];
+                }
+            }
         }
     };
     Pack<Y_TYPE, kRun> so_far[kMerge ? kRows : 1];
@@ -59,13 +61,18 @@ DEVICE void scan_route(const Params& p, BlockMemory& block, int turn) {
             Y_TYPE* to = at_token(block.out, token, p.y_l, from.run_at(p.y_d));
             float out[kRun], skip[kRun];
             Pack<Y_TYPE, kRun> packed;
-            get<kRun>(out, block.y[tile & 1][row] + run);
+            if constexpr (kCopies) {
+                float pairs[2 * kRun];
+                get<2 * kRun>(pairs, &stage.su[tile % kBuffers][row][run].x);
+#pragma unroll
+                for (int i = 0; i < kRun; ++i) out[i] = pairs[2 * i];
+            } else {
+                get<kRun>(out, block.y[tile & 1][row] + run);
+            }
             get<kRun>(skip, stage.D + run);
-            float words[kXWords];
-            get<kXWords>(words, block.x[tile & 1][r][threadIdx.x]);
             Pack<X_TYPE, kRun> x;
 #pragma unroll
-            for (int i = 0; i < kXWords; ++i) x.words[i] = __float_as_uint(words[i]);
+            for (int i = 0; i < AskedX::kWords; ++i) x.words[i] = stage.x_places[tile % kRingX][r][threadIdx.x][i];
 #pragma unroll
             for (int i = 0; i < kRun; ++i) out[i] = fmaf(skip[i], x.get(i), out[i]);
             if (adding) {
@@ -83,7 +90,7 @@ DEVICE void scan_route(const Params& p, BlockMemory& block, int turn) {
         stage.tokens[tile % kRing][i % kTile] = from.token_at(tile * kTile + i % kTile);
     }
     __syncthreads();
-    in.fetch(from, p, stage, stage.tokens[from.first_tile % kRing]);
+    in.fetch(from, p, stage, block.places, from.first_tile);
     const int q = lane % kLanes, group = lane / kLanes;
     int places[kSlots];  // of the slots' channels in the block
     float A[kSlots][kStates], h[kSlots][kStates];
@@ -103,13 +110,14 @@ DEVICE void scan_route(const Params& p, BlockMemory& block, int turn) {
         if constexpr (kPass == 2) from.join(p, h[j], A[j], places[j], q * kStates, 0, from.segment, 1);
     }
     unpack(from.first_tile);
-    if (from.first_tile + 1 < from.last_tile) in.fetch(from, p, stage, stage.tokens[(from.first_tile + 1) % kRing]);
+    if (from.first_tile + 1 < from.last_tile) in.fetch(from, p, stage, block.places, from.first_tile + 1);
     for (int tile = from.first_tile; tile < from.last_tile; ++tile) {
         const bool more = tile + 1 < from.last_tile;
         __syncthreads();
         in.multiply_rank(from, stage, tile, stage.su[tile % kBuffers]);
-        if (kPass != 1 && p.saved && tile > 0) {
-            float* at = p.saved + (from.sequence * (from.tiles - 1) + tile - 1) * channels * kRow + q * kStates;
+        if (kPass != 1 && p.saved && tile > 0 && tile % kEvery == 0) {
+            const long long row = from.sequence * ((from.tiles - 1) / kEvery) + tile / kEvery - 1;
+            float* at = p.saved + row * channels * kRow + q * kStates;
 #pragma unroll
             for (int j = 0; j < kSlots; ++j) {
                 const int channel = from.first + places[j];
@@ -120,7 +128,7 @@ DEVICE void scan_route(const Params& p, BlockMemory& block, int turn) {
         int ahead = 0;
         if (threadIdx.x < kTile) ahead = from.token_at((tile + 3) * kTile + threadIdx.x);
         if (more) unpack(tile + 1);
-        if (tile + 2 < from.last_tile) in.fetch(from, p, stage, stage.tokens[(tile + 2) % kRing]);
+        if (tile + 2 < from.last_tile) in.fetch(from, p, stage, block.places, tile + 2);
         if (adding) {
             const int* tokens = stage.tokens[tile % kRing];
 #pragma unroll
@@ -130,9 +138,8 @@ DEVICE void scan_route(const Params& p, BlockMemory& block, int turn) {
                 load<kVectorX, true>(so_far[r], at, (int)p.y_d, token >= 0 ? from.valid : 0);
             }
         }
-        const float2(*su_rows)[kPitch] = stage.su[tile % kBuffers];
+        float2(*su_rows)[kPitch] = stage.su[tile % kBuffers];
         const float(*rows)[2 * kRow] = stage.rows[tile % kBuffers];
-        float(*y_rows)[kYPitch] = block.y[tile & 1];
 
 #pragma unroll 1
         for (int start = 0; start < kTile && tile * kTile + start < steps; start += kHalf) {
@@ -167,9 +174,13 @@ DEVICE void scan_route(const Params& p, BlockMemory& block, int turn) {
                 results[t] = sum[0];
             }
             if (kPass == 1) continue;
+            if (kCopies) __syncwarp();  // every lane has read these steps
             if (kSlots == kLanes || q < kSlots) {
 #pragma unroll
-                for (int t = 0; t < kHalf; ++t) y_rows[start + t][places[0]] = results[t];
+                for (int t = 0; t < kHalf; ++t) {
+                    if (kCopies) su_rows[start + t][places[0]].x = results[t];
+                    else block.y[tile & 1][start + t][places[0]] = results[t];
+                }
             }
         }
         if (threadIdx.x < kTile) stage.tokens[(tile + 3) % kRing][threadIdx.x] = ahead;

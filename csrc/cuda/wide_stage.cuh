@@ -32,6 +32,13 @@ struct Part {
     }
 };
 
+constexpr int kRingX = kBuffers == 1 ? 1 : kCopies ? 3 : 2;  // tiles of which x is in shared memory: it is wanted again for D x
+using AskedX = Asked<X_TYPE, kRun, kVectorX>;
+using AskedDt = Asked<DT_TYPE, kRun, kVectorX>;
+using AskedB = Asked<B_TYPE, kRowRun, kVectorBC>;
+using AskedC = Asked<C_TYPE, kRowRun, kVectorBC>;
+constexpr int kLowRing = kBuffers > 1 && kCopies ? 3 : 2;  // tiles whose low-rank step sizes are in shared memory
+
 // A tile in shared memory. A token of -1 is a padding step, -2 is past the end.
 struct alignas(16) Stage {
     float2 su[kBuffers][kTile][kPitch];     // s, s x
@@ -46,10 +53,17 @@ struct alignas(16) Stage {
     const C_TYPE* C;
     // A low-rank step size: as pairs of bfloat16, of two tiles in turn, and the halves of its weights, for each 8 x 8 of
     // them channel lane / 4, columns 2 (lane % 4) and the next; or all as float32.
-    alignas(16) unsigned low[2][kTensorRank ? kTile : 1][kTensorRank ? kRankPitch : 1];
+    alignas(16) unsigned low[kLowRing][kTensorRank ? kTile : 1][kTensorRank ? kRankPitch : 1];
     alignas(16) uint2 weight_halves[kTensorRank ? kChannelTiles : 1][kTensorRank ? kRankTiles : 1][32];
     alignas(16) float low_wide[kBuffers][kRank && !kTensorRank ? kTile : 1][kRank + 1];
     alignas(16) float weight[kTensorRank ? 1 : kRank + 1][kTensorRank ? 1 : kBlockChannels];
+    // Where a thread finds what it has asked for; x of kRingX tiles in turn.
+    alignas(16) unsigned x_places[kRingX][kRows][AskedX::kApart || kBuffers > 1 ? kThreads : 1][AskedX::kWords];
+};
+struct alignas(16) Places {
+    alignas(16) unsigned dt[kRank ? 1 : kRows][kRank ? 1 : kThreads][AskedDt::kWords];
+    alignas(16) unsigned B[kPartsAhead ? kParts : 1][kThreads][AskedB::kWords];
+    alignas(16) unsigned C[kPartsAhead ? kParts : 1][kThreads][AskedC::kWords];
 };
 
 // Which sequence, which of its segments, which channels, and where a thread reads them.
@@ -58,17 +72,19 @@ struct alignas(16) Stage {
 // A first kernel, kPass 1, scans a segment from nothing and leaves the state at its end and the sum of its step sizes,
 // whose exponential takes any other state through; the second, kPass 2, joins what lies before its segment.
 struct Source {
-    int channels, steps, states, route, run, valid, first, block, blocks;
+    int channels, steps, states, route, share, run, valid, first, block, blocks;  // block: of the blocks of a route
     int segment, segments, first_tile, last_tile, tiles;  // tiles first_tile to last_tile - 1
     long long batch, sequence;
     const int* indices;
 
     // turn: the route, where a block takes them one after the other, or -1.
-    DEVICE Source(const Params& p, int turn) {
+    // group: of the block's groups of channels, which it takes one after the other.
+    // index: which block it is; routes are what it changes with last where some wait for others.
+    DEVICE Source(const Params& p, int turn, int group, unsigned index) {
         channels = (int)p.channels, steps = (int)p.steps, states = (int)p.states;
-        blocks = (channels + kBlockChannels - 1) / kBlockChannels, block = blockIdx.x % blocks;
+        blocks = (channels + kBlockChannels - 1) / kBlockChannels / (int)p.turns, block = index % blocks;
         tiles = (steps + kTile - 1) / kTile;
-        unsigned rest = blockIdx.x / blocks;
+        unsigned rest = index / blocks;
         segment = 0, segments = 1, first_tile = 0, last_tile = tiles;
         if constexpr (kPass > 0) {
             segments = (int)p.segments;
@@ -76,9 +92,12 @@ struct Source {
             segment = rest % taken + (kPass == 1 ? kFirstSegment : 0), rest /= taken;
             first_tile = segment * (int)p.segment_tiles, last_tile = min(first_tile + (int)p.segment_tiles, tiles);
         }
-        route = turn < 0 ? rest % (int)p.routes : turn, batch = turn < 0 ? rest / (int)p.routes : rest;
+        if (turn >= 0) route = turn, batch = rest;
+        else if (p.order) route = rest / (int)p.batch, batch = rest % (int)p.batch;
+        else route = rest % (int)p.routes, batch = rest / (int)p.routes;
+        share = p.first_share ? route % (int)p.apart : 0;
         sequence = batch * p.routes + route;
-        first = block * kBlockChannels, run = own_run() * kRun, valid = channels - first - run;
+        first = (block * (int)p.turns + group) * kBlockChannels, run = own_run() * kRun, valid = channels - first - run;
         indices = p.indices + (long long)route * steps;
     }
     // What a lane has of a channel's states at the end of a segment, and the sum of the channel's step sizes.
@@ -98,6 +117,12 @@ struct Source {
 #pragma unroll
             for (int n = 0; n < kStates; ++n) h[n] = fmaf(decay(sum, A[n]), h[n], local[n]);
         }
+    }
+    // Where the route's share of a result begins.
+    template <class T>
+    DEVICE T* result(const Params& p, void* all, long long by_batch, long long by_route, long long by_channel) const {
+        if (p.first_share && share == 0) return (T*)p.first_share + batch * p.tokens * channels + first;
+        return (T*)all + batch * by_batch + (p.first_share ? share - 1 : route) * by_route + first * by_channel;
     }
     // Of a thread's run, where channels are so far apart.
     DEVICE int run_at(long long stride) const { return kVectorX ? run : run * (int)stride; }
@@ -131,67 +156,77 @@ struct Source {
     }
 };
 
-// What a thread has read of a tile and not yet unpacked.
+// What a thread has asked for of a tile and not yet unpacked.
 struct Incoming {
-    Pack<X_TYPE, kRun> x[kRows];
-    Pack<DT_TYPE, kRun> dt[kRank ? 1 : kRows];
-    Pack<B_TYPE, kRowRun> B[kPartsAhead ? kParts : 1];
-    Pack<C_TYPE, kRowRun> C[kPartsAhead ? kParts : 1];
-    unsigned low[kRankParts];
+    AskedX x[kRows];
+    AskedDt dt[kRank ? 1 : kRows];
+    AskedB B[kPartsAhead ? kParts : 1];
+    AskedC C[kPartsAhead ? kParts : 1];
+    Asked<DT_TYPE, 2, kVectorRank> low[kRankParts];
 
-    DEVICE void fetch_part(const Source& from, const Params& p, const Stage& stage, const int* tokens, int k,
+    DEVICE void fetch_part(const Source& from, const Params& p, const Stage& stage, Places& places, const int* tokens, int k,
                            int slot) {
         const Part part(k);
         const int token = part.there ? tokens[part.row] : -1, valid = token >= 0 ? from.states - part.state : 0;
         const int in_B = part.state * (kVectorBC ? 1 : (int)p.B_n), in_C = part.state * (kVectorBC ? 1 : (int)p.C_n);
-        load<kVectorBC>(B[slot], at_token(stage.B, token, p.B_l, in_B), (int)p.B_n, valid);
-        load<kVectorBC>(C[slot], at_token(stage.C, token, p.C_l, in_C), (int)p.C_n, valid);
+        B[slot].ask(places.B[slot][threadIdx.x], at_token(stage.B, token, p.B_l, in_B), (int)p.B_n, valid);
+        C[slot].ask(places.C[slot][threadIdx.x], at_token(stage.C, token, p.C_l, in_C), (int)p.C_n, valid);
     }
-    DEVICE void fetch(const Source& from, const Params& p, const Stage& stage, const int* tokens) {
+    DEVICE void fetch(const Source& from, const Params& p, Stage& stage, Places& places, int tile) {
+        const int* tokens = stage.tokens[tile % kRing];
 #pragma unroll
         for (int r = 0; r < kRows; ++r) {
             const int token = tokens[own_row(r)], valid = token >= 0 ? from.valid : 0;
-            load<kVectorX>(x[r], at_token(stage.x, token, p.x_l, from.run_at(p.x_d)), (int)p.x_d, valid);
+            x[r].ask(stage.x_places[tile % kRingX][r][threadIdx.x],
+                     at_token(stage.x, token, p.x_l, from.run_at(p.x_d)), (int)p.x_d, valid);
             if constexpr (kRank == 0) {
-                load<kVectorX>(dt[r], at_token(stage.dt, token, p.dt_l, from.run_at(p.dt_d)), (int)p.dt_d, valid);
+                dt[r].ask(places.dt[r][threadIdx.x], at_token(stage.dt, token, p.dt_l, from.run_at(p.dt_d)),
+                          (int)p.dt_d, valid);
             }
         }
 #pragma unroll
-        for (int k = 0; kPartsAhead && k < kParts; ++k) fetch_part(from, p, stage, tokens, k, k);
+        for (int k = 0; kPartsAhead && k < kParts; ++k) fetch_part(from, p, stage, places, tokens, k, k);
         if constexpr (kTensorRank) {
 #pragma unroll
             for (int k = 0; k < kRankParts; ++k) {
                 const int i = k * kThreads + threadIdx.x, row = i / kRankWords, rank = 2 * (i % kRankWords);
                 const int token = row < kTile ? tokens[row] : -1;
-                Pack<DT_TYPE, 2> pair;
-                load<kVectorRank>(pair, at_token(stage.dt, token, p.dt_l) + rank * (int)p.dt_d, (int)p.dt_d,
-                                  token >= 0 ? kRank - rank : 0);
-                low[k] = pair.words[0];
+                if (row < kTile) {
+                    low[k].ask(&stage.low[tile % kLowRing][row][i % kRankWords],
+                               at_token(stage.dt, token, p.dt_l) + rank * (int)p.dt_d, (int)p.dt_d,
+                               token >= 0 ? kRank - rank : 0);
+                }
             }
         }
     }
+    DEVICE Pack<X_TYPE, kRun> taken_x(const Stage& stage, int tile, int r) const {
+        return x[r].take(stage.x_places[tile % kRingX][r][threadIdx.x]);
+    }
     // beside(r, i): what goes beside x or takes its place in `through`, where backward keeps dL/dy.
     template <bool kBeside, class Beside>
-    DEVICE void unpack(const Source& from, const Params& p, Stage& stage, int tile, float2 (*through)[kPitch],
-                       Beside beside) {
+    DEVICE void unpack(const Source& from, const Params& p, Stage& stage, Places& places, int tile,
+                       float2 (*through)[kPitch], Beside beside) {
+        wait_for_copies();
         const int* tokens = stage.tokens[tile % kRing];
 #pragma unroll
         for (int r = 0; r < kRows; ++r) {
             const int row = own_row(r), token = tokens[row];
             float su[2 * kRun], other[2 * kRun];
+            const Pack<X_TYPE, kRun> x = taken_x(stage, tile, r);
             if constexpr (kRank == 0) {
+                const Pack<DT_TYPE, kRun> dt = this->dt[r].take(places.dt[r][threadIdx.x]);
                 float bias[kRun];
                 get<kRun>(bias, stage.bias + from.run);
 #pragma unroll
                 for (int i = 0; i < kRun; ++i) {
-                    const float s = step_size(dt[r].get(i) + bias[i], token);
-                    su[2 * i] = s, su[2 * i + 1] = s * x[r].get(i);
+                    const float s = step_size(dt.get(i) + bias[i], token);
+                    su[2 * i] = s, su[2 * i + 1] = s * x.get(i);
                 }
                 put<2 * kRun>(&stage.su[tile % kBuffers][row][from.run].x, su);
             }
             if constexpr (kRank > 0 || kBeside) {
 #pragma unroll
-                for (int i = 0; i < kRun; ++i) other[2 * i] = beside(r, i), other[2 * i + 1] = x[r].get(i);
+                for (int i = 0; i < kRun; ++i) other[2 * i] = beside(r, i), other[2 * i + 1] = x.get(i);
                 put<2 * kRun>(&through[row][from.run].x, other);
             }
         }
@@ -199,21 +234,27 @@ struct Incoming {
         for (int k = 0; k < kParts; ++k) {
             const Part part(k);
             const int slot = kPartsAhead ? k : 0;
-            if (!kPartsAhead) fetch_part(from, p, stage, tokens, k, 0);
+            if (!kPartsAhead) {
+                fetch_part(from, p, stage, places, tokens, k, 0);
+                wait_for_copies();
+            }
             if (!part.there) continue;
             float values[kRowRun];
+            const Pack<B_TYPE, kRowRun> b = B[slot].take(places.B[slot][threadIdx.x]);
+            const Pack<C_TYPE, kRowRun> c = C[slot].take(places.C[slot][threadIdx.x]);
 #pragma unroll
-            for (int n = 0; n < kRowRun; ++n) values[n] = B[slot].get(n);
+            for (int n = 0; n < kRowRun; ++n) values[n] = b.get(n);
             put<kRowRun>(stage.rows[tile % kBuffers][part.row] + part.state, values);
 #pragma unroll
-            for (int n = 0; n < kRowRun; ++n) values[n] = C[slot].get(n);
+            for (int n = 0; n < kRowRun; ++n) values[n] = c.get(n);
             put<kRowRun>(stage.rows[tile % kBuffers][part.row] + kRow + part.state, values);
         }
         if constexpr (kTensorRank) {
 #pragma unroll
             for (int k = 0; k < kRankParts; ++k) {
                 const int i = k * kThreads + threadIdx.x;
-                if (i < kTile * kRankWords) stage.low[tile & 1][i / kRankWords][i % kRankWords] = low[k];
+                unsigned* at = &stage.low[tile % kLowRing][i / kRankWords][i % kRankWords];
+                if (!low[k].kApart && i < kTile * kRankWords) *at = low[k].pack.words[0];
             }
         } else if constexpr (kRank > 0) {
             for (int i = threadIdx.x; i < kTile * kRank; i += kThreads) {
@@ -237,7 +278,7 @@ struct Incoming {
 #pragma unroll
             for (int i = 0; i < (kRankTiles + 1) / 2 * 4; ++i) {
                 const int eight = i / 4 * 2 + i % 4 / 2, word = eight * 4 + lane % 4;
-                a[i / 4][i % 4] = eight < kRankTiles ? stage.low[tile & 1][lane / 4 + 8 * (i % 2)][word] : 0;
+                a[i / 4][i % 4] = eight < kRankTiles ? stage.low[tile % kLowRing][lane / 4 + 8 * (i % 2)][word] : 0;
             }
 #pragma unroll
             for (int c = 0; c < kOwnTiles; ++c) {

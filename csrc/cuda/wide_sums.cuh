@@ -67,7 +67,7 @@ DEVICE void sum_groups(float* d, const float* values, int t, int span, int lane,
 
 // Gradients of a low-rank step size and of its weights, from the halves of ddt that every thread has left in su. A warp
 // takes the weights of its own channels, and every kWarps-th eight columns of the step size for all channels.
-template <class Memory> DEVICE void multiply_back(Memory& block, int of_tile, float* to, int stride) {
+template <class Memory> DEVICE void multiply_back(Memory& block, int of_tile, float* to, int stride, bool adding) {
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
     Stage& stage = block.stage;
     auto of_channels = [&](unsigned* high, unsigned* low, int channel) {  // as A of multiply_add: rows are steps
@@ -95,7 +95,7 @@ template <class Memory> DEVICE void multiply_back(Memory& block, int of_tile, fl
             unsigned columns[2];
 #pragma unroll
             for (int i = 0; i < 2; ++i) {
-                columns[i] = transpose(stage.low[of_tile & 1][lane / 4 + 8 * i][tile * 4 + lane % 4]);
+                columns[i] = transpose(stage.low[of_tile % kLowRing][lane / 4 + 8 * i][tile * 4 + lane % 4]);
             }
             float sum[4];
             float* at = &block.dweight[warp][m][tile][lane].x;
@@ -126,7 +126,10 @@ template <class Memory> DEVICE void multiply_back(Memory& block, int of_tile, fl
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
             const int token = stage.tokens[of_tile % kRing][lane / 4 + 8 * (i / 2)];
-            if (token >= 0 && rank + i % 2 < kRank) at_token(to, token, stride)[rank + i % 2] = out[i];
+            if (token >= 0 && rank + i % 2 < kRank) {
+                float* at = at_token(to, token, stride, rank + i % 2);
+                *at = (adding ? *at : 0.f) + out[i];
+            }
         }
     }
 }

@@ -56,9 +56,15 @@ def _new_saved(call: ScanCall) -> Tensor:
         _, pieces = _narrow_chunk(call)
     else:
         pieces = (call.steps + kernels.CHECKPOINT - 1) // kernels.CHECKPOINT
-        pieces -= states > 1  # before the first tile it is the initial one
+        if states > 1:  # before the first tile it is the initial one
+            pieces = (pieces - 1) // _every(call)
     shape = (call.batch, call.routes, pieces, call.channels, states)
     return call.x.new_empty(shape, dtype=torch.float32)
+
+
+def _every(call: ScanCall) -> int:
+    every: int = kernels.wide_every(call.batch * call.routes, call.channels)
+    return every
 
 
 def _max_warps(call: ScanCall) -> int:
@@ -78,6 +84,9 @@ class _Plan(NamedTuple):
     groups: int = 1  # of channels, whose shares of a backward pass's sums over channels are added up
     items: int = 1  # of the batch, of whose sums over the batch there is one share
     first: bool = False  # the first route's share is written where the result goes, and those of others added to it
+    apart: int = 0  # shares of a sum over routes, where kernels are told
+    blocks: int = 0  # where blocks wait for others of a route before: how many there are
+    middle: bool = False  # states between two that were saved need a place in memory
 
 
 def _forward(call: ScanCall, save: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -152,7 +161,10 @@ def _new_runner(call: ScanCall, complete: bool, save: bool) -> Run:
             for place in places:
                 addresses.append(begin + place)
         if to_clear:
-            (y if merge is None else room).zero_()
+            if merge is not None:
+                room.zero_()
+            if merge is None or plan.first:
+                y.zero_()
         for tensor in made:
             addresses.append(tensor.data_ptr())
         stream = stream_of(device)
@@ -172,7 +184,9 @@ def _backward(asked: ScanCall, saved: Tensor, dy: Tensor | None, dlast: Tensor |
         call = _prepared(asked)
         batch, tokens, routes, channels, states = call.batch, call.tokens, call.routes, call.channels, call.states
         dy = None if dy is None else dy.to(call.y_dtype)
-        if dy is not None and (dy.stride(-1) != 1 or dy.data_ptr() % 16 or (states == 1 and not vector(8, dy))):
+        as_it_lies = states > 1 and _tokens_first(call)  # where rows of x are read number by number, so are those of dy
+        aligned = dy is None or (dy.stride(-1) == 1 and dy.data_ptr() % 16 == 0 and (states > 1 or vector(8, dy)))
+        if dy is not None and not aligned and not as_it_lies:
             dy = dy.contiguous()
         dlast = None if dlast is None else dlast.to(torch.float32).contiguous()
         dx = torch.empty_like(call.x)
@@ -210,12 +224,18 @@ def _backward(asked: ScanCall, saved: Tensor, dy: Tensor | None, dlast: Tensor |
         if not complete:
             for tensor in (ddt, *((target,) if not plan.merging else ()), *(() if narrow else (dBC,))):
                 tensor.zero_()
+            if plan.first:
+                dx.zero_()
         addresses = dict(
             x=call.x, dt=call.dt, B=call.B, C=call.C, indices=call.indices, A=call.A, D=call.D,
             dt_weight=call.dt_weight, dt_bias=call.dt_bias, initial_state=call.initial_state, saved=saved, dy=dy,
             dlast_state=dlast, dx=target, ddt=ddt, dinitial_state=dinitial,
             first_share=dx if plan.first else None, **parts,
         )  # fmt: skip
+        if plan.middle:
+            addresses["middle"] = new((batch, routes, plan.segments, channels, saved.shape[-1]))
+        if plan.blocks:
+            addresses["order"] = call.x.new_zeros(1 + plan.blocks, dtype=torch.int32)
         if plan.edges is not None:
             addresses |= _new_edges(call, plan.segments)
             plan.edges(device, **addresses)
@@ -265,14 +285,24 @@ def _plan_wide_forward(call: ScanCall, complete: bool, y: Tensor, device: int) -
     parts, merging, view = _merging(call, call.merge, y, device, apart=True)
     if parts is not None and complete and _in_turn(call, tile, y, device):
         parts, merging, view = None, True, y.unsqueeze(2).expand(-1, -1, call.routes, -1)
-    how = _wide(call, tile, call.x, view, None if call.rank else call.dt)._replace(merge=merging)
+    copies = tile != kernels.forward_tiles(call.states, call.rank)[0]
+    how = _wide(call, tile, copies, call.x, view, None if call.rank else call.dt)._replace(merge=merging)
     wanted = functools.partial(kernels.wide_forward, (*_types(call), TYPES[view.dtype]))
-    return _wide_plan(wanted, how, call, _sizes(call) | _strides("y", view), parts, device)
+    plan = _wide_plan(wanted, how, call, _sizes(call) | _strides("y", view), parts, call.routes, 1, device)
+    return plan._replace(first=_first(parts, y))
 
 
 def _plan_backward(call: ScanCall, complete: bool, dy: Tensor | None, dx: Tensor, device: int) -> _Plan:
     walk = _walk(call, complete)
+    tile = kernels.backward_tile(call.states, nvrtc.shared_limit(device))
     parts, merging, view = _merging(call, call.shared_x, dx, device, apart=walk is not None)
+    apart = 0
+    if call.states > 1 and _first(parts, dx):
+        apart = _apart(call, tile, device)
+        if apart == 1:
+            parts, view = None, dx.unsqueeze(2).expand(-1, -1, call.routes, -1)
+        else:
+            view = torch.empty(_parts(call, apart - 1), dtype=parts, device="meta").transpose(1, 2)
     seen = None if dy is None else dy.unsqueeze(2).expand(-1, -1, call.routes, -1) if call.merge else dy
     products = call.rank > 0 and _rank_in_kernel(call)
     ddt_type = TYPES[torch.float32 if call.rank and not products else call.dt.dtype]
@@ -295,16 +325,31 @@ def _plan_backward(call: ScanCall, complete: bool, dy: Tensor | None, dx: Tensor
         how = _narrow(call, complete, merging, view, *across)
         kernel = kernels.narrow_backward(types, how, TYPES[view.dtype], ddt_type)
         return _narrow_plan(kernel, call, fields, merging, parts, device)
-    wide = _wide(call, kernels.backward_tile(call.states, nvrtc.shared_limit(device)), *across)
+    blocks, processors = call.batch * call.routes * tile.groups(call.channels), _multiprocessors(device)
+    copies = call.rank == 0 and blocks >= tile.blocks * processors  # a low rank needs the shared memory
+    wide = _wide(call, tile, copies, *across)._replace(add=0 < apart < call.routes)
     wanted = functools.partial(kernels.wide_backward, types, dx=TYPES[view.dtype], ddt=ddt_type)
-    return _wide_plan(wanted, wide, call, fields, parts, device)
+    turns = kernels.wide_turns(tile, call.batch * (apart or call.routes), call.channels, processors)
+    return _wide_plan(wanted, wide, call, fields, parts, apart or call.routes, turns, device)._replace(
+        first=apart > 1, middle=wide.every > 1 and not (copies and _capability(device) >= (8, 0))
+    )
+
+
+def _apart(call: ScanCall, tile: kernels.Tile, device: int) -> int:
+    """Shares of dx, to which routes are added one after the other: as few as leave the device filled."""
+    blocks, processors = call.batch * tile.groups(call.channels), _multiprocessors(device)
+    segments, _ = kernels.wide_segments(call.steps, call.routes * blocks, tile.blocks * processors)
+    if segments > 1:  # blocks take segments, and no one knows when a route is done
+        return call.routes
+    whole = tile.waves(call.routes * blocks, processors)
+    divisors = (n for n in range(1, call.routes + 1) if call.routes % n == 0)
+    return next(n for n in divisors if call.routes // n * tile.waves(n * blocks, processors) <= whole)
 
 
 def _forward_tile(call: ScanCall, device: int) -> kernels.Tile:
-    few, many = kernels.forward_tiles(call.states)
+    few, many = kernels.forward_tiles(call.states, call.rank)
     blocks = call.batch * call.routes * many.groups(call.channels)
-    # Low-rank step sizes are multiplied by each warp for its own channels, which more warps do faster.
-    if call.rank or _tokens_first(call) or 2 * blocks < many.blocks * _multiprocessors(device):
+    if _tokens_first(call) or 2 * blocks < many.blocks * _multiprocessors(device):
         return few
     return many
 
@@ -321,7 +366,7 @@ def _tokens_first(call: ScanCall) -> bool:
     return call.x.stride(1) == 1 != call.x.stride(-1)
 
 
-def _wide(call: ScanCall, tile: kernels.Tile, *across: Tensor | None) -> kernels.Wide:
+def _wide(call: ScanCall, tile: kernels.Tile, copies: bool, *across: Tensor | None) -> kernels.Wide:
     shape = tile.shape
     row = shape.lanes * shape.states
     return kernels.Wide(
@@ -333,6 +378,8 @@ def _wide(call: ScanCall, tile: kernels.Tile, *across: Tensor | None) -> kernels
         vector_rank=call.rank > 0 and call.rank % 2 == 0 and vector(2, call.dt),
         tensor_rank=_rank_in_kernel(call),
         tokens_first=_tokens_first(call),
+        copies=copies,
+        every=_every(call),
     )
 
 
@@ -394,12 +441,12 @@ def _merging(
         return None, True, result.unsqueeze(2)
     # Not in float16, where a share can overflow though the sum does not.
     parts = result.dtype if result.dtype == torch.bfloat16 else torch.float32
-    first = call.states == 1 and apart and _first(parts, result)
-    return parts, False, torch.empty(_parts(call, first), dtype=parts, device="meta").transpose(1, 2)
+    first = (call.states > 1 or apart) and _first(parts, result)
+    return parts, False, torch.empty(_parts(call, call.routes - first), dtype=parts, device="meta").transpose(1, 2)
 
 
 def _first(parts: torch.dtype | None, result: Tensor) -> bool:
-    """Whether the walking kernels write the first route's share where the result goes."""
+    """Whether the walking and the wide kernels write the first route's share where the result goes."""
     return parts == result.dtype and result.is_contiguous()
 
 
@@ -454,6 +501,8 @@ def _wide_plan(
     call: ScanCall,
     fields: dict[str, int],
     parts: torch.dtype | None,
+    apart: int,
+    turns: int,
     device: int,
 ) -> _Plan:
     """One launch, or two over routes in segments where sequences are too few for the device."""
@@ -461,13 +510,15 @@ def _wide_plan(
     blocks = call.batch * groups * (1 if how.merge else call.routes)
     segments, per_segment = kernels.wide_segments(call.steps, blocks, how.tile.blocks * _multiprocessors(device))
     if how.merge or segments == 1:
-        return _Plan(Launch.of(wanted(how), device, blocks, _HEADER, fields), how.merge, parts, groups=groups)
-    fields |= dict(segments=segments, segment_tiles=per_segment)
+        groups, blocks = groups // turns, blocks // turns
+        launch = Launch.of(wanted(how), device, blocks, _HEADER, fields | dict(apart=apart, turns=turns))
+        return _Plan(launch, how.merge, parts, groups=groups, apart=apart, blocks=blocks if how.add else 0)
+    fields |= dict(segments=segments, segment_tiles=per_segment, apart=apart, turns=1)
     edges, scan = (
         Launch.of(wanted(how._replace(part=part)), device, blocks * count, _HEADER, fields)
         for part, count in ((1, segments - 1), (2, segments))
     )
-    return _Plan(scan, False, parts, edges, segments, groups)
+    return _Plan(scan, False, parts, edges, segments, groups, apart=apart)
 
 
 def _new_edges(call: ScanCall, segments: int) -> dict[str, Tensor]:
@@ -548,13 +599,12 @@ _finishes: Plans = Plans()
 
 
 def _new_parts(call: ScanCall, plan: _Plan) -> Tensor:
-    return call.x.new_empty(_parts(call, plan.first), dtype=plan.parts)
+    return call.x.new_empty(_parts(call, (plan.apart or call.routes) - plan.first), dtype=plan.parts)
 
 
-def _parts(call: ScanCall, first: bool) -> tuple[int, ...]:
-    """Shape of the routes' shares of a result: each route's in one piece, since they are written route by route. Where
-    the first one's is written to the result, those of the others."""
-    return (call.batch, call.routes - first, call.tokens, call.channels)
+def _parts(call: ScanCall, shares: int) -> tuple[int, ...]:
+    """Shape of the routes' shares of a result: each route's in one piece, since they are written route by route."""
+    return (call.batch, shares, call.tokens, call.channels)
 
 
 def _like(gradient: Tensor | None, argument: Tensor | None) -> Tensor | None:
