@@ -17,7 +17,7 @@ import vision_mamba.export
 from tests.registered import SMALL
 from tests.tolerances import LOGITS
 from tools import export as tool
-from vision_mamba.export import FORMATS, ExportError, Request, export_model, refusal, write
+from vision_mamba.export import FORMATS, ExportError, Request, export_model, formats, refusal, write
 
 small_model = pytest.mark.parametrize("name", SMALL)
 # Less than the miniatures: one stage or block, to be quick.
@@ -228,6 +228,23 @@ def test_a_file_that_differs_never_takes_the_place_of_a_good_one(
     with pytest.raises(ExportError, match=r"differs from the model by .* nothing was put at .*; export it in float32"):
         export_model("torchscript", Request(create("test_vim", depth=1).half(), (64, 64)), path)
     assert [entry.name for entry in tmp_path.iterdir()] == ["model"] and path.read_text() == "the good one"
+
+
+@pytest.mark.parametrize(
+    "ends, told", [("os.kill(os.getpid(), signal.SIGSEGV)", "SIGSEGV"), ("raise IOError('no')", "no")]
+)
+def test_a_package_that_ends_who_loads_it_ends_another_process(
+    ends: str, told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def compiled(program: object, package_path: str, **_: object) -> None:
+        Path(package_path).write_text("package")
+
+    monkeypatch.setattr(torch._inductor, "aoti_compile_and_package", compiled)
+    monkeypatch.setattr(Request, "exported", lambda request, plain: None)
+    monkeypatch.setattr(formats, "_LOADING", f"import os, signal; {ends}")
+    with pytest.raises(ExportError, match=rf"^aoti: .*that it cannot load here, .* ended with .*{told}; take another"):
+        export_model("aoti", Request(create("test_vim", depth=1), (64, 64)), tmp_path / "model.pt2")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_folder_that_cannot_be_is_an_error(tmp_path: Path) -> None:

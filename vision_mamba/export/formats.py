@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
+import signal
+import subprocess
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -24,6 +28,7 @@ SCANS = ("operator", "plain")
 VARIES = ("none", "batch", "size")
 
 _OPSET = 18  # of ONNX, for the exporter of TorchScript
+_LOADING = "import sys, torch, vision_mamba; torch._inductor.aoti_load_package(sys.argv[1])"
 
 
 @dataclass(frozen=True)
@@ -160,6 +165,24 @@ def _read_pt2(path: Path) -> Program:
 def _write_aoti(request: Request, plain: bool, path: Path) -> None:
     options = {"aot_inductor.metadata": {ABOUT: json.dumps(dict(request.about))}}
     torch._inductor.aoti_compile_and_package(request.exported(plain), package_path=str(path), inductor_configs=options)
+    _try_to_load(path)
+
+
+def _try_to_load(path: Path) -> None:
+    """Load a package in a process of its own: where PyTorch cannot do it, it may end the process, not to be this one.
+
+    Raises: RuntimeError with what that process ended with.
+    """
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    command = [sys.executable, "-c", _LOADING, str(path)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, errors="replace")
+    if done.returncode:
+        told = done.stderr.strip().splitlines()[-1:]
+        ended = signal.Signals(-done.returncode).name if done.returncode < 0 else " ".join(told)
+        raise RuntimeError(
+            f"PyTorch {torch.__version__} compiled a package that it cannot load here, a process that tried to ended "
+            f"with {ended}; take another format, or another version of PyTorch"
+        )
 
 
 def _read_aoti(path: Path) -> Program:
