@@ -88,6 +88,8 @@ def test_a_run_on_a_full_disk_stops_and_continues_when_there_is_room(trained: Pa
 def test_a_missing_checkpoint_is_told_with_what_is_there(trained: Path) -> None:
     with pytest.raises(CheckpointError, match=r"run/lost.pth does not exist; .*run has best.pth, last.pth"):
         checkpoint.read(trained / "output" / "run" / "lost.pth")
+    with pytest.raises(CheckpointError, match=r"run is a folder; .*run has best.pth, last.pth"):
+        checkpoint.read(trained / "output" / "run")
 
 
 @pytest.mark.parametrize("share", [0.0, 0.001, 0.5, 0.99])

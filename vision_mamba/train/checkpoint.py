@@ -91,7 +91,9 @@ def newest(run_dir: Path) -> Path | None:
             read(path)
         except CheckpointError as error:
             if before is None:
-                raise
+                raise CheckpointError(
+                    f"{error} There is no other in {run_dir}; to begin again, say --overwrite instead of --resume."
+                ) from error
             os.replace(path, run_dir / DAMAGED)
             _log.error("%s\nIt is now %s; going on from the one before it, %s.", error, run_dir / DAMAGED, before)
         else:
@@ -119,9 +121,10 @@ def read(path: str | Path, trust: bool = False) -> dict[str, Any]:
     """
     path = Path(path)
     if not path.is_file():
-        there = sorted(entry.name for entry in path.parent.glob("*.pth")) if path.parent.is_dir() else []
-        hint = f"; {path.parent} has {shortened(there)}" if there else ""
-        raise CheckpointError(f"checkpoint {path} does not exist{hint}.")
+        folder, what = (path, "is a folder") if path.is_dir() else (path.parent, "does not exist")
+        there = sorted(entry.name for entry in folder.glob("*.pth")) if folder.is_dir() else []
+        hint = f"; {folder} has {shortened(there)}" if there else ""
+        raise CheckpointError(f"checkpoint {path} {what}{hint}.")
     size = f"{path} ({path.stat().st_size:,} bytes)"
     try:
         if path.suffix == ".safetensors":
