@@ -217,3 +217,15 @@ def test_past_the_dispatcher_comes_what_the_operator_gives() -> None:
     assert operator.at_once((*call._replace(x=call.x.clone().requires_grad_()), None)) is None
     y = ops.cross_selective_scan(*call[:6], indices=call.indices, dt_weight=call.dt_weight, dt_bias=call.dt_bias)
     assert torch.equal(y, expected)
+
+
+@pytest.mark.parametrize("name", ["x", "A", "indices"])
+@pytest.mark.parametrize("value", [None, [1.0]], ids=["none", "list"])
+def test_what_is_no_tensor_is_left_to_the_checks(name: str, value: object) -> None:
+    call = make_call(Case(order="cross"))._replace(**{name: value})
+    assert autograd.operator.at_once((*call, None)) is None
+    options = {
+        key: option for key, option in call._asdict().items() if key not in ("initial_state", "return_last_state")
+    }
+    with pytest.raises(ValueError, match=f"{name} must be"):
+        ops.cross_selective_scan(**options)

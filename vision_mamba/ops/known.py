@@ -45,7 +45,7 @@ class Known:
     """
 
     def __init__(self, count: int, required: int) -> None:
-        self.count, self._required = count, required
+        self.count, self.required = count, required
         self._seen: dict[tuple[Any, ...], list[Seen]] = {}
 
     def find(self, arguments: tuple[Any, ...], *more: Any) -> tuple[Seen, list[int]] | None:
@@ -80,7 +80,7 @@ class Known:
         """What a call is found by, and its tensors."""
         count = self.count
         tensors = [tensor for tensor in arguments[:count] if tensor is not None]
-        kinds = tuple(map(type, arguments[self._required : count]))  # of None those that are absent
+        kinds = tuple(map(type, arguments[self.required : count]))  # of None those that are absent
         return (arguments[0].shape, arguments[2].shape, kinds, arguments[count:], forced(), more), tensors
 
 

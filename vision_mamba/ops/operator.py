@@ -119,8 +119,10 @@ class Operator:
         arguments; None where somebody else looks, or wants a gradient, and where the call is new."""
         if not nobody_looks():
             return None
-        tensors = [tensor for tensor in arguments[: self.known.count] if tensor is not None]
-        if not all([isinstance(tensor, Tensor) for tensor in tensors]) or _watched(tensors):
+        count, required = self.known.count, self.known.required
+        tensors = [tensor for tensor in arguments[:count] if tensor is not None]
+        present = all([tensor is not None for tensor in arguments[:required]])
+        if not (present and all([isinstance(tensor, Tensor) for tensor in tensors])) or _watched(tensors):
             return None
         seen = self._seen(self.shortened(arguments), False)
         return None if seen is None else seen[0][:2]
