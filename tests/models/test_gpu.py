@@ -98,3 +98,20 @@ def test_anomalies_are_not_found_in_half_precision(name: str) -> None:
     assert scaler.get_scale() == 1024.0, "the step was not left out"
     assert all(parameter.dtype == torch.float32 for parameter in model.parameters())
     assert any(not torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_trains_in_graphs_of_the_compiler(name: str) -> None:
+    """mode="reduce-overhead" runs a step to warm up, captures the next and replays it from then on."""
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    model = timm.create_model(name, num_classes=5).cuda().eval()
+    compiled = torch.compile(model, fullgraph=True, mode="reduce-overhead")
+    for _ in range(3):
+        images = torch.randn(2, 3, *model.default_cfg["input_size"][1:], device="cuda")
+        torch.compiler.cudagraph_mark_step_begin()
+        logits, grads = step(compiled, images)  # type: ignore[arg-type]
+        expected, expected_grads = step(model, images)
+        assert (logits - expected).abs().max() <= LOGITS * expected.abs().max()
+        found, exact = (torch.cat([grad.flatten() for grad in each]) for each in (grads, expected_grads))
+        assert (found - exact).norm() <= 1e-3 * exact.norm()
