@@ -124,8 +124,8 @@ DEVICE void multiply_add_tf32(float* d, float a0, float a1, float a2, float a3, 
 }
 constexpr float kTruncated = 1.000352f;  // what cutting off 13 bits takes from a number on average, given back
 
-// What a thread has asked for of a row and not yet used: on its way into a place of its own in shared memory, where a copy
-// without registers is possible, so that no barrier is needed to read it; in registers elsewhere.
+// What a thread has asked for of a row and not yet used: where a copy without registers is possible, on its way into a
+// place of its own in shared memory, so that no barrier is needed to read it; in registers elsewhere.
 template <int kBytes> DEVICE void copy_async(void* to, const void* from, bool there) {
 #if __CUDA_ARCH__ >= 800
     const unsigned at = (unsigned)__cvta_generic_to_shared(to);

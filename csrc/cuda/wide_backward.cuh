@@ -6,8 +6,9 @@
 // Grid: a block = one (b, k) and kBlockChannels channels, a warp = kWarpChannels of them. Lane (q, group), q in the high
 // bits, holds states q kStates.. of kSlots channels; its slot j is channel ((j ^ q) % kSlots) kGroups + group of the
 // warp, so that sums over q leave a lane its own channel by exchanges without selection.
-// Steps go by in tiles of kTile, from the last. Forward saved the state before each tile but the first; a warp runs
-// through the tile once and keeps every state, those of the first kHeld steps in shared memory, those of the last kSub in
+// Steps go by in tiles of kTile, from the last. Forward saved the state before every kEvery-th tile but the first; where a
+// tile's is not among them, the block goes through the one before it once more. A warp runs through a tile once and keeps
+// every state, those of the first kHeld steps in shared memory, those of the last kSub in
 // registers: so each state is computed once. Decays are computed again on the way back: registers that kept them would
 // cost more, in warps that do not fit, than the exponentials do.
 // Before and after the scan of a tile a thread has one run of channels of one row, so that a warp touches few rows of
@@ -15,7 +16,9 @@
 // are words that lanes read from shared memory, broadcast or not: so values stay narrow there, and are read once.
 // dB, dC: summed over a lane's channels, over the lanes by the tensor cores (or by exchanges where lanes that share
 // states are fewer than four), over the warps through shared memory, over the blocks by the host's sum of partial
-// results: all in fixed order.
+// results: all in fixed order. A block takes groups of channels in turn (p.turns), adding to what it has written of both.
+// kAdd: routes are added up in dx, of which there are p.apart shares; a block waits until the one that took the same
+// channels p.apart routes before is done. It has begun, since blocks are numbered as they begin, route by route.
 #pragma once
 constexpr int kFirstSegment = 1;  // of those whose ends, their first states, are wanted
 constexpr int kBuffers = 1;       // tiles in shared memory
@@ -149,8 +152,9 @@ DEVICE void scan_back(const Params& p, BlockMemory& block) {
 #pragma unroll
         for (int r = 0; r < kRows; ++r) {
             const int token = tokens[own_row(r)];
-            dy_in[r].ask(block.dy[r][AskedDy::kApart ? threadIdx.x : 0], at_token(block.of_dy, token, p.dy_l, from.run_at(p.dy_d)),
-                         (int)p.dy_d, token >= 0 && p.dy ? from.valid : 0);
+            const Y_TYPE* at = at_token(block.of_dy, token, p.dy_l, from.run_at(p.dy_d));
+            unsigned* place = block.dy[r][AskedDy::kApart ? threadIdx.x : 0];
+            dy_in[r].ask(place, at, (int)p.dy_d, token >= 0 && p.dy ? from.valid : 0);
         }
     };
     auto unpack = [&](int tile) {

@@ -7,7 +7,8 @@
 // kSlots - 1 exchanges and no selection.
 // One barrier a tile: while a tile is scanned, threads write the results of the one before, unpack the next and fetch the
 // one after it. Registers are what is scarce (the compiler keeps pointers in slow local memory otherwise), so the rows of
-// x that are wanted again for D x, and whatever belongs to the block, wait in shared memory.
+// x that are wanted again for D x, and whatever belongs to the block, wait in shared memory; with kCopies all that is read
+// ahead does.
 // kMerge: a block takes the routes one after the other and adds them up in y, which it alone writes.
 #pragma once
 constexpr int kFirstSegment = 0;  // of those whose ends are wanted

@@ -2,9 +2,9 @@
 // passes over several states a channel.
 //
 // While loading and storing, a thread has one run of channels of one row (or a few) of the tile, so that a warp touches
-// few rows of device memory at a time. It is read a tile ahead, into registers (struct Incoming), and unpacked as
-// float32 when the scan of the tile before is done. A low-rank step size is multiplied after the barrier behind that,
-// by each warp for its own channels.
+// few rows of device memory at a time. It is read a tile ahead, into registers or a place of the thread's own in shared
+// memory (struct Incoming), and unpacked as float32 when the scan of the tile before is done. A low-rank step size is
+// multiplied after the barrier behind that, by each warp for its own channels.
 #pragma once
 #include "wide.cuh"
 
@@ -32,7 +32,7 @@ struct Part {
     }
 };
 
-constexpr int kRingX = kBuffers == 1 ? 1 : kCopies ? 3 : 2;  // tiles of which x is in shared memory: it is wanted again for D x
+constexpr int kRingX = kBuffers == 1 ? 1 : kCopies ? 3 : 2;  // tiles of which x waits in shared memory, for D x too
 using AskedX = Asked<X_TYPE, kRun, kVectorX>;
 using AskedDt = Asked<DT_TYPE, kRun, kVectorX>;
 using AskedB = Asked<B_TYPE, kRowRun, kVectorBC>;
