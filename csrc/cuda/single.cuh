@@ -29,6 +29,7 @@ DEVICE float step_size(float v) {
 // Keep a value in a register: the compiler may not compute it anew at each use, nor take a sum of it apart.
 DEVICE void keep(unsigned long long& value) { asm volatile("" : "+l"(value)); }
 DEVICE void keep(unsigned& value) { asm volatile("" : "+r"(value)); }
+DEVICE void keep(int& value) { asm volatile("" : "+r"(value)); }
 
 // High and low bfloat16 halves of two neighbouring weights.
 DEVICE void split(float v0, float v1, unsigned& high, unsigned& low) {

@@ -6,7 +6,7 @@
 // Routes are taken whole where there are enough of them (kPass 0); else a first launch takes each segment from nothing
 // (kPass 1), and in a second one a segment joins what the others before it have left (kPass 2).
 // Rows of x and dt are copied to shared memory asynchronously, kAhead tiles ahead, in pieces of 16 bytes, and results
-// leave the same way, so that what is read of a token is whole sectors wherever the next token lies.
+// leave the same way. A block's threads move its rows together: whole lines of L2, where a warp's own are half of one.
 // Calls are those whose routes visit every token once, with softplus, channels neighbours, rows aligned.
 #pragma once
 #include "single.cuh"
@@ -80,8 +80,14 @@ template <class T> struct alignas(16) Rows {
     T at[kTile][kChannels];
 
     static constexpr int kPieces = kChannels * (int)sizeof(T) / 16;  // of a row
-    static constexpr int kTurns = kTile * kPieces / 32;
-    DEVICE static int row(int lane, int turn) { return lane / kPieces + turn * (32 / kPieces); }
+    static constexpr int kBlockPieces = kPieces * kWarps;            // of the block's row
+    static constexpr int kTurns = kTile * kPieces / 32, kTurnRows = 32 / kPieces;
+    DEVICE static int row(int thread, int turn) { return thread / kBlockPieces + turn * kTurnRows; }
+    // The piece that a thread moves first, if warps keep their rows `apart` bytes from one another.
+    DEVICE static int place(int thread, int apart) {
+        const int piece = thread % kBlockPieces;
+        return piece / kPieces * apart + thread / kBlockPieces * (int)sizeof(at[0]) + piece % kPieces * 16;
+    }
 
     // The lane's channels of a row.
     DEVICE void get(float* to, int step, int lane) const {
@@ -119,40 +125,44 @@ template <class T> struct alignas(16) Rows {
             for (int t = 0; t < kBatch; ++t) set(from[t], start + t, lane);
         }
     }
-    // The lane's piece of a row, in bytes from the warp's first channel.
-    DEVICE static int offset(int lane, int first) { return first * (int)sizeof(T) + lane % kPieces * 16; }
-    // Lane t % kTile has the token of step t.
-    DEVICE void fetch(const Place& place, int token, int lane) {
+    // A thread's piece of a row, in bytes from the sequence's first channel; `first`: the block's.
+    DEVICE static int offset(int thread, int first) { return first * (int)sizeof(T) + thread % kBlockPieces * 16; }
+    // All of the first warp's rows, from which others lie `apart`. Lane t % kTile has the token of step t.
+    DEVICE void fetch(const Place& from, int token, int thread, int apart) {
+        if constexpr (kBack) keep(thread);  // registers are dearer there than what follows from it
+        char* to = (char*)at + place(thread, apart);
 #pragma unroll
         for (int turn = 0; turn < kTurns; ++turn) {
-            const int of = __shfl_sync(kAll, token, row(lane, turn));
-            copy_async((char*)at[row(lane, turn)] + lane % kPieces * 16, place.at(of));
+            const int of = __shfl_sync(kAll, token, row(thread, turn));
+            copy_async(to + turn * kTurnRows * (int)sizeof(at[0]), from.at(of));
         }
     }
-    DEVICE void leave(const Place& place, int token, int lane, int rows) const {
-        if (rows >= kTile) leave_rows<false>(place, token, lane, rows);
-        else leave_rows<true>(place, token, lane, rows);
+    DEVICE void leave(const Place& to, int token, int thread, int apart, int rows) const {
+        if (rows >= kTile) leave_rows<false>(to, token, thread, apart, rows);
+        else leave_rows<true>(to, token, thread, apart, rows);
     }
-    template <bool kSome> DEVICE void leave_rows(const Place& place, int token, int lane, int rows) const {
+    template <bool kSome> DEVICE void leave_rows(const Place& to, int token, int thread, int apart, int rows) const {
+        if constexpr (kBack) keep(thread);
         if constexpr (kPaired) {
-            const int pair = lane / 4;
-            const uint4* words = (const uint4*)at + pair * 8;
-            const int first = lane % 4 * 2, turned = pair & 1;
+            const int pair = thread / kBlockPieces, piece = thread % kBlockPieces;
+            const uint4* words = (const uint4*)((const char*)at + piece / kPieces * apart) + pair * 8;
+            const int first = piece % kPieces * 2, turned = pair & 1;
             const uint4 a = words[first ^ turned], b = words[(first + 1) ^ turned];
             const int even = __shfl_sync(kAll, token, 2 * pair), odd = __shfl_sync(kAll, token, 2 * pair + 1);
             const uint4 low = {__byte_perm(a.x, a.y, 0x5410), __byte_perm(a.z, a.w, 0x5410),
                                __byte_perm(b.x, b.y, 0x5410), __byte_perm(b.z, b.w, 0x5410)};
             const uint4 high = {__byte_perm(a.x, a.y, 0x7632), __byte_perm(a.z, a.w, 0x7632),
                                 __byte_perm(b.x, b.y, 0x7632), __byte_perm(b.z, b.w, 0x7632)};
-            if (!kSome || 2 * pair < rows) write(place.at(even), low);
-            if (!kSome || 2 * pair + 1 < rows) write(place.at(odd), high);
-            return;
-        }
+            if (!kSome || 2 * pair < rows) write(to.at(even), low);
+            if (!kSome || 2 * pair + 1 < rows) write(to.at(odd), high);
+        } else {
+            const char* from = (const char*)at + place(thread, apart);
 #pragma unroll
-        for (int turn = 0; turn < kTurns; ++turn) {
-            const int of = __shfl_sync(kAll, token, row(lane, turn));
-            const uint4 piece = *(const uint4*)((const char*)at[row(lane, turn)] + lane % kPieces * 16);
-            if (!kSome || row(lane, turn) < rows) write(place.at(of), piece);
+            for (int turn = 0; turn < kTurns; ++turn) {
+                const int of = __shfl_sync(kAll, token, row(thread, turn));
+                const uint4 piece = *(const uint4*)(from + turn * kTurnRows * (int)sizeof(at[0]));
+                if (!kSome || row(thread, turn) < rows) write(to.at(of), piece);
+            }
         }
     }
 };

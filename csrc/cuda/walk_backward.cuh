@@ -15,13 +15,15 @@ struct alignas(16) WarpMemory {
     Rows<X_TYPE> x[kAhead + 1];
     Rows<Y_TYPE> dy[kAhead + 1];
     StepSizes sizes;
-    Rows<DX_TYPE> dx;
+    Rows<DX_TYPE> dx[2];  // of this tile and the last one in turn
     SizeGradients ddt;
 };
+// Of many columns there is no room for two blocks' shares of two tiles.
+constexpr int kShareTurns = kRank > 32 ? 1 : 2;
 struct alignas(16) BlockMemory {
     Pairs pairs[2];  // of this tile and the next in turn
     float dBC[2][kWarps][32];  // the warps' shares of this tile and the last one in turn
-    SizeGradients::Shares ddt[2][kWarps];
+    SizeGradients::Shares ddt[kShareTurns][kWarps];
     struct { unsigned long long dBC, ddt; } sums[2];  // where they go, of this item and the last one in turn
     WarpMemory warps[kWarps];
 };
@@ -33,13 +35,16 @@ DEVICE int lane_step(int lane) { return (lane >> 4) * 8 + 2 * (lane & 3) + (lane
 
 extern "C" __global__ void __launch_bounds__(32 * kWarps, MIN_BLOCKS) walk_backward(const __grid_constant__ Params p) {
     extern __shared__ __align__(16) char shared[];
-    const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
+    const int thread = threadIdx.x, lane = thread & 31, warp = thread >> 5;
     BlockMemory& block = *reinterpret_cast<BlockMemory*>(shared);
     WarpMemory& own = block.warps[warp];
     const int steps = (int)p.steps, tiles = (steps + kTile - 1) / kTile;
     Work work(p, tiles, lane, warp);
     const int route = work.route, first = work.first, channel = work.channel, from = work.from, to = work.to;
     const Table table(p, route);
+    const int together = first - warp * kChannels;  // the first of the block's channels
+    constexpr int kApart = sizeof(WarpMemory);
+    WarpMemory& all = block.warps[0];
     const unsigned row = (unsigned)p.channels * 4;
 
     float A[kRun], D[kRun], bias[kRun], dA[kRun] = {}, dD[kRun] = {}, dbias[kRun] = {};
@@ -62,15 +67,17 @@ extern "C" __global__ void __launch_bounds__(32 * kWarps, MIN_BLOCKS) walk_backw
     for (long long item = work.share * kItems; item < (work.share + 1) * kItems; ++item) {
         work.take(p, item);
         const long long batch = work.batch, sequence = work.sequence;
-        const Place at_x = place_of<X_TYPE>(p.x, batch, p.x_b, route, p.x_k, p.x_l, Rows<X_TYPE>::offset(lane, first));
-        Place at_dy = place_of<Y_TYPE>(p.dy, batch, p.dy_b, route, p.dy_k, p.dy_l, Rows<Y_TYPE>::offset(lane, first));
+        const Place at_x = place_of<X_TYPE>(p.x, batch, p.x_b, route, p.x_k, p.x_l,
+                                            Rows<X_TYPE>::offset(thread, together));
+        Place at_dy = place_of<Y_TYPE>(p.dy, batch, p.dy_b, route, p.dy_k, p.dy_l,
+                                       Rows<Y_TYPE>::offset(thread, together));
         if (!p.dy) at_dy = {(unsigned long long)&nothing, 0};
         const Place at_dt = place_of<DT_TYPE>(p.dt, batch, p.dt_b, route, p.dt_k, p.dt_l,
-                                              kRank ? 4 * (lane & 3) : Rows<DT_TYPE>::offset(lane, first));
+                                              kRank ? 4 * (lane & 3) : Rows<DT_TYPE>::offset(thread, together));
         const Place at_dx = place_of_share<DX_TYPE>(p, p.dx, batch, p.dx_b, route, p.dx_k, p.dx_l,
-                                                    Rows<DX_TYPE>::offset(lane, first));
+                                                    Rows<DX_TYPE>::offset(thread, together));
         const Place at_ddt = place_of<DDT_TYPE>(p.ddt, batch, p.ddt_b, route, p.ddt_k, p.ddt_l,
-                                                Rows<DDT_TYPE>::offset(lane, first));
+                                                Rows<DDT_TYPE>::offset(thread, together));
         const PairPlace at_pair(p, batch, route, lane);
         unsigned long long saved = (unsigned long long)(p.saved + sequence * tiles * p.channels + channel);
         const long long partial = work.group / kWarps * p.batch + batch;  // of results that are sums over all channels
@@ -82,9 +89,9 @@ extern "C" __global__ void __launch_bounds__(32 * kWarps, MIN_BLOCKS) walk_backw
         keep(saved);
         auto fetch = [&](int tile, int stage, int token) {
             if (tile >= from) {
-                if constexpr (kPass != 1) own.x[stage].fetch(at_x, token, lane);
-                own.dy[stage].fetch(at_dy, token, lane);
-                own.sizes.fetch(stage, at_dt, token, lane);
+                if constexpr (kPass != 1) all.x[stage].fetch(at_x, token, thread, kApart);
+                all.dy[stage].fetch(at_dy, token, thread, kApart);
+                all.sizes.fetch(stage, at_dt, token, thread, kApart);
             }
             commit_copies();
         };
@@ -114,12 +121,11 @@ extern "C" __global__ void __launch_bounds__(32 * kWarps, MIN_BLOCKS) walk_backw
         fetch_state(next_state, to - 1);
 
         int stage = 0;
-        __syncthreads();
+        await_copies<kAhead - 1>();
+        __syncthreads();  // the first tile is there, and all are through with the last item
 #pragma unroll 1
         for (int tile = to - 1; tile >= from; --tile) {
-            const int left = steps - tile * kTile;
-            await_copies<kAhead - 1>();
-            __syncwarp();  // the tile is there
+            const int left = steps - tile * kTile, turn = to - tile & 1;
             const Pairs& pairs = block.pairs[to - 1 - tile & 1];
             if (warp == 0) {
                 block.pairs[to - tile & 1].put(pair, lane);
@@ -170,6 +176,7 @@ extern "C" __global__ void __launch_bounds__(32 * kWarps, MIN_BLOCKS) walk_backw
                     }
                 }
                 stage = stage == kAhead ? 0 : stage + 1;
+                await_copies<kAhead - 1>();
                 __syncthreads();
                 continue;
             }
@@ -221,20 +228,20 @@ extern "C" __global__ void __launch_bounds__(32 * kWarps, MIN_BLOCKS) walk_backw
                     shares[i % 2 * 2] = dB, shares[i % 2 * 2 + 1] = dC;
                     if (i % 2 == 0) sum_quads<kOneTerm>(sums + t / 8 * 4, picks + t % 8, shares);
                 }
-                own.dx.put(out, start, lane);
-                own.ddt.put(ddt, start, lane);
+                own.dx[turn].put(out, start, lane);
+                own.ddt.put(turn, ddt, start, lane);
             }
 #pragma unroll
             for (int j = 0; j < kRun; ++j) dA[j] += of_A[j], dD[j] += of_D[j], dbias[j] += of_bias[j];
             __syncwarp();
-            own.dx.leave(at_dx, token, lane, left);
-            own.ddt.leave(at_ddt, token, lane, left);
-            const int turn = to - tile & 1;
-            own.ddt.multiply(gradients, block.ddt[turn][warp], columns, lane);
+            own.ddt.multiply(gradients, block.ddt[turn % kShareTurns][warp], columns, lane);
             // Lanes hold the shares of steps 2 (lane % 4) and the next of eight; the sums over quads leave each with one.
             reduce_scatter<8, 16, 4>(sums, lane);
             block.dBC[turn][warp][lane] = sums[0];
-            __syncthreads();  // all have left their shares, and are through with this tile's pairs
+            await_copies<kAhead - 1>();
+            __syncthreads();  // the next tile is there, and all are through with this one
+            all.dx[turn].leave(at_dx, token, thread, kApart, left);
+            all.ddt.leave(turn, at_ddt, token, thread, kApart, left);
             if (warp == kWarps - 1 && lane_step(lane) < left) {
                 float sum = 0.f;
 #pragma unroll
@@ -242,7 +249,9 @@ extern "C" __global__ void __launch_bounds__(32 * kWarps, MIN_BLOCKS) walk_backw
                 char* to = (char*)multiply_add_wide(tile, kTile * 8, sums_at.dBC) + lane_step(lane) * 8;
                 ((float*)to)[lane >> 3 & 1] = sum * (lane & 8 ? 1.f : kUnit);
             }
-            SizeGradients::add_up(block.ddt[turn], (DDT_TYPE*)sums_at.ddt, token, (int)p.routes, lane, warp, left);
+            SizeGradients::add_up(block.ddt[turn % kShareTurns], (DDT_TYPE*)sums_at.ddt, token, (int)p.routes, lane, warp,
+                                  left);
+            if constexpr (kShareTurns == 1) __syncthreads();
             stage = stage == kAhead ? 0 : stage + 1;
         }
 

@@ -6,7 +6,7 @@ constexpr bool kBack = false;  // segments follow one another forwards
 struct alignas(16) WarpMemory {
     Rows<X_TYPE> x[kAhead + 1];
     StepSizes sizes;
-    Rows<Y_TYPE> y;
+    Rows<Y_TYPE> y[2];  // of this tile and the last one in turn
 };
 struct alignas(16) BlockMemory {
     Pairs pairs[2];  // of this tile and the next in turn
@@ -16,13 +16,16 @@ extern "C" __device__ int launch_shape[2] = {32 * kWarps, (int)sizeof(BlockMemor
 
 extern "C" __global__ void __launch_bounds__(32 * kWarps, MIN_BLOCKS) walk_forward(const __grid_constant__ Params p) {
     extern __shared__ __align__(16) char shared[];
-    const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
+    const int thread = threadIdx.x, lane = thread & 31, warp = thread >> 5;
     BlockMemory& block = *reinterpret_cast<BlockMemory*>(shared);
     WarpMemory& own = block.warps[warp];
     const int steps = (int)p.steps, tiles = (steps + kTile - 1) / kTile;
     Work work(p, tiles, lane, warp);
     const int route = work.route, first = work.first, channel = work.channel, from = work.from, to = work.to;
     const Table table(p, route);
+    const int together = first - warp * kChannels;  // the first of the block's channels
+    constexpr int kApart = sizeof(WarpMemory);
+    WarpMemory& all = block.warps[0];
     const unsigned row = (unsigned)p.channels * 4;
 
     float A[kRun], D[kRun], bias[kRun];
@@ -39,16 +42,17 @@ extern "C" __global__ void __launch_bounds__(32 * kWarps, MIN_BLOCKS) walk_forwa
     for (long long item = work.share * kItems; item < (work.share + 1) * kItems; ++item) {
         work.take(p, item);
         const long long batch = work.batch, sequence = work.sequence;
-        const Place at_x = place_of<X_TYPE>(p.x, batch, p.x_b, route, p.x_k, p.x_l, Rows<X_TYPE>::offset(lane, first));
+        const Place at_x = place_of<X_TYPE>(p.x, batch, p.x_b, route, p.x_k, p.x_l,
+                                            Rows<X_TYPE>::offset(thread, together));
         const Place at_dt = place_of<DT_TYPE>(p.dt, batch, p.dt_b, route, p.dt_k, p.dt_l,
-                                              kRank ? 4 * (lane & 3) : Rows<DT_TYPE>::offset(lane, first));
+                                              kRank ? 4 * (lane & 3) : Rows<DT_TYPE>::offset(thread, together));
         const Place at_y = place_of_share<Y_TYPE>(p, p.y, batch, p.y_b, route, p.y_k, p.y_l,
-                                                  Rows<Y_TYPE>::offset(lane, first));
+                                                  Rows<Y_TYPE>::offset(thread, together));
         const PairPlace at_pair(p, batch, route, lane);
         auto fetch = [&](int tile, int stage, int token) {
             if (tile < to) {
-                own.x[stage].fetch(at_x, token, lane);
-                own.sizes.fetch(stage, at_dt, token, lane);
+                all.x[stage].fetch(at_x, token, thread, kApart);
+                all.sizes.fetch(stage, at_dt, token, thread, kApart);
             }
             commit_copies();
         };
@@ -59,7 +63,7 @@ extern "C" __global__ void __launch_bounds__(32 * kWarps, MIN_BLOCKS) walk_forwa
             h[j] = p.initial_state && from == 0 ? p.initial_state[sequence * p.channels + channel + j] : 0.f;
         }
         work.join(p, h, A);
-        __syncthreads();  // all are through with the last item
+        __syncwarp();
 
         int tokens[kAhead + 2];  // of this tile, and of those to come; the last is on its way
 #pragma unroll
@@ -74,15 +78,15 @@ extern "C" __global__ void __launch_bounds__(32 * kWarps, MIN_BLOCKS) walk_forwa
         unsigned long long saved = (unsigned long long)(p.saved + sequence * tiles * p.channels + channel);
         keep(saved);
         int stage = 0;
+        await_copies<kAhead - 1>();
+        __syncthreads();  // the first tile is there, and all are through with the last item
 #pragma unroll 1
         for (int tile = from; tile < to; ++tile) {
-            const int left = steps - tile * kTile;
+            const int left = steps - tile * kTile, turn = tile - from & 1;
             if (kPass != 1 && p.saved) {
 #pragma unroll
                 for (int j = 0; j < kRun; ++j) ((float*)multiply_add_wide(tile, row, saved))[j] = h[j];
             }
-            await_copies<kAhead - 1>();
-            __syncthreads();  // the tile is there, and all are through with the last one
             if (warp == 0) {
                 block.pairs[tile - from + 1 & 1].put(pair, lane);
                 pair = at_pair.fetch(tokens[2]);
@@ -121,10 +125,11 @@ extern "C" __global__ void __launch_bounds__(32 * kWarps, MIN_BLOCKS) walk_forwa
                         v[t][j] = fmaf(BC[t].y, h[j], D[j] * u[t][j]);
                     }
                 }
-                if constexpr (kPass != 1) own.y.put(v, start, lane);
+                if constexpr (kPass != 1) own.y[turn].put(v, start, lane);
             }
-            __syncwarp();
-            if constexpr (kPass != 1) own.y.leave(at_y, token, lane, left);
+            await_copies<kAhead - 1>();
+            __syncthreads();  // the next tile is there, and all are through with this one
+            if constexpr (kPass != 1) all.y[turn].leave(at_y, token, thread, kApart, left);
             stage = stage == kAhead ? 0 : stage + 1;
         }
         if constexpr (kPass == 1) {

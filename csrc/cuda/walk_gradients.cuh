@@ -92,14 +92,14 @@ struct MultipliedSizes {
             }
         }
     }
-    DEVICE void put(const float (*from)[kRun], int start, int lane) {
+    DEVICE void put(int, const float (*from)[kRun], int start, int lane) {
 #pragma unroll
         for (int t = 0; t < kBatch; ++t) {
 #pragma unroll
             for (int j = 0; j < kRun; ++j) sizes.at[start + t][lane * kRun + j] = from[t][j];
         }
     }
-    DEVICE void leave(const Place&, int, int, int) const {}
+    DEVICE void leave(int, const Place&, int, int, int, int) const {}
     DEVICE void multiply(WeightGradients& gradients, Shares& shares, const Ranks& columns, int lane) const {
         float out[kTiles][4];
 #pragma unroll
@@ -153,7 +153,13 @@ struct MultipliedSizes {
         }
     }
 };
-template <class T> struct WholeSizes : Rows<T> {
+template <class T> struct WholeSizes {
+    Rows<T> rows[2];  // of this tile and the last one in turn
+
+    DEVICE void put(int turn, const float (*from)[kRun], int start, int lane) { rows[turn].put(from, start, lane); }
+    DEVICE void leave(int turn, const Place& to, int token, int thread, int apart, int left) const {
+        rows[turn].leave(to, token, thread, apart, left);
+    }
     DEVICE void read_weights(const Params&, int, int, int) {}
     struct Shares {};
     DEVICE void multiply(WeightGradients&, Shares&, const Ranks&, int) const {}

@@ -78,7 +78,9 @@ struct Weights {
 struct ReadSizes {
     Rows<DT_TYPE> stages[kAhead + 1];
 
-    DEVICE void fetch(int stage, const Place& place, int token, int lane) { stages[stage].fetch(place, token, lane); }
+    DEVICE void fetch(int stage, const Place& place, int token, int thread, int apart) {
+        stages[stage].fetch(place, token, thread, apart);
+    }
     DEVICE void read_weights(const Params&, int, int, int) {}
     DEVICE void form(const Ranks&, int) {}
     DEVICE void get(float* to, int stage, int t, int lane, const float* bias) const {
@@ -93,7 +95,7 @@ struct FormedSizes {
     Weights weights;
 
     DEVICE void read_weights(const Params& p, int route, int first, int lane) { weights.read(p, route, first, lane); }
-    DEVICE void fetch(int, const Place&, int, int) {}
+    DEVICE void fetch(int, const Place&, int, int, int) {}
     DEVICE void form(const Ranks& ranks, int lane) { weights.form(sizes, ranks, lane); }
     DEVICE void get(float* to, int, int t, int lane, const float*) const {
         if constexpr (kRun == 1) {
