@@ -11,7 +11,8 @@ from vision_mamba.ops.backends.nvrtc import Specialisation
 
 TYPES = {torch.float32: "Float", torch.float16: "Half", torch.bfloat16: "Bfloat"}
 MAX_RANK = 64  # columns of a low-rank step size that the kernels multiply themselves
-CHECKPOINT = 16  # steps between two states that the wide kernels save
+CHECKPOINT = 16  # steps of a tile of the wide kernels
+MANY = 2**15  # sequences of a channel from which on memory counts, and the wide kernels save less
 WARPS = 4  # of a block of the wide kernels
 BACKWARD_WARPS = 12  # of the wide backward kernel that a multiprocessor holds
 NARROW_CHANNELS = 16  # of a block of the narrow kernels
@@ -60,10 +61,12 @@ class Tile(NamedTuple):
         return (blocks + self.blocks * multiprocessors - 1) // (self.blocks * multiprocessors)
 
 
-def forward_tiles(states: int) -> tuple[Tile, Tile]:
-    """For few sequences and for many: eight states a lane read B and C half as often, but leave fewer warps."""
+def forward_tiles(states: int, rank: int) -> tuple[Tile, Tile]:
+    """For few sequences and for many: eight states a lane read B and C half as often, but leave fewer warps. More of
+    them share the weights of a low-rank step size."""
     few = Tile(wide_shape(states, 2), WARPS, 4)
-    return few, Tile(wide_shape(states, 2, 8), 2, 6) if 8 < states <= 16 else few
+    warps = 4 if rank else 2
+    return few, Tile(wide_shape(states, 2, 8), warps, 12 // warps) if 8 < states <= 16 else few
 
 
 def backward_tile(states: int, shared: int) -> Tile:
@@ -87,6 +90,23 @@ class Wide(NamedTuple):
     tokens_first: bool  # tokens are neighbours in memory, channels are not
     part: int = 0  # of two kernels over a route in segments, or 0
     merge: bool = False  # a block takes the routes one after the other and adds them up
+    copies: bool = False  # what is read ahead waits in shared memory, where sequences are many, not in registers
+    every: int = 1  # tiles between two states that are saved
+    add: bool = False  # going back, to what blocks of another route have left
+
+
+def wide_every(sequences: Any, channels: Any) -> Any:
+    """Tiles between two states that a forward pass saves: going back, the state between them is computed once more."""
+    return 2 if sequences * channels >= MANY else 1
+
+
+def wide_turns(tile: Tile, sequences: int, channels: int, multiprocessors: int) -> int:
+    """Groups of channels that a block of the backward pass takes one after the other, adding up their shares of dB and
+    dC: as many as leave the device filled."""
+    groups = tile.groups(channels)
+    whole = tile.waves(sequences * groups, multiprocessors)
+    divisors = (n for n in range(groups, 0, -1) if groups % n == 0)
+    return next(n for n in divisors if n * tile.waves(sequences * groups // n, multiprocessors) <= whole)
 
 
 def wide_segments(steps: int, blocks: int, room: int) -> tuple[int, int]:
@@ -180,7 +200,7 @@ def wide_forward(types: Types, how: Wide) -> Specialisation:
 def wide_backward(types: Types, how: Wide, dx: str, ddt: str) -> Specialisation:
     exact = types[2:4] != ("Bfloat", "Bfloat")  # dB or dC has more digits than one term on the tensor cores
     shape = how.tile.shape
-    more = dict(SUB=min(8, 64 // (shape.slots * shape.states)), TWO_TERMS=exact, DX_TYPE=dx, DDT_TYPE=ddt)
+    more = dict(SUB=min(8, 64 // (shape.slots * shape.states)), TWO_TERMS=exact, DX_TYPE=dx, DDT_TYPE=ddt, ADD=how.add)
     return Specialisation("wide_backward", _macros(types, **_wide(how), **more, SUM_TYPE=sums(*types[2:4])))
 
 
@@ -230,9 +250,10 @@ def on_tensor_cores(rank: int, dt: str) -> bool:
 def _wide(how: Wide) -> dict[str, Any]:
     shape, warps, blocks = how.tile
     sizes = dict(LANES=shape.lanes, STATES=shape.states, SLOTS=shape.slots, WARPS=warps, MIN_BLOCKS=blocks)
-    sizes |= dict(RANK=how.rank, PASS=how.part)
+    sizes |= dict(RANK=how.rank, PASS=how.part, EVERY=how.every)
     flags = dict(SOFTPLUS=how.softplus, VECTOR_X=how.vector_x, VECTOR_BC=how.vector_bc)
-    return sizes | flags | dict(VECTOR_RANK=how.vector_rank, TENSOR_RANK=how.tensor_rank, TOKENS_FIRST=how.tokens_first)
+    flags |= dict(VECTOR_RANK=how.vector_rank, TENSOR_RANK=how.tensor_rank, TOKENS_FIRST=how.tokens_first)
+    return sizes | flags | dict(COPIES=how.copies)
 
 
 def _narrow(types: Types, how: Narrow, blocks: int) -> dict[str, Any]:
@@ -276,6 +297,11 @@ def _shipped(tile: Tile, rank: int) -> Wide:
     return Wide(tile, rank, True, True, True, rank > 0, rank > 0, False)
 
 
+def _many(tile: Tile, rank: int, **more: Any) -> Wide:
+    """Of many sequences."""
+    return _shipped(tile, rank)._replace(every=2, copies=not (rank and "add" in more), **more)
+
+
 #: What the published models run: compiled for every architecture by the tests, and warmed by the doctor.
 SHIPPED = (
     walk_forward(_HALF, Walk(2, 3, 12)),
@@ -285,11 +311,11 @@ SHIPPED = (
     walk_backward(_FULL, Walk(1, 3, 0, 2), "Float", "Float"),
     narrow_forward(_FULL, Narrow(8, 8, 0, True, False, False, True, False, False)),
     narrow_backward(_HALF, Narrow(7, 4, 6, True, True, True, True, True, True), "Bfloat", "Bfloat"),
-    *(wide_forward(_HALF, _shipped(tile, 0)) for tile in forward_tiles(16)),
-    *(wide_forward(_HALF, _shipped(tile, 24)) for tile in forward_tiles(16)),
-    wide_forward(_HALF, _shipped(forward_tiles(16)[1], 24)._replace(merge=True)),
-    wide_forward(_FULL, _shipped(forward_tiles(64)[0], 0)),
-    *(wide_backward(_HALF, _shipped(backward_tile(16, 2**17), rank), "Bfloat", "Bfloat") for rank in (0, 24)),
+    *(wide_forward(_HALF, _shipped(forward_tiles(16, rank)[0], rank)) for rank in (0, 24)),
+    *(wide_forward(_HALF, _many(forward_tiles(16, rank)[1], rank, merge=rank > 0)) for rank in (0, 24)),
+    wide_forward(_FULL, _shipped(forward_tiles(64, 0)[0], 0)),
+    wide_backward(_HALF, _shipped(backward_tile(16, 2**17), 24), "Bfloat", "Bfloat"),
+    *(wide_backward(_HALF, _many(backward_tile(16, 2**17), rank, add=True), "Bfloat", "Bfloat") for rank in (0, 24)),
     finish(("Bfloat",) * 3, 1, 6, 8),
     finish(("Bfloat",) * 3, 16, 24, 8),
     merge("Bfloat", "Bfloat", 8),
