@@ -9,8 +9,8 @@ on a CPU in float32: every model whole, at the size it is for and on an image th
 any. A difference is the largest of the values that a fixture keeps, of the logits or of a gradient, relative to the
 largest of these; the gradients are of the sum of logits by fixed weights, with respect to the image and to parameters.
 Families with rectifiers have them in float64, on either side: where an input is near zero, rounding decides on a slope;
-so have those on Mamba-2's scan, where terms cancel, and VideoMamba-B at 224 pixels, where the values kept of one gradient
-are far below its largest, near what float32 rounds off that.
+so have those on Mamba-2's scan, where terms cancel, and VideoMamba-B at 224 pixels, where the values kept of one
+gradient are far below its largest, near what float32 rounds off that.
 """
 
 from __future__ import annotations
