@@ -46,12 +46,11 @@ def norm(
     run: int,
     again: bool = False,
     shift: bool = False,
-    shares: int = 1,
 ) -> nvrtc.Specialisation:
     """A norm over rows of `width` channels; a backward pass writes the branch's gradient if its type is not x's, and
-    the norm's result `again` if that is wanted. Rows may be shifted first, all alike; or be sums of shares."""
+    the norm's result `again` if that is wanted. Rows may be shifted first, all alike."""
     macros = dict(WIDTH=width, RUN=run, LANES=norm_lanes(width, run), RMS=rms, BRANCH=branch is not None, AGAIN=again)
-    macros |= dict(SHIFT=shift, SHARES=shares)
+    macros |= dict(SHIFT=shift)
     types = dict(X_TYPE=x, B_TYPE=branch or x, Y_TYPE=y)
     return _kernel("norm_forward" if forward else "norm_backward", types, macros | dict(EPSILON=f"{float(eps)!r}f"))
 
@@ -93,7 +92,6 @@ SHIPPED = (
     *(norm(forward, _FULL, _HALF, _HALF, 768, False, 1e-5, 4) for forward in (True, False)),
     *(norm(forward, _FULL, None, _HALF, 384, True, 1e-5, 4) for forward in (True, False)),
     *(norm(forward, _HALF, None, _FULL, 768, False, 1e-5, 4, False, True) for forward in (True, False)),
-    norm(True, _HALF, None, _HALF, 96, False, 1e-5, 4, shares=4),
     *(convolution(forward, _HALF, 2, ways) for forward in (True, False) for ways in (1, 2)),
     *(gate(forward, _HALF, _HALF, _HALF, 8) for forward in (True, False)),
     gate(True, _HALF, _HALF, _HALF, 8, 2),
@@ -197,23 +195,6 @@ def _norm_forward(tensors: Tensors, options: dict[str, Any], keep: bool = True) 
     if branch is None or total is None:
         return (y, x) if options["stream"] else (y,), (x, weight, bias, None, *tensors[4:])
     return (y, total), (total, weight, bias, branch.new_empty(0))  # of the branch, backward needs its type
-
-
-def normed_sum(
-    shares: Tensor, weight: Tensor, bias: Tensor | None, options: dict[str, Any], keep: bool
-) -> tuple[Tensor, Tensor | None]:
-    """Of shares (B, L, K, D) of y: its norm, and y if it is to be kept."""
-    y = shares.select(2, 0)
-    total = torch.empty_like(y, memory_format=torch.contiguous_format) if keep else None
-    out = y.new_empty(y.shape, dtype=_norm_type(y, options))
-    width, run, count = shares.shape[3], _run(4, shares, out), shares.shape[2]
-    how = (True, y.dtype, None, out.dtype, width, options["rms"], options["eps"], run, False, False, count)
-    rows, per_block = y.numel() // width, 128 // norm_lanes(width, run)
-    _start(
-        norm, how, (rows + per_block - 1) // per_block, dict(batch=rows), x=shares, weight=_whole(weight),
-        bias=_whole(bias), y=out, total=total,
-    )  # fmt: skip
-    return out, total
 
 
 def norm_backward(kept: Tensors, options: dict[str, Any], grads: Tensors, again: Tensor | None = None) -> Tensors:
