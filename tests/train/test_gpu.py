@@ -37,7 +37,7 @@ def config(folder: Path, name: str, **options: Any) -> Config:
 
 
 def saved(config: Config) -> dict[str, Any]:
-    return torch.load(config.run_dir / LAST, weights_only=True)
+    return torch.load(config.run_dir / LAST, map_location="cpu", weights_only=True)
 
 
 def close(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor], rtol: float = 1e-2, atol: float = 2e-4) -> None:
