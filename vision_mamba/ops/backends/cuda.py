@@ -144,7 +144,7 @@ def _new_runner(call: ScanCall, complete: bool, save: bool) -> Run:
     names = [*given, *between, *makers, *(["y"] if parts is None else ["first_share"] if plan.first else [])]
     launches = [launch.ready(names) for launch in (plan.edges, plan.scan) if launch is not None]
     merge = None if parts is None else _merger(parts, y, plan.first)
-    new, (new_room, places) = [*makers.values(), maker(y)], room_for(list(between.values()))
+    new, new_room = [*makers.values(), maker(y)], room_for(list(between.values()))
     to_clear = not plan.merging and not complete
     # Where they are among what is made. What was not asked for has no elements, and can be the same for all.
     place_last, place_saved = (list(makers).index(n) if n in makers else None for n in ("last_state", "saved"))
@@ -154,15 +154,12 @@ def _new_runner(call: ScanCall, complete: bool, save: bool) -> Run:
     def run(addresses: list[int]) -> tuple[Tensor, Tensor, Tensor]:
         made = [make() for make in new]
         y = made[-1]
-        begin = 0
-        if new_room is not None:
-            room = new_room()
-            begin = room.data_ptr()
-            for place in places:
-                addresses.append(begin + place)
+        room, begins = new_room()
+        addresses.extend(begins)
         if to_clear:
             if merge is not None:
-                room.zero_()
+                for tensor in room:
+                    tensor.zero_()
             if merge is None or plan.first:
                 y.zero_()
         for tensor in made:
@@ -171,7 +168,7 @@ def _new_runner(call: ScanCall, complete: bool, save: bool) -> Run:
         for launch in launches:
             launch(stream, addresses)
         if merge is not None:
-            merge(stream, begin, y)  # parts are the first in the room
+            merge(stream, begins[0], y)
         last = no_last if place_last is None else made[place_last]
         return y, last, not_saved if place_saved is None else made[place_saved]  # type: ignore[return-value]
 
@@ -329,7 +326,8 @@ def _plan_backward(call: ScanCall, complete: bool, dy: Tensor | None, dx: Tensor
     copies = call.rank == 0 and blocks >= tile.blocks * processors  # a low rank needs the shared memory
     wide = _wide(call, tile, copies, *across)._replace(add=0 < apart < call.routes)
     wanted = functools.partial(kernels.wide_backward, types, dx=TYPES[view.dtype], ddt=ddt_type)
-    turns = kernels.wide_turns(tile, call.batch * (apart or call.routes), call.channels, processors)
+    at_once = call.batch * (apart or call.routes)
+    turns = kernels.wide_turns(tile, at_once, call.channels, processors) if wide.every > 1 else 1
     return _wide_plan(wanted, wide, call, fields, parts, apart or call.routes, turns, device)._replace(
         first=apart > 1, middle=wide.every > 1 and not (copies and _capability(device) >= (8, 0))
     )
