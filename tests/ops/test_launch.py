@@ -89,9 +89,9 @@ def test_results_are_made_from_sizes_without_memory(wanted: torch.Tensor) -> Non
 
 def test_what_is_between_has_room_side_by_side() -> None:
     tensors = [torch.empty(3, 100), torch.empty(0), torch.empty(1, dtype=torch.bfloat16), torch.empty(1024)]
-    make, places = room_for(tensors)
-    assert make is not None and places == [0, 1536, 1536, 2048] and make().shape == (2048 + 4096,)
-    assert room_for([]) == (None, [])
+    (room,), begins = room_for(tensors)()
+    assert [begin - room.data_ptr() for begin in begins] == [0, 1536, 1536, 2048] and room.shape == (2048 + 4096,)
+    assert room_for([])() == ([], [])
 
 
 def test_parts_of_a_result_begin_where_tensors_of_their_own_do() -> None:

@@ -92,21 +92,29 @@ def maker(wanted: Tensor) -> Callable[[], Tensor]:
     It has no memory: what a plan kept could belong to a graph that torch.compile was recording when the plan was made,
     and torch refuses graphs with such tenants.
     """
-    template = torch.empty_strided(wanted.shape, wanted.stride(), dtype=wanted.dtype, device=wanted.device)
+    template = torch.empty(0, dtype=wanted.dtype, device=wanted.device)
+    template.set_(template.untyped_storage(), 0, wanted.shape, wanted.stride())
     template.untyped_storage().resize_(0)
     return functools.partial(torch.empty_like, template)
 
 
-def room_for(tensors: list[Tensor]) -> tuple[Callable[[], Tensor] | None, list[int]]:
-    """A function that makes one tensor of bytes with room for all of these, None if for none; where each begins in it.
+def room_for(tensors: list[Tensor]) -> Callable[[], tuple[list[Tensor], list[int]]]:
+    """A function that makes room for tensors like these, of what holds it, and of where each begins.
 
     What a call needs in between and gives to nobody takes one allocation so, not several.
     """
+    if not tensors:
+        return lambda: ([], [])
     sizes = [-(-tensor.numel() * tensor.element_size() // _BLOCK) * _BLOCK for tensor in tensors]
     places = [sum(sizes[:i]) for i in range(len(sizes))]
-    if not sizes:
-        return None, places
-    return maker(torch.empty(sum(sizes), dtype=torch.uint8, device=tensors[0].device)), places
+    make = maker(torch.empty(sum(sizes), dtype=torch.uint8, device=tensors[0].device))
+
+    def new() -> tuple[list[Tensor], list[int]]:
+        room = make()
+        begin = room.data_ptr()
+        return [room], [begin + place for place in places]
+
+    return new
 
 
 _BLOCK = 512  # bytes: what torch's own allocations begin at multiples of
