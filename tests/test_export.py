@@ -194,6 +194,13 @@ def test_no_size_decides_on_the_order_of_the_plain_scans_products(name: str, mon
         create(name, exportable=True)(torch.randn(1, 3, 32, 32))
 
 
+def test_a_file_for_any_size_is_tried_at_the_size_asked_for() -> None:
+    model = create("test_vim", depth=1)  # patches of 16 pixels, so the example is larger than this
+    for size, fits in (((32, 48), True), ((32, 40), False)):
+        tried = [tuple(images.shape[2:]) for images in Request(model, size, vary="size").others()]
+        assert (size in tried) == fits and tried[:3] == [(48, 64), (48, 64), (64, 48)]
+
+
 def test_a_model_of_one_size_is_refused_for_many() -> None:
     model = create("test_vim", depth=1, dynamic_img_size=False)
     assert "dynamic_img_size=True" in str(refusal("pt2", Request(model, (160, 160), vary="size")))

@@ -87,7 +87,11 @@ class Request:
         _, _, height, width = self.example.shape
         step = coarsest(self.model)
         found = [] if self.vary == "none" else [self.images(n, height, width) for n in (1, 3)]
-        return found + ([self.images(1, height + step, width - step)] if self.vary == "size" else [])
+        if self.vary == "size":
+            found.append(self.images(1, height + step, width - step))
+            if all(side % step == 0 and side >= 2 * step for side in self.size):
+                found.append(self.images(1, *self.size))
+        return found
 
     @cached_property
     def reference(self) -> nn.Module:
