@@ -170,6 +170,21 @@ def dual_scans(records: Records) -> str:
     return _rows(titles, "lrrrrrr", rows())
 
 
+def exports(records: Records) -> str:
+    """How far the files of small models of every family are from the models, in each format."""
+    small = [r for r in records if "vary" in r and r["difference"] is not None and not r["int8"]]
+    found = _newest(small, "case", "format", "scan", "vary")
+    kinds = sorted({(form, scan, vary) for _, form, scan, vary in found}, key=lambda kind: (kind[2] != "size", kind))
+    titles = ("model", *(f"`{form}`: any {'batch' if vary == 'batch' else 'batch, size'}" for form, _, vary in kinds))
+
+    def rows() -> Iterable[Iterable[str]]:
+        for case in dict.fromkeys(case for case, *_ in found):
+            cells = (found.get((case, *kind)) for kind in kinds)
+            yield f"`{case.removeprefix('export_')}`", *(f"{r['difference']:.0e}" if r else "" for r in cells)
+
+    return _rows(titles, "l" + "r" * len(kinds), rows())
+
+
 #: Record -> the table that README.md has of it.
 TABLES: dict[str, Callable[[Records], str]] = {
     "models.jsonl": models,
@@ -177,6 +192,7 @@ TABLES: dict[str, Callable[[Records], str]] = {
     "families_gpu.jsonl": families,
     "cuda_scan.jsonl": scans,
     "ssd.jsonl": dual_scans,
+    "export.jsonl": exports,
 }
 
 
