@@ -64,6 +64,11 @@ def conv_norm(x: Tensor, conv: Any, norm: Any) -> Tensor:
     )  # fmt: skip
 
 
+def conv_beside(x: Tensor, conv: Any) -> Tensor:
+    """x + conv(x) of maps (B, H, W, C), in one pass; conv is depthwise."""
+    return ops.conv_map(x, conv.weight, conv.bias, shortcut=True)
+
+
 def norm_linear(x: Tensor, branch: Tensor | None, norm: Any, linear: Any, step: int = 1) -> tuple[Tensor, Tensor]:
     """linear(norm(x + branch)) of a usual norm and a layer without bias, and x + branch.
 

@@ -17,14 +17,21 @@ from timm.layers import DropPath, Mlp
 from timm.models import generate_default_cfgs, register_model, register_model_deprecations
 from torch import Tensor, nn
 
-from vision_mamba.layers.joined import eager_on_gpu, is_usual_mlp, is_usual_norm, norm_linear, norm_mlp, untouched
+from vision_mamba.layers.joined import (
+    conv_beside,
+    eager_on_gpu,
+    is_usual_mlp,
+    is_usual_norm,
+    norm_linear,
+    norm_mlp,
+    untouched,
+)
 from vision_mamba.layers.noncausal import MapAttention, NonCausalSSD
 from vision_mamba.layers.norm import LayerNorm, before_product
 from vision_mamba.layers.patch import InvertedDownsample, ResidualStem
 from vision_mamba.models import vmamba
 from vision_mamba.models.checkpoint import rename
 from vision_mamba.models.pyramid import Pyramid, Stage, build_pyramid, drop_path_rates
-from vision_mamba.ops.conv import conv_map
 
 __all__ = ["VSSD", "VSSDBlock"]
 
@@ -82,13 +89,13 @@ class VSSDBlock(nn.Module):
     def join(self, x: Tensor, branch: Tensor | None) -> tuple[Tensor, Tensor]:
         """As forward, of a stream x + branch, into a stream and what is to be added to it."""
         mixer: Any = self.mixer
-        x = conv_map(x if branch is None else x + branch, self.cpe1.weight, self.cpe1.bias, shortcut=True)
+        x = conv_beside(x if branch is None else x + branch, self.cpe1)
         if untouched(mixer, NonCausalSSD) and untouched(mixer.in_proj, nn.Linear):
             y, x = norm_linear(x, None, self.norm1, mixer.in_proj, step=8)
             y = mixer.mix(y)
         else:
             y = mixer(self.norm1(x))
-        x = conv_map(x + self.drop_path1(y), self.cpe2.weight, self.cpe2.bias, shortcut=True)
+        x = conv_beside(x + self.drop_path1(y), self.cpe2)
         added, x = norm_mlp(x, None, self.norm2, self.mlp)
         return x, self.drop_path2(added)
 
