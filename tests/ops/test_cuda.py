@@ -143,6 +143,7 @@ def test_blocks_of_many_sequences(
     monkeypatch.setattr(cuda, "_in_turn", lambda *_: routes == "in turn")
     if many:  # so that blocks add to what others have left, and take channels in turn
         monkeypatch.setattr(cuda, "_multiprocessors", lambda _: 1)
+        monkeypatch.setattr(cuda.kernels, "LEAN", True)
         monkeypatch.setattr(cuda.kernels, "MANY", 0)
     tiles = (case.grid[0] * case.grid[1] + 15) // 16
     monkeypatch.setattr(cuda.kernels, "wide_segments", lambda *_: (tiles, 1) if routes == "in segments" else (1, tiles))

@@ -27,7 +27,7 @@ Record = dict[str, Any]
 
 def latest(records: Iterable[Record]) -> list[Record]:
     """The last record of each figure, in the order in which figures first came."""
-    keys = ("device", "threads", "level", "dtype", "case", "backend", "pass")
+    keys = ("device", "threads", "level", "lean", "dtype", "case", "backend", "pass")
     return list({tuple(record.get(key) for key in keys): record for record in records}.values())
 
 

@@ -34,6 +34,7 @@ from bench import floor, peers, render  # noqa: E402
 from bench.cases import CASES, ScanCase, make_call  # noqa: E402
 from bench.stopwatch import Stopwatch  # noqa: E402
 from vision_mamba import ops  # noqa: E402
+from vision_mamba.ops.backends.cuda_kernels import LEAN  # noqa: E402
 from vision_mamba.ops.call import GRADIENTS, ScanCall  # noqa: E402
 from vision_mamba.ops.reference import take_steps  # noqa: E402
 from vision_mamba.provenance import provenance  # noqa: E402
@@ -228,6 +229,7 @@ def main() -> int:
                 "case": name,
                 "op": subject.op,
                 "backend": subject.name,
+                **({"lean": True} if subject.name == "cuda" and LEAN else {}),
                 "shape": case.shape(),
                 "dtype": chosen.dtype,
             }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any, NamedTuple
 
 import torch
@@ -12,7 +13,9 @@ from vision_mamba.ops.backends.nvrtc import Specialisation
 TYPES = {torch.float32: "Float", torch.float16: "Half", torch.bfloat16: "Bfloat"}
 MAX_RANK = 64  # columns of a low-rank step size that the kernels multiply themselves
 CHECKPOINT = 16  # steps of a tile of the wide kernels
-MANY = 2**15  # sequences of a channel from which on memory counts, and the wide kernels save less
+# Whether the wide kernels save less where sequences of a channel are at least so many, memory for time. It is decided
+# once a process, so that no backward pass finds what another choice has saved.
+LEAN, MANY = os.environ.get("VISION_MAMBA_LEAN") == "1", 2**15
 WARPS = 4  # of a block of the wide kernels
 BACKWARD_WARPS = 12  # of the wide backward kernel that a multiprocessor holds
 NARROW_CHANNELS = 16  # of a block of the narrow kernels
@@ -97,7 +100,7 @@ class Wide(NamedTuple):
 
 def wide_every(sequences: Any, channels: Any) -> Any:
     """Tiles between two states that a forward pass saves: going back, the state between them is computed once more."""
-    return 2 if sequences * channels >= MANY else 1
+    return 2 if LEAN and sequences * channels >= MANY else 1
 
 
 def wide_turns(tile: Tile, sequences: int, channels: int, multiprocessors: int) -> int:
@@ -299,7 +302,7 @@ def _shipped(tile: Tile, rank: int) -> Wide:
 
 def _many(tile: Tile, rank: int, **more: Any) -> Wide:
     """Of many sequences."""
-    return _shipped(tile, rank)._replace(every=2, copies=not (rank and "add" in more), **more)
+    return _shipped(tile, rank)._replace(copies=not (rank and "add" in more), **more)
 
 
 #: What the published models run: compiled for every architecture by the tests, and warmed by the doctor.
@@ -316,6 +319,8 @@ SHIPPED = (
     wide_forward(_FULL, _shipped(forward_tiles(64, 0)[0], 0)),
     wide_backward(_HALF, _shipped(backward_tile(16, 2**17), 24), "Bfloat", "Bfloat"),
     *(wide_backward(_HALF, _many(backward_tile(16, 2**17), rank, add=True), "Bfloat", "Bfloat") for rank in (0, 24)),
+    wide_forward(_HALF, _many(forward_tiles(16, 0)[1], 0, every=2)),
+    wide_backward(_HALF, _many(backward_tile(16, 2**17), 0, add=True, every=2), "Bfloat", "Bfloat"),
     finish(("Bfloat",) * 3, 1, 6, 8),
     finish(("Bfloat",) * 3, 16, 24, 8),
     merge("Bfloat", "Bfloat", 8),
