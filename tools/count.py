@@ -25,9 +25,9 @@ import vision_mamba
 from vision_mamba.provenance import provenance
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(ROOT / "tools"))
 
-from tools import tables  # noqa: E402
+import tables  # noqa: E402
 
 RECORD = ROOT / "results" / "models.jsonl"
 COVERED = ("vision_mamba", "tools/count.py")  # what a record depends on
