@@ -134,17 +134,17 @@ def plentiful() -> list[Case]:
 
 
 @pytest.mark.parametrize("routes", ["together", "in turn", "in segments"])
-@pytest.mark.parametrize("many", [False, True])
+@pytest.mark.parametrize(("many", "lean"), [(False, False), (True, False), (True, True)], ids=["few", "many", "lean"])
 @pytest.mark.parametrize("case", plentiful(), ids=str)
 def test_blocks_of_many_sequences(
-    case: Case, many: bool, routes: str, poisoned: None, monkeypatch: pytest.MonkeyPatch
+    case: Case, many: bool, lean: bool, routes: str, poisoned: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(cuda, "_forward_tile", lambda call, _: cuda.kernels.forward_tiles(call.states, call.rank)[many])
     monkeypatch.setattr(cuda, "_in_turn", lambda *_: routes == "in turn")
-    if many:  # so that blocks add to what others have left, and take channels in turn
+    monkeypatch.setattr(cuda.kernels, "LEAN", lean)
+    monkeypatch.setattr(cuda.kernels, "MANY", 0)
+    if many:  # so that blocks add to what others have left, and if they are lean take channels in turn
         monkeypatch.setattr(cuda, "_multiprocessors", lambda _: 1)
-        monkeypatch.setattr(cuda.kernels, "LEAN", True)
-        monkeypatch.setattr(cuda.kernels, "MANY", 0)
     tiles = (case.grid[0] * case.grid[1] + 15) // 16
     monkeypatch.setattr(cuda.kernels, "wide_segments", lambda *_: (tiles, 1) if routes == "in segments" else (1, tiles))
     monkeypatch.setattr(cuda, "_forward_plans", {})
