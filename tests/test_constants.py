@@ -88,6 +88,16 @@ def test_copies_are_known_without_being_read(monkeypatch: pytest.MonkeyPatch) ->
     assert original(copy) is copy and not contract.visits_all(call._replace(indices=copy))
 
 
+def test_what_was_written_later_is_not_of_a_copy() -> None:
+    table = torch.tensor([[0, 1, -1]], dtype=torch.int32)
+    copy = copy_of(table)
+    assert original(copy) is table
+    table[0, 2] = 2
+    assert original(copy) is copy
+    assert contract.covers("here", table, 3) and not contract.covers("here", copy, 3)
+    assert original(copy_of(table)) is table
+
+
 def test_the_operators_give_a_new_tensor_unless_asked_for_the_shared_one() -> None:
     """Compilers use the memory of an operator's outputs again."""
     like, order = torch.zeros(1), scans.get("cross")

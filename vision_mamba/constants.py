@@ -87,10 +87,14 @@ def copy_of(tensor: Tensor, device: torch.device | None = None) -> Tensor:
     """A copy that tells what it is one of, so that nobody has to read it: see `original`."""
     with torch.inference_mode(False):
         copy = tensor.to(device or tensor.device, copy=True)
-    copy.copy_of = tensor  # type: ignore[attr-defined]
+    if not tensor.is_inference():  # of which nobody knows whether it was written into
+        copy.copy_of = tensor, tensor._version  # type: ignore[attr-defined]
     return copy
 
 
 def original(tensor: Tensor) -> Tensor:
-    """The shared tensor that one is an unchanged copy of, else the tensor itself."""
-    return tensor if tensor.is_inference() or tensor._version else getattr(tensor, "copy_of", tensor)
+    """The shared tensor that one is a copy of, if nothing was written into either since, else the tensor itself."""
+    if tensor.is_inference() or tensor._version:
+        return tensor
+    source, version = getattr(tensor, "copy_of", (tensor, 0))
+    return source if source._version == version else tensor

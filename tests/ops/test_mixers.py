@@ -283,6 +283,38 @@ def test_layers_that_were_touched_run_one_by_one(stand_ins: list[str]) -> None:
     assert stand_ins == ["scan_map"]
 
 
+@pytest.mark.parametrize(
+    ("name", "place", "make_other"),
+    [
+        ("ss2d", "out_proj", lambda: nn.Linear(32, 32)),
+        ("ss2d", "conv2d", lambda: nn.Conv2d(32, 32, 3, padding=1, groups=32, padding_mode="circular")),
+        ("ss2d", "conv2d", lambda: nn.Conv2d(32, 32, 3, padding=2, dilation=2, groups=32)),
+        ("localmamba", "mixer.out_proj", lambda: nn.Linear(48, 24)),
+        ("bimamba", "out_proj", lambda: nn.Linear(64, 32)),
+        ("vmamba_blocks", "blocks.0.ss2d.in_proj", lambda: nn.Linear(16, 32)),
+    ],
+)
+def test_layers_that_do_more_than_kernels_do_it(
+    name: str, place: str, make_other: Callable[[], nn.Module], request: pytest.FixtureRequest
+) -> None:
+    mixer, x = make(name)
+    other = make_other()
+    if "in_proj" in place:  # of as many channels as the one it stands for
+        was = mixer.get_submodule(place)
+        other = nn.Linear(was.in_features, was.out_features)
+    mixer.set_submodule(place, other)
+    expected = run(mixer, x)
+    request.getfixturevalue("stand_ins")
+    for result, wanted in zip(run(mixer, x), expected, strict=True):
+        assert relative_rms(result, wanted) < 1e-6
+
+
+def test_a_forward_of_a_layers_own_is_called(stand_ins: list[str]) -> None:
+    mixer, x = make("ss2d")
+    mixer.out_proj.forward = lambda y: torch.zeros(*y.shape[:-1], 32)  # as tools do that wrap layers
+    assert not mixer(x).any() and stand_ins == []
+
+
 def test_blocks_that_were_touched_run_one_by_one(stand_ins: list[str]) -> None:
     model, x = make("vmamba_blocks")
     first, second = model.blocks

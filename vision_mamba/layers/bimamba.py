@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from vision_mamba import scans
 from vision_mamba.layers.init import init_a_log_, init_dt_bias_, init_dt_weight_
-from vision_mamba.layers.joined import eager_on_gpu, norm_linear, untouched
+from vision_mamba.layers.joined import eager_on_gpu, is_product, norm_linear
 from vision_mamba.layers.norm import RMSNorm
 from vision_mamba.layers.scan import SelectiveScan
 from vision_mamba.ops import mixers
@@ -163,7 +163,7 @@ class BiMamba(RouteMamba):
         return self.out_proj(_gated(y, z))
 
     def _usual(self) -> bool:
-        return not (self.norm_columns or self.scan.exportable) and untouched(self.out_proj, nn.Linear)
+        return not (self.norm_columns or self.scan.exportable) and is_product(self.out_proj)
 
     def _behind(self, like: Tensor) -> tuple[Tensor | None, ...]:
         """What all behind in_proj needs to run as one, for tokens like these."""

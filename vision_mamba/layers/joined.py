@@ -27,11 +27,26 @@ def eager_on_gpu(x: object) -> bool:
 def untouched(module: object, *kinds: type[nn.Module]) -> bool:
     """Whether a module is one of those as they were written: not replaced, and with no hook that waits for its call."""
     return type(module) in kinds and not (
-        module._forward_hooks  # type: ignore[attr-defined]
+        "forward" in vars(module)
+        or module._forward_hooks  # type: ignore[attr-defined]
         or module._forward_pre_hooks  # type: ignore[attr-defined]
         or module._backward_hooks  # type: ignore[attr-defined]
         or module._backward_pre_hooks  # type: ignore[attr-defined]
     )
+
+
+def is_product(layer: object) -> bool:
+    """Whether a layer is a product with its weight and nothing else."""
+    return untouched(layer, nn.Linear) and layer.bias is None  # type: ignore[attr-defined]
+
+
+def is_centred(conv: object) -> bool:
+    """Whether a convolution gives a map of the same size, with zeros around it, as `ops.conv_map` does."""
+    if not untouched(conv, nn.Conv2d):
+        return False
+    assert isinstance(conv, nn.Conv2d)
+    centred = conv.padding == tuple(size // 2 for size in conv.kernel_size) and conv.padding_mode == "zeros"
+    return centred and conv.stride == conv.dilation == (1, 1)
 
 
 def is_usual_norm(norm: object) -> bool:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from vision_mamba import scans
 from vision_mamba.layers.bimamba import RouteMamba
 from vision_mamba.layers.init import init_in_float32_
-from vision_mamba.layers.joined import eager_on_gpu, untouched
+from vision_mamba.layers.joined import eager_on_gpu, is_product, untouched
 from vision_mamba.layers.scan import SelectiveScan
 from vision_mamba.layers.tokens import CLASS_TOKENS, class_place
 from vision_mamba.ops import mixers
@@ -196,7 +196,7 @@ class LocalMamba(RouteMamba):
         attn, out = self.attn, self.out_proj
         if not eager_on_gpu(xz) or self.norm_columns or self.scan.exportable or not attn.is_usual():
             return None
-        if not untouched(out, nn.Linear):
+        if not is_product(out):
             return None
         A = -torch.exp(self.A_log)
         return mixers.scan_routes(

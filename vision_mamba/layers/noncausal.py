@@ -10,7 +10,7 @@ from timm.layers import Attention
 from torch import Tensor, nn
 
 from vision_mamba.layers.init import init_dt_bias_
-from vision_mamba.layers.joined import eager_on_gpu, untouched
+from vision_mamba.layers.joined import eager_on_gpu, is_centred
 from vision_mamba.layers.norm import LayerNorm, before_product
 from vision_mamba.layers.scan import DualScan
 from vision_mamba.layers.ss2d import sum_dtype
@@ -108,7 +108,7 @@ class NonCausalSSD(nn.Module):
     def _convolved(self, x: Tensor) -> Tensor:
         conv = self.conv2d
         if not torch.jit.is_scripting():  # noqa: SIM102 - TorchScript would look into both sides of an "and"
-            if eager_on_gpu(x) and untouched(conv, nn.Conv2d):
+            if eager_on_gpu(x) and is_centred(conv):
                 return conv_map(x, conv.weight, conv.bias)
         # Permuted views: the memory stays channels last, and the convolution works on it as it is.
         return F.silu(conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))

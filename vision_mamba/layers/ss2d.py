@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from vision_mamba import scans
 from vision_mamba.layers.init import init_a_log_, init_dt_bias_, init_dt_weight_
-from vision_mamba.layers.joined import eager_on_gpu, untouched
+from vision_mamba.layers.joined import eager_on_gpu, is_centred, is_product, untouched
 from vision_mamba.layers.local import RouteAttention
 from vision_mamba.layers.norm import LayerNorm, before_product
 from vision_mamba.layers.scan import DualScan, SelectiveScan
@@ -191,9 +191,9 @@ class SS2D(nn.Module):
             if not isinstance(attn, RouteAttention) or not attn.is_usual():
                 return None
             attention = attn.given()
-        if not (untouched(conv, nn.Conv2d) and untouched(self.act, nn.SiLU) and untouched(norm, LayerNorm)):
+        if not (is_centred(conv) and untouched(self.act, nn.SiLU) and untouched(norm, LayerNorm)):
             return None
-        if not (untouched(out, nn.Linear) and isinstance(conv, nn.Conv2d)):
+        if not (is_product(out) and isinstance(conv, nn.Conv2d)):
             return None
         A = -torch.exp(self.A_logs).unflatten(0, (self.routes, self.d_inner))
         D = self.Ds.unflatten(0, (self.routes, self.d_inner))

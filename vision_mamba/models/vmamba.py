@@ -23,7 +23,15 @@ from torch import Tensor, nn
 
 from vision_mamba.layers import SS2D, SSD2D
 from vision_mamba.layers.efficient import InvertedBlock, ScanBesideConv
-from vision_mamba.layers.joined import eager_on_gpu, is_usual_mlp, is_usual_norm, norm_linear, norm_mlp, untouched
+from vision_mamba.layers.joined import (
+    eager_on_gpu,
+    is_product,
+    is_usual_mlp,
+    is_usual_norm,
+    norm_linear,
+    norm_mlp,
+    untouched,
+)
 from vision_mamba.layers.norm import NORMS, before_product
 from vision_mamba.layers.patch import DOWNSAMPLES, STEMS
 from vision_mamba.models.checkpoint import rename, require_all_used, unwrap
@@ -78,7 +86,7 @@ class VMambaBlock(nn.Module):
 
     def joins(self, x: Tensor) -> bool:
         """Whether the norms run with what is before and behind them; see `layers.joined`."""
-        mixer = untouched(self.ss2d, SS2D, SSD2D) and untouched(self.ss2d.in_proj, nn.Linear)
+        mixer = untouched(self.ss2d, SS2D, SSD2D) and is_product(self.ss2d.in_proj)
         mlp = self.mlp is None or (is_usual_mlp(self.mlp) and is_usual_norm(self.norm2))
         return eager_on_gpu(x) and untouched(self, VMambaBlock) and mixer and mlp and is_usual_norm(self.norm1)
 

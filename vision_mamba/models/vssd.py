@@ -20,6 +20,8 @@ from torch import Tensor, nn
 from vision_mamba.layers.joined import (
     conv_beside,
     eager_on_gpu,
+    is_centred,
+    is_product,
     is_usual_mlp,
     is_usual_norm,
     norm_linear,
@@ -83,14 +85,14 @@ class VSSDBlock(nn.Module):
     def joins(self, x: Tensor) -> bool:
         """Whether the norms run with what is before and behind them; see `layers.joined`."""
         usual = untouched(self, VSSDBlock) and is_usual_norm(self.norm1) and is_usual_norm(self.norm2)
-        convs = untouched(self.cpe1, nn.Conv2d) and untouched(self.cpe2, nn.Conv2d)
+        convs = is_centred(self.cpe1) and is_centred(self.cpe2)
         return eager_on_gpu(x) and usual and convs and is_usual_mlp(self.mlp)
 
     def join(self, x: Tensor, branch: Tensor | None) -> tuple[Tensor, Tensor]:
         """As forward, of a stream x + branch, into a stream and what is to be added to it."""
         mixer: Any = self.mixer
         x = conv_beside(x if branch is None else x + branch, self.cpe1)
-        if untouched(mixer, NonCausalSSD) and untouched(mixer.in_proj, nn.Linear):
+        if untouched(mixer, NonCausalSSD) and is_product(mixer.in_proj):
             y, x = norm_linear(x, None, self.norm1, mixer.in_proj, step=8)
             y = mixer.mix(y)
         else:

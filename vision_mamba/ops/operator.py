@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad, profiler
+from torch.overrides import has_torch_function
 from torch.utils.flop_counter import register_flop_formula
 
 from vision_mamba.ops.contract import covers
@@ -21,6 +22,7 @@ from vision_mamba.ops.reference import without_autocast
 from vision_mamba.ops.registry import Backend, Registry
 
 library = torch.library.Library("vision_mamba", "FRAGMENT")
+_OPTIONS = (bool, str, torch.dtype)  # of a call, beside None
 
 
 def once(check: Callable[[Any], None]) -> Callable[[Any], None]:
@@ -124,6 +126,10 @@ class Operator:
         present = all([tensor is not None for tensor in arguments[:required]])
         if not (present and all([isinstance(tensor, Tensor) for tensor in tensors])) or _watched(tensors):
             return None
+        if has_torch_function(tensors) or tensors[0].dim() < 3:
+            return None
+        if not all([option is None or type(option) in _OPTIONS for option in arguments[count:]]):
+            return None  # the checks have a sentence for it; 1 and True are equal
         seen = self._seen(self.shortened(arguments), False)
         return None if seen is None else seen[0][:2]
 
