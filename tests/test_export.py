@@ -5,6 +5,9 @@ from __future__ import annotations
 import doctest
 import importlib.util
 import re
+import struct
+import sys
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +99,20 @@ def test_any_size_in_one_file(tmp_path: Path) -> None:
 )
 def test_every_family_in_every_format(kind: str, scan: str, vary: str, name: str, tmp_path: Path) -> None:
     check(kind, Request(create(name), (64, 48), scan, vary), tmp_path / f"model{FORMATS[kind].suffix}")
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.skipif(sys.platform != "linux", reason="ELF alone says what a stack must allow")
+def test_a_package_runs_nothing_on_the_stack(tmp_path: Path) -> None:
+    """Or glibc 2.41 and later refuse to load it, and hardened kernels end the process."""
+    done = export_model("aoti", Request(create("test_vim", depth=1), (32, 32)), tmp_path / "model.pt2")
+    with zipfile.ZipFile(done.path) as package:
+        (library,) = [package.read(name) for name in package.namelist() if name.endswith(".so")]
+    table, (size, count) = struct.unpack_from("<Q", library, 32)[0], struct.unpack_from("<HH", library, 54)
+    headers = [struct.unpack_from("<II", library, table + size * i) for i in range(count)]
+    (flags,) = [flags for kind, flags in headers if kind == 0x6474E551]  # PT_GNU_STACK
+    assert not flags & 1
 
 
 @pytest.mark.slow

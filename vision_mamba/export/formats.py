@@ -29,6 +29,10 @@ VARIES = ("none", "batch", "size")
 
 _OPSET = 18  # of ONNX, for the exporter of TorchScript
 _LOADING = "import sys, torch, vision_mamba; torch._inductor.aoti_load_package(sys.argv[1])"
+# By default AOTInductor puts weights into a library by an assembler file that does not say that it runs nothing on the
+# stack, so the library asks for a stack that can be run: glibc 2.41 refuses to load it then, and hardened kernels end the
+# process. Behind the library's end, with its head from C++, weights ask for nothing.
+_NO_CODE_ON_THE_STACK = {"aot_inductor.force_mmap_weights": True, "aot_inductor.use_consts_asm_build": False}
 
 
 @dataclass(frozen=True)
@@ -167,7 +171,9 @@ def _read_pt2(path: Path) -> Program:
 
 
 def _write_aoti(request: Request, plain: bool, path: Path) -> None:
-    options = {"aot_inductor.metadata": {ABOUT: json.dumps(dict(request.about))}}
+    options: dict[str, Any] = {"aot_inductor.metadata": {ABOUT: json.dumps(dict(request.about))}}
+    if sys.platform == "linux":
+        options |= _NO_CODE_ON_THE_STACK
     torch._inductor.aoti_compile_and_package(request.exported(plain), package_path=str(path), inductor_configs=options)
     _try_to_load(path)
 
