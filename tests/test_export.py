@@ -127,10 +127,11 @@ def test_inductor_compiles_every_family_whole(name: str) -> None:
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 @small_model
-def test_compiled_whole_every_family_takes_other_batches_and_sizes(name: str) -> None:
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_compiled_whole_every_family_takes_other_batches_and_sizes(backend: str, name: str) -> None:
     torch._dynamo.reset()
     model = create(name)
-    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend="aot_eager")
+    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend=backend)
     with torch.no_grad():
         for shape in ((2, 3, 96, 128), (3, 3, 160, 64), (5, 3, 64, 96), (2, 3, 128, 128)):
             x = torch.randn(shape)
