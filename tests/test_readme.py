@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from tests.tolerances import LOGITS
-from tools import count, parity, tables
+from tools import count, macs, parity, tables
 from vision_mamba import scans
 from vision_mamba.ops import registry
 from vision_mamba.scans import order
@@ -79,6 +79,12 @@ def test_a_differing_checkpoint_would_show_in_the_record() -> None:
 def test_the_record_is_what_the_models_have(name: str) -> None:
     counted = count.count(name)
     assert {key: RECORDS[name][key] for key in counted} == counted
+
+
+@pytest.mark.parametrize("name", macs.PUBLISHED)
+def test_operations_counted_as_their_authors_do_are_as_published(name: str) -> None:
+    theirs = macs.PUBLISHED[name]  # rounded to tenths
+    assert abs(RECORDS[name]["gmacs_as_published"] - theirs) <= max(0.05, 0.015 * theirs)
 
 
 def test_its_table_of_backends_is_the_registry() -> None:

@@ -56,22 +56,30 @@ def _rows(titles: Iterable[str], aligned: str, rows: Iterable[Iterable[str]]) ->
 def models(records: Records) -> str:
     """The registered models, families apart and each from small to large."""
     differences = measured()
-    titles = ("model", "parameters, M", "GMACs", "in scans", "input", "published", "weights", "licence", "parity")
+    sizes = ("parameters, M", "GMACs", "in scans", "as published", "input")
+    titles = ("model", *sizes, "top-1", "weights", "licence", "parity")
     rows = (
         (
             f"`{r['case']}`",
             f"{r['params'] / 1e6:.1f}",
             f"{r['flops'] / 2e9:.2f}",
             f"{r['scan_flops'] / r['flops']:.0%}",
+            f"{r['gmacs_as_published']:.2f} ({r['published_gmacs']:.1f})" if r["published_gmacs"] else "",
             " x ".join(map(str, r["input"][1:])),
-            ", ".join(note.removeprefix("top-1 ") for card in r["cards"] for note in card["published"]),
+            ", ".join(_notes(r, "top-1 ")),
             ", ".join(f"[{card['tag']}]({card['weights']})" for card in r["cards"] if card["weights"]),
-            r["license"],
+            ", ".join((r["license"], *_notes(r, "licence: "))),
             " / ".join(f"{off:.0e}" for off in differences.get(r["case"], ())),
         )
         for r in sorted(records, key=lambda r: (r["case"].split("_")[0], r["flops"]))
     )
-    return _rows(titles, "lrrrlllll", rows)
+    return _rows(titles, "lrrrrlllll", rows)
+
+
+def _notes(record: Record, kind: str) -> list[str]:
+    """What the notes of a model's cards say of that kind."""
+    notes = (note for card in record["cards"] for note in card["published"])
+    return [note.removeprefix(kind) for note in notes if note.startswith(kind)]
 
 
 def measured() -> dict[str, tuple[float, float]]:

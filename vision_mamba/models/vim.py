@@ -553,24 +553,31 @@ def _cfg(**kwargs: Any) -> dict[str, Any]:
     }
 
 
+# The pages of Vim-Ti's and Vim-S's weights name one licence at their head and another in their text.
+_TERMS = "licence: non-commercial in the text of its page"
+
 default_cfgs = generate_default_cfgs(
     {
         # Names of files as third parties list them.
         "vim_tiny_patch16_224.hustvl_in1k": _cfg(
-            hf_hub_id="hustvl/Vim-tiny-midclstok", hf_hub_filename="vim_t_midclstok_76p1acc.pth", notes=("top-1 76.1",)
+            hf_hub_id="hustvl/Vim-tiny-midclstok",
+            hf_hub_filename="vim_t_midclstok_76p1acc.pth",
+            notes=("top-1 76.1", _TERMS),
         ),
         "vim_tiny_patch16_stride8_224.hustvl_in1k": _cfg(
             hf_hub_id="hustvl/Vim-tiny-midclstok",
             hf_hub_filename="vim_t_midclstok_ft_78p3acc.pth",
-            notes=("top-1 78.3",),
+            notes=("top-1 78.3", _TERMS),
         ),
         "vim_small_patch16_224.hustvl_in1k": _cfg(
-            hf_hub_id="hustvl/Vim-small-midclstok", hf_hub_filename="vim_s_midclstok_80p5acc.pth", notes=("top-1 80.5",)
+            hf_hub_id="hustvl/Vim-small-midclstok",
+            hf_hub_filename="vim_s_midclstok_80p5acc.pth",
+            notes=("top-1 80.5", _TERMS),
         ),
         "vim_small_patch16_stride8_224.hustvl_in1k": _cfg(
             hf_hub_id="hustvl/Vim-small-midclstok",
             hf_hub_filename="vim_s_midclstok_ft_81p6acc.pth",
-            notes=("top-1 81.6",),
+            notes=("top-1 81.6", _TERMS),
         ),
         "vim_base_patch16_224.hustvl_in1k": _cfg(
             hf_hub_id="hustvl/Vim-base-midclstok", hf_hub_filename="vim_b_midclstok_81p9acc.pth", notes=("top-1 81.9",)
