@@ -102,6 +102,18 @@ def test_windows_come_row_by_row_and_go_back(size: tuple[int, int]) -> None:
     assert torch.equal(join_windows(windows, 2, *size), x)
 
 
+def test_an_exported_program_takes_a_single_window_too() -> None:
+    class Windows(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return join_windows(cut_windows(x, 3).cumsum(1), 3, x.shape[1], x.shape[2])
+
+    varies = {axis: torch.export.Dim(name, min=1) for axis, name in enumerate(("batch", "rows", "columns"))}
+    program = torch.export.export(Windows(), (torch.randn(2, 5, 8, 4),), dynamic_shapes=(varies,)).module()
+    for size in ((3, 3), (2, 1), (2, 7), (9, 3), (4, 10)):
+        x = torch.randn(1, *size, 4)
+        assert torch.equal(program(x), Windows()(x))
+
+
 def test_mixer_is_a_scan_beside_a_convolution() -> None:
     mixer = ConcatMamba(8, d_state=3, dt_rank=2).double()
     for parameter in mixer.parameters():

@@ -71,9 +71,7 @@ def export_model(name: str, request: Request, path: str | Path) -> Exported:
         except Exception as error:  # exporters and runtimes raise dozens of types
             told = textwrap.shorten(f"{type(error).__name__}: {error}", 600, placeholder=" ...")
             if request.vary == "size":
-                told += (
-                    "; a map or window that is one alone is taken for a constant: give a larger size, or vary the batch"
-                )
+                told += "; a map of one row or column is taken for a constant: give a larger size, or vary the batch"
             raise ExportError(f"{name}: the model could not be exported and run: {told}") from error
         if not difference <= PARITY:
             width = request.example.dtype

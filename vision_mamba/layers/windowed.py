@@ -21,6 +21,10 @@ def cut_windows(x: Tensor, size: int) -> Tensor:
     height, width, channels = x.shape[1], x.shape[2], x.shape[3]
     rows, columns = (height + size - 1) // size, (width + size - 1) // size
     x = F.pad(x, (0, 0, 0, columns * size - width, 0, rows * size - height))
+    if not torch.jit.is_scripting():  # noqa: SIM102  TorchScript leaves out what stands in such an if of its own
+        if torch.compiler.is_exporting():
+            tokens = x.flatten(1, 2).index_select(1, _cut(rows, columns, size, x.device))
+            return tokens.flatten(0, 1).view(-1, size * size, channels)
     x = x.reshape(x.shape[0], rows, size, columns, size, channels)
     return x.transpose(2, 3).flatten(0, 2).flatten(1, 2)
 
@@ -30,14 +34,33 @@ def cut_windows(x: Tensor, size: int) -> Tensor:
 def join_windows(windows: Tensor, size: int, height: int, width: int) -> Tensor:
     """What `cut_windows` undoes: (B windows, size^2, C) -> (B, height, width, C), without what had been filled up."""
     rows, columns = (height + size - 1) // size, (width + size - 1) // size
+    if not torch.jit.is_scripting():  # noqa: SIM102  as above
+        if torch.compiler.is_exporting():
+            tokens = windows.flatten(0, 1).view(-1, rows * columns * size * size, windows.shape[-1])
+            joined = tokens.index_select(1, _joined(height, width, columns, size, windows.device))
+            return joined.view(-1, height, width, windows.shape[-1])
     x = windows.view(windows.shape[0] // (rows * columns), rows, columns, size, size, windows.shape[-1]).transpose(2, 3)
     x = x.reshape(-1, rows * size, columns * size, windows.shape[-1])
-    if not torch.jit.is_scripting():  # noqa: SIM102  TorchScript leaves out what stands in such an if of its own
-        if torch.compiler.is_exporting():
-            # A slice has other strides where it is the whole: torch.export would hold every size to the example's.
-            x = x.index_select(1, torch.arange(height, device=x.device))
-            return x.index_select(2, torch.arange(width, device=x.device))
     return x[:, :height, :width]
+
+
+# Maps of a single window in a row or column have other strides than those of several, and so do slices that are the
+# whole: torch.export would hold every size to the example's kind. Tables of indices know no strides.
+
+
+def _cut(rows: int, columns: int, size: int, device: torch.device) -> Tensor:
+    """Where in a map, row by row, the tokens of its windows lie, window by window."""
+    place = torch.arange(rows * columns * size * size, device=device)
+    window, inner = place // (size * size), place % (size * size)
+    row, column = window // columns * size + inner // size, window % columns * size + inner % size
+    return row * (columns * size) + column
+
+
+def _joined(height: int, width: int, columns: int, size: int, device: torch.device) -> Tensor:
+    """Where among the windows' tokens those of a map lie, row by row."""
+    row, column = torch.arange(height, device=device)[:, None], torch.arange(width, device=device)
+    window = row // size * columns + column // size
+    return (window * (size * size) + row % size * size + column % size).flatten()
 
 
 class ConcatMamba(nn.Module):
