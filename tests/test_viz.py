@@ -63,7 +63,7 @@ def test_errors_name_the_rule_and_the_finding() -> None:
 
 def test_the_command_writes_a_picture(tmp_path: Path) -> None:
     Image.fromarray(photo()).save(tmp_path / "photo.png")
-    out = tmp_path / "order.png"
+    out = tmp_path / "new" / "order.png"
     which = ["order", "--order", "cross", "snake", "--image", str(tmp_path / "photo.png"), "--grid", "3x4"]
     assert visualize.main([*which, "--out", str(out)]) == 0
     with Image.open(out) as image:
@@ -81,7 +81,7 @@ def test_without_an_image_it_draws_on_the_dahlia(tmp_path: Path) -> None:
         (["--order", "cros"], "did you mean 'cross'"),
         (["--order", "cross", "--grid", "7"], "must be rows x columns such as 7x7, got '7'"),
         (["--order", "cross", "--image", "none.jpg"], "cannot read the image none.jpg"),
-        (["--order", "cross", "--out", "order.xyz"], "cannot write order.xyz"),
+        (["--order", "cross", "--image", "none.jpg", "--out", "o.xyz"], "cannot write o.xyz: its ending must be"),
         (["--order", "cross", "--out", "order"], "must be a file whose ending tells its format, such as .png"),
     ],
 )

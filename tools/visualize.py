@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vision_mamba import scans
-from vision_mamba.text import positive
+from vision_mamba.text import destination, positive
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -44,11 +44,11 @@ def order(name: str) -> scans.ScanOrder:
 
 
 def picture(text: str) -> Path:
-    """A file to write, whose ending says in which format."""
+    """A file to write, whose ending says in which format; its folder is made if there is none."""
     path = Path(text)
     if not path.suffix or path.is_dir():
         raise argparse.ArgumentTypeError(f"must be a file whose ending tells its format, such as .png, got {text!r}")
-    return path
+    return Path(destination(text))
 
 
 def load(path: Path | None):
@@ -66,10 +66,19 @@ def load(path: Path | None):
         raise SystemExit(f"visualize: cannot read the image {path}: {error}") from error
 
 
+def check_ending(path: Path) -> None:
+    """Before the work is done that is to be drawn."""
+    from matplotlib.backend_bases import FigureCanvasBase
+
+    known = FigureCanvasBase.get_supported_filetypes()
+    if path.suffix[1:].lower() not in known:
+        raise SystemExit(f"visualize: cannot write {path}: its ending must be one of {', '.join(sorted(known))}.")
+
+
 def save(figure: Any, path: Path) -> None:
     try:
         figure.savefig(path)
-    except (OSError, ValueError) as error:
+    except OSError as error:
         raise SystemExit(f"visualize: cannot write {path}: {error}") from error
     if path.suffix.lower() == ".png":
         shrink(path)
@@ -288,6 +297,7 @@ def main(arguments: list[str] | None = None) -> int:
         command.set_defaults(run=draw)
     options = parser.parse_args(arguments)
     try:
+        check_ending(options.out)
         options.run(options)
     except ModuleNotFoundError as error:
         needed = "pip install 'vision-mamba-timm[demo]'"
