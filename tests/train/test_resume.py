@@ -13,15 +13,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
 import torch
+from timm.utils import ModelEmaV3
 
 from tests.train import runs
 from tests.train.runs import STEPS
+from vision_mamba.train import model as models
 from vision_mamba.train.checkpoint import LAST
 from vision_mamba.train.engine import Position
 from vision_mamba.train.errors import Interrupted
 from vision_mamba.train.learner import Learner
 from vision_mamba.train.options import Config
+from vision_mamba.train.parallel import World
 from vision_mamba.train.progress import Bar, Progress
 from vision_mamba.train.run import prepare, train
 from vision_mamba.train.signals import StopSignals
@@ -196,3 +200,18 @@ def test_a_second_signal_stops_at_once() -> None:
 def test_sigterm_is_told_apart(drawn: Path) -> None:
     assert interrupted(runs.config(drawn), 1, signal.SIGTERM).signum == signal.SIGTERM
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL, "the handlers are put back"
+
+
+def test_the_average_moves_as_timms_does() -> None:
+    config = Config(model="test_resnet", model_ema=True, model_ema_decay=0.7, model_ema_warmup=True, sched="none")
+    torch.manual_seed(0)
+    model = timm.create_model(config.model, num_classes=3)  # its batch norms have buffers of both kinds
+    learner = Learner(config, model, World(torch.device("cpu")), 1, models.data_config(model, {}))
+    theirs = ModelEmaV3(model, decay=0.7, use_warmup=True)
+    for step in range(1, 4):
+        learner.task.train()
+        learner.gradients([(torch.randn(4, 3, 32, 32), torch.tensor([0, 1, 2, 0]))], 0, step)
+        learner.apply(0, step)
+        theirs.update(model, step)
+    assert runs.same(learner.state()["state_dict_ema"], theirs.module.state_dict())
+    assert not runs.same(learner.state()["state_dict_ema"], model.state_dict())

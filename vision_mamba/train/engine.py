@@ -23,7 +23,7 @@ from vision_mamba.train.journal import Journal
 from vision_mamba.train.learner import Learner
 from vision_mamba.train.loader import Feed
 from vision_mamba.train.options import Config
-from vision_mamba.train.parallel import World
+from vision_mamba.train.parallel import World, on_its_way
 from vision_mamba.train.progress import Progress
 from vision_mamba.train.signals import StopSignals
 
@@ -117,9 +117,9 @@ class Trainer:
         groups = _groups(stop.until_asked(self.training), self.config.grad_accum_steps)
         group = next(groups, None)
         while group is not None:
-            figures = self.learner.gradients(group, position.epoch, position.batch)
-            following = next(groups, None)  # on its way to the device while that computes
-            loss, norm = figures.tolist()
+            figures = on_its_way(self.learner.gradients(group, position.epoch, position.batch))
+            following = next(groups, None)  # is copied to the device while that computes
+            loss, norm = figures()
             asked = self._step(len(group), loss, norm, stop)
             images = self.world.size * sum(len(targets) for _, targets in group)
             seen += images

@@ -58,7 +58,7 @@ class Learner:
         assert trainable is not None
         if config.model_ema:
             warm = config.model_ema_warmup
-            self.task.setup_ema(decay=config.model_ema_decay, use_warmup=warm, foreach=not config.fsdp)
+            self.task.setup_ema(decay=config.model_ema_decay, use_warmup=warm)
         if config.fsdp:
             _refuse_with_fsdp(config, world)
             for module in (trainable, unwrap_model(self.task.get_trainable_module(ema=True))):
@@ -79,7 +79,10 @@ class Learner:
             config.reprob, mode=config.remode, max_count=config.recount, device=str(world.device)
         )
         self.mixup = mixing(config, model.num_classes)  # type: ignore[arg-type]
+        # What every step walks through is listed once: modules are slow to search, and the GPU would wait meanwhile.
+        self._listed = list(model.buffers())
         self._buffers: list[tuple[Tensor, Tensor]] = []  # of the model, and what they held before the step
+        self._averaged: list[tuple[Tensor, Tensor]] = []  # each tensor of the average, and the model's
 
     @property
     def _groups(self) -> list[dict[str, Any]]:
@@ -111,7 +114,7 @@ class Learner:
         if self.mixup is not None:
             self.mixup.mixup_enabled = not self.config.mixup_off_epoch or epoch < self.config.mixup_off_epoch
         self.optimizer.zero_grad()
-        self._buffers = [(own, own.detach().clone()) for own in self.model.buffers()]
+        self._buffers = [(own, own.detach().clone()) for own in self._listed]
         losses = []
         for number, (images, targets) in enumerate(group):
             seed_step(self.config.seed, self.world.rank, epoch, batch + number)
@@ -151,7 +154,23 @@ class Learner:
         """Change the weights by the gradients; the position is that after the step."""
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        self.task.update_ema(self.done(epoch, batch))
+        if self.config.model_ema:
+            self._average(self.done(epoch, batch))
+
+    @torch.no_grad()
+    def _average(self, step: int) -> None:
+        """Move the average towards the weights as timm's ModelEmaV3 does, in each process its own share."""
+        average: Any = self.task.get_trainable_module(ema=True)
+        if not self._averaged:
+            pair = (average.module, unwrap_model(self.task.get_trainable_module()))
+            self._averaged = list(zip(*(module.state_dict(keep_vars=True).values() for module in pair), strict=True))
+        own = [(parallel.share(to), parallel.share(value)) for to, value in self._averaged]
+        averages = [to for to, _ in own if to.is_floating_point()]
+        values = [value for to, value in own if to.is_floating_point()]
+        torch._foreach_lerp_(averages, values, weight=1 - average.get_decay(step))
+        for to, value in own:
+            if not to.is_floating_point():
+                to.copy_(value)
 
     def discard(self) -> None:
         """Leave the weights as they are, and the statistics of batch norms as they were before the forward pass."""
@@ -164,7 +183,7 @@ class Learner:
     def sound(self) -> bool:
         """Whether weights and buffers in this process are finite."""
         state = self.model.state_dict().values()
-        own = (value.to_local() if isinstance(value, DTensor) else value for value in state)
+        own = map(parallel.share, state)
         return all(bool(torch.isfinite(value).all()) for value in own if value.is_floating_point())
 
     def state(self) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from PIL import Image
 from timm.data import auto_augment, create_transform
 from timm.data.dataset import IterableImageDataset
 from timm.data.distributed_sampler import OrderedDistributedSampler
-from timm.data.loader import PrefetchLoader, fast_collate
+from timm.data.loader import adapt_to_chs, fast_collate
 from torch import Tensor
 from torch.utils.data import DataLoader, default_collate
 
@@ -57,12 +57,43 @@ class _Ahead:
         return iter(self.loader) if begun is None else begun
 
 
+class _Sent:
+    """Batches of 8-bit images, copied to a GPU while it computes on the one before, and normalised there.
+
+    timm's PrefetchLoader has the copy wait for all that the GPU was asked to do before; here it waits for nothing.
+    """
+
+    def __init__(self, batches: _Ahead, device: torch.device, data_config: dict[str, Any]) -> None:
+        self.batches, self.device, self.beside = batches, device, torch.cuda.Stream(device)
+        colours = [adapt_to_chs(data_config[key], data_config["input_size"][0]) for key in ("mean", "std")]
+        self.mean, self.std = (
+            torch.tensor([255 * value for value in each], device=device).view(1, -1, 1, 1) for each in colours
+        )
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        coming: tuple[Tensor, Tensor, torch.cuda.Event] | None = None
+        for images, targets in self.batches:
+            with torch.cuda.stream(self.beside):
+                sent = images.to(self.device, non_blocking=True), targets.to(self.device, non_blocking=True)
+                before, coming = coming, (*sent, self.beside.record_event())
+            if before is not None:
+                yield self._arrived(*before)
+        if coming is not None:
+            yield self._arrived(*coming)
+
+    def _arrived(self, images: Tensor, targets: Tensor, copied: torch.cuda.Event) -> tuple[Tensor, Tensor]:
+        here = torch.cuda.current_stream(self.device)
+        here.wait_event(copied)
+        for each in (images, targets):
+            each.record_stream(here)  # so that their memory is not used again before that is done with them
+        return images.float().sub_(self.mean).div_(self.std), targets
+
+
 class Feed:
     """Batches of normalised images and targets, on the device.
 
     Args:
-        loader: of the batches, not yet normalised if `data_config` is given; then that is done on the device while the
-            step before is computed.
+        loader: of the batches; of 8-bit images if `data_config` is given, which are normalised on the device then.
         valid: of this process' images, those that no other process has too; None if that is not known.
     """
 
@@ -74,13 +105,7 @@ class Feed:
         self._ahead = _Ahead(loader)
         self.batches: Any = self._ahead
         if data_config is not None:
-            self.batches = PrefetchLoader(
-                self._ahead,  # type: ignore[arg-type]
-                mean=data_config["mean"],
-                std=data_config["std"],
-                channels=data_config["input_size"][0],
-                device=device,
-            )
+            self.batches = _Sent(self._ahead, device, data_config)
 
     def at(self, epoch: int, batch: int) -> None:
         """Where the next pass begins."""

@@ -8,7 +8,7 @@ tensors in both cases, so that a run may go on with any number of processes, in 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -66,6 +66,20 @@ class World:
         boxes: list[Any] = [None] * self.size
         dist.all_gather_object(boxes, found)
         return dict(sorted(pair for box in boxes for pair in box.items()))
+
+
+def on_its_way(figures: Tensor) -> Callable[[], list[float]]:
+    """A tensor's figures, which wait when they are asked for, and for nothing that the device is given after this."""
+    if not figures.is_cuda:
+        return figures.tolist
+    here = torch.empty_like(figures, device="cpu", pin_memory=True).copy_(figures, non_blocking=True)
+    copied = torch.cuda.current_stream(figures.device).record_event()
+
+    def told() -> list[float]:
+        copied.synchronize()
+        return here.tolist()
+
+    return told
 
 
 def rank_by_environment() -> int:
@@ -136,6 +150,11 @@ def whole(state: Any) -> Any:
         return value.full_tensor().cpu() if isinstance(value, DTensor) else value
 
     return pytree.tree_map(together, state)
+
+
+def share(value: Tensor) -> Tensor:
+    """This process's share of a tensor that may be shared out, in the same memory."""
+    return value.to_local() if isinstance(value, DTensor) else value
 
 
 def shared_like(own: Tensor, value: Tensor) -> Tensor:
