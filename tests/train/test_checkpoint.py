@@ -109,6 +109,7 @@ def test_a_file_of_another_kind(tmp_path: Path) -> None:
         ("text.pth", b"hello there"),
         ("text.safetensors", b"hello there"),
         ("b.pth", b"bad words\n\n"),
+        ("page.pth", b"# A heading"),  # unpickled, as any text is: an unsupported operand
     ):
         (tmp_path / name).write_bytes(content)
         with pytest.raises(

@@ -134,7 +134,7 @@ def read(path: str | Path, trust: bool = False) -> dict[str, Any]:
         else:
             content = torch.load(path, map_location="cpu", weights_only=not trust)
     except pickle.UnpicklingError as error:
-        if _begins_like(path, b"PK\x03\x04") or "Unsupported" in str(error):
+        if _begins_like(path, b"PK\x03\x04") or (_begins_like(path, b"\x80") and "Unsupported" in str(error)):
             raise CheckpointError(
                 f"checkpoint {path} holds Python objects besides tensors, which could run code when read: "
                 f"{_objects(error)}. If you trust where it comes from, tools/convert.py --trust takes its tensors out."
