@@ -13,7 +13,7 @@ from torch import nn as _nn
 
 import vision_mamba as _vision_mamba
 
-dependencies = ["torch", "timm", "einops"]
+dependencies = ["torch", "timm"]
 
 
 def _create(name: str, pretrained: bool = False, **kwargs: _Any) -> _nn.Module:

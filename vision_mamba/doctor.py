@@ -38,7 +38,6 @@ _DISTRIBUTIONS = {
     "torch": ("torch",),
     "timm": ("timm",),
     "numpy": ("numpy",),
-    "einops": ("einops",),
     "triton": ("triton", "pytorch-triton", "pytorch-triton-rocm", "pytorch-triton-xpu", "triton-windows"),
     "cuda-core": ("cuda-core",),
     "NVRTC": ("nvidia-cuda-nvrtc", "nvidia-cuda-nvrtc-cu13", "nvidia-cuda-nvrtc-cu12", "nvidia-cuda-nvrtc-cu11"),
