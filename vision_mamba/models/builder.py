@@ -43,7 +43,8 @@ def build(
         if card.file:
             raise FileNotFoundError(f"{variant}: no weights at {card.file}.") from error
         source = card.url or f"{card.hf_hub_filename} of https://huggingface.co/{card.hf_hub_id}"
+        told = str(error).rstrip(".")
         raise ConnectionError(
-            f"{variant}: its weights could not be fetched, {source}: {error}. Fetch that file where there is a network "
+            f"{variant}: its weights could not be fetched, {source}: {told}. Fetch that file where there is a network "
             f"and load it by pretrained_cfg_overlay=dict(file=...), or take pretrained=False for random weights."
         ) from error

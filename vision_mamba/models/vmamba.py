@@ -409,6 +409,8 @@ default_cfgs = generate_default_cfgs(
         "vmamba_tiny_v0.in1k": _cfg(_RELEASES + "%23v0cls/vssmtiny_dp01_ckpt_epoch_292.pth", "82.2"),
         "vmamba_small_v0.in1k": _cfg(_RELEASES + "%23v0cls/vssmsmall_dp03_ckpt_epoch_238.pth", "83.5"),
         "vmamba_base_v0.in1k": _cfg(_RELEASES + "%23v0cls/vssmbase_dp06_ckpt_epoch_241.pth", "83.7"),
+        # Of less stochastic depth and without averaging: what the published detectors and segmenters began with.
+        "vmamba_base_v0.dp05_in1k": _cfg(_RELEASES + "%2320240218/vssmbase_dp05_ckpt_epoch_260.pth", "83.2"),
         # Never trained by the authors.
         "vmamba_tiny_m2.untrained": _cfg(),
         "vmamba_small_m2.untrained": _cfg(),
