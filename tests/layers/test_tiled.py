@@ -54,6 +54,15 @@ def test_more_routes_are_refused() -> None:
         scan_in_tiles([], -torch.ones(4, 2, 1))
 
 
+@pytest.mark.parametrize("routes", [1, 3])
+def test_a_route_too_many_or_too_few_is_named(routes: int) -> None:
+    A, tile = -torch.ones(2, 4, 1), Tile(*(torch.ones(1, 2, routes, size) for size in (4, 4, 1, 1)))
+    with pytest.raises(ValueError, match=rf"x of tile 0 must be .* A's 2 routes, got \(1, 2, {routes}, 4\)"):
+        scan_in_tiles([tile], A)
+    with pytest.raises(ValueError, match=rf"dt_bias must be of A's 2 routes, got {routes}"):
+        scan_in_tiles([], A, dt_bias=torch.ones(routes, 4))
+
+
 def test_the_page_and_the_docstring_run(one_thread) -> None:
     blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
     assert len(blocks) == 5 and all(block.endswith("\n\n") for block in blocks)

@@ -43,7 +43,7 @@ def scan_in_tiles(
         D, dt_weight, dt_bias, dt_softplus: as in `ops.cross_selective_scan`.
 
     Returns: of each tile (B, L, D), the sum of the routes.
-    Raises: ValueError for more than two routes.
+    Raises: ValueError for more than two routes, or another number of them than A has in a tile or parameter.
     Numerics: those of the scan; where a sum of two routes is rounded, it is rounded once more.
 
     >>> A, D = -torch.rand(2, 4, 3), torch.ones(2, 4)
@@ -59,11 +59,21 @@ def scan_in_tiles(
             f"scan_in_tiles: A must be of one route or two, there and back, got {routes}; others do not go through "
             "tiles one after the other."
         )
+    for name, parameter in (("D", D), ("dt_weight", dt_weight), ("dt_bias", dt_bias)):
+        if parameter is not None and parameter.shape[0] != routes:
+            raise ValueError(f"scan_in_tiles: {name} must be of A's {routes} routes, got {parameter.shape[0]}.")
     results: dict[int, Tensor] = {}
     for k in range(routes):
         state: Tensor | None = None
         for place in reversed(range(len(tiles))) if k else range(len(tiles)):
-            tile = Tile(*(part[:, :, k : k + 1] if part.dim() == 4 else part for part in tiles[place]))
+            whole = Tile(*tiles[place])
+            for name, part in whole._asdict().items():
+                if part.dim() == 4 and part.shape[2] != routes:
+                    raise ValueError(
+                        f"scan_in_tiles: {name} of tile {place} must be (batch, tokens, routes, ...) with A's {routes} "
+                        f"routes, got {tuple(part.shape)}."
+                    )
+            tile = Tile(*(part[:, :, k : k + 1] if part.dim() == 4 else part for part in whole))
             length = tile.x.shape[1]
             indices = BIDIRECTIONAL.indices(1, length, device=tile.x.device)[k : k + 1]
             y, state = torch.ops.vision_mamba.cross_selective_scan(
