@@ -76,7 +76,7 @@ exit status: 0 done, 1 failed, 2 wrong options.""",
     parser.add_argument("--class-map", metavar="FILE", help="class names in the order of the model's outputs")
     parser.add_argument("--real-labels", metavar="FILE", help="JSON of several labels an image, as of ReaL")
     parser.add_argument("--img-size", type=positive, metavar="N", help="side of the images [the model's own]")
-    parser.add_argument("--crop-pct", type=float, metavar="X", help="share of the side that is kept [the model's own]")
+    parser.add_argument("--crop-pct", metavar="X", help="share of the side that is kept [the model's own]")
     parser.add_argument("--batch-size", type=positive, default=64, metavar="N", help="images a batch [64]")
     parser.add_argument("--workers", type=natural, default=2, metavar="N", help="processes that load [2]")
     parser.add_argument("--device", help="cpu, cuda, mps [the accelerator if there is one]")
@@ -153,7 +153,8 @@ def record(row: dict[str, Any], given: argparse.Namespace) -> dict[str, Any]:
 def sources(given: argparse.Namespace) -> list[tuple[str, Callable[[], Classifier]]]:
     """What each model is called, and how it is made; one is in memory at a time."""
     device = models.device(given.device)
-    options = {"img_size": given.img_size, "crop_pct": given.crop_pct}
+    crop = None if given.crop_pct is None else READER.rules["crop_pct"].checked(given.crop_pct, "--crop-pct")
+    options = {"img_size": given.img_size, "crop_pct": crop}
     return [(path, partial(load, path, device)) for path in given.checkpoint] + [
         (name, partial(named, name, device, given.weights, options, pretrained=given.throughput is None))
         for name in given.model  # random weights are as fast
@@ -175,6 +176,7 @@ def accuracy(classifier: Classifier, given: argparse.Namespace) -> dict[str, Any
     bad = BadImages()
     if isinstance(images, ImageSet):
         images.bad = bad
+        validate.check_classes(images, classifier)
     feed = evaluation_feed(images, classifier.data_config, given.batch_size, given.workers, World(classifier.device))
     real = None
     if given.real_labels:

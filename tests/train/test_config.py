@@ -58,6 +58,12 @@ def test_none_unsets_an_option(tmp_path: Path) -> None:
         ("model_kwargs: 32", r"model_kwargs must be a mapping such as \{img_size: 32\}, got 32"),
         ("mean: [a]", r"mean must be a list of numbers, got \['a'\]"),
         ("scale: [0.1, 0.5, 1]", r"scale must be 2 numbers"),
+        ("scale: [0.9, 0.1]", r"scale must have the least number first, got \[0.9, 0.1\]"),
+        ("std: [0.0]", r"std must be at least 1e-06, got \[0.0\]"),
+        (
+            "train_interpolation: cubic",
+            r"is 'cubic', which is unknown; did you mean 'bicubic'\? Known: random, nearest",
+        ),
         ("model: 3", r"model must be text, got 3"),
         ("momentum: null", r"momentum must be a number, got None"),
         (
@@ -89,6 +95,7 @@ def test_a_wrong_file_is_refused_with_the_line_and_the_way_out(tmp_path: Path, t
         (["--lr", "fast"], r"--lr must be a number, got 'fast'"),
         (["--epochs", "many"], r"--epochs must be a whole number, got 'many'"),
         (["--epochs"], r"--epochs: expected one argument"),
+        (["--epochs", "3", "more"], r"'more' follows no flag that takes it"),
         (["--model-kwargs", "img_size"], r"--model-kwargs must be words like img_size=32, got 'img_size'"),
         (["--config", "nowhere.yaml"], r"config nowhere.yaml cannot be read: .*No such file"),
     ],

@@ -173,6 +173,7 @@ def test_an_image_that_goes_bad_later_stops_the_run_without_losing_it(drawn: Pat
 
 def test_files_and_folders_to_predict(tmp_path: Path) -> None:
     folder = runs.draw(tmp_path)
+    (folder / "val" / "folder.png").mkdir()
     images = files([folder / "val", folder / "train" / "left" / "0.png"], "RGB", ["upper", "left"])
     assert len(images) == 7 and images.targets == [1, 1, 1, 0, 0, 0, 1]
     with pytest.raises(DataError, match=r"nowhere.png does not exist"):

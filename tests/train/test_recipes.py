@@ -16,7 +16,7 @@ from tests.train import runs
 from tests.train.runs import STEPS
 from tests.train.test_resume import interrupted
 from vision_mamba.train.checkpoint import DAMAGED, LAST, PREVIOUS
-from vision_mamba.train.errors import CheckpointError, ConfigError
+from vision_mamba.train.errors import CheckpointError, ConfigError, DataError
 from vision_mamba.train.learner import learning_rate
 from vision_mamba.train.options import Config
 from vision_mamba.train.sampler import batch_after, epoch_batches, images_before
@@ -110,6 +110,10 @@ def test_tar_files_hold_the_same_images(drawn: Path) -> None:
     assert packed.keys() == folder.keys()
     saved = torch.load(drawn / "output" / "tar" / LAST, weights_only=True)
     assert (saved["classes"], saved["images"]) == (["left", "upper"], 12)
+    archived = drawn / "images" / "train.tar"
+    archived.write_bytes(archived.read_bytes()[:5000])
+    with pytest.raises(DataError, match=r"train.tar cannot be read: "):
+        trained(drawn, "cut", **PLAIN)
 
 
 def test_a_stream_stops_and_goes_on_as_if_nothing_had_been(drawn: Path) -> None:
@@ -198,6 +202,11 @@ def test_the_learning_rate_grows_with_the_images_of_a_step() -> None:
         ({"device_modules": ("no_such_module",)}, r"--device-modules no_such_module cannot be imported"),
         ({"kd_model_name": "resnet5o"}, r"--kd-model-name 'resnet5o' is not a registered model; did you mean 'resnet5"),
         ({"dataset": "wds/cats"}, r"--dataset wds/cats"),
+        ({"kd_checkpoint": "best.pth"}, r"--kd-checkpoint means nothing without --kd-model-name"),
+        ({"aa": "random"}, r"--aa random is no policy that timm knows; examples: rand-m9"),
+        ({"gp": "mean"}, r"model 'test_vmamba' cannot be built with .*'global_pool': 'mean'.*Invalid pool type"),
+        ({"opt_betas": (2.0, 3.0)}, r"--opt adamw, --opt-betas, .*Invalid beta parameter"),
+        ({"torchcompile": "inductr"}, r"--torchcompile inductr, .*Invalid backend"),
     ],
 )
 def test_options_that_cannot_be_had_are_refused(drawn: Path, options: dict[str, Any], message: str) -> None:

@@ -7,6 +7,7 @@ import csv
 import os
 import re
 import shlex
+import shutil
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,7 +23,7 @@ from tests.train.runs import STEPS
 from vision_mamba.train import model as models
 from vision_mamba.train.checkpoint import LAST
 from vision_mamba.train.engine import Position
-from vision_mamba.train.errors import Interrupted
+from vision_mamba.train.errors import CheckpointError, Interrupted
 from vision_mamba.train.learner import Learner
 from vision_mamba.train.options import Config
 from vision_mamba.train.parallel import World
@@ -127,6 +128,12 @@ def test_more_epochs_continue_a_finished_run_and_say_what_differs(
         result = runs.fit(runs.config(drawn, experiment="whole", resume="auto", epochs=3))
     assert result.epoch == 3 and len(rows(whole[1])) == 3
     assert "--epochs was 2 so far, is 3 from here on" in caplog.messages
+
+
+def test_another_optimizer_does_not_go_on_with_the_state_of_this_one(drawn: Path, whole: tuple[Position, Path]) -> None:
+    shutil.copytree(whole[1], drawn / "output" / "run")
+    with pytest.raises(CheckpointError, match=r"the state of another optimizer, adamw; keep --opt adamw, or begin"):
+        runs.fit(runs.config(drawn, resume="auto", epochs=3, opt="sgd"))
 
 
 def test_the_seed_settles_the_run(drawn: Path, whole: tuple[Position, Path]) -> None:

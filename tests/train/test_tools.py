@@ -155,6 +155,7 @@ def test_validating_a_checkpoint(trained: Path, tmp_path: Path, capsys: pytest.C
         (("--dataset", "hfsd/cats"), "--dataset is 'hfsd/cats', which is unknown"),
         (("--img-size", "64"), "a checkpoint has the sizes it was trained with"),
         (("--csv", "/dev/full"), "No space left on device"),
+        (("--digits",), "the images are of 10 classes (0, 1, 2, 3, 4, ... and 5 more), and test_vmamba has 2 outputs"),
     ],
 )
 def test_validating_what_cannot_be(

@@ -55,6 +55,8 @@ class Reader(Generic[C]):
         flags = vars(given)
         if unknown:
             word = unknown[0].partition("=")[0]
+            if not word.startswith("-"):
+                raise ConfigError(f"{word!r} follows no flag that takes it; give words as --FLAG VALUE.")
             near = self.rules[self._name_like(word)].flag
             raise ConfigError(f"unknown flag {word}; did you mean {near}? --help lists all.")
         path = flags.pop("config")

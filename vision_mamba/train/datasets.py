@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tarfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -76,7 +77,10 @@ def _folder(config: Config, split: str, mode: str, classes: Sequence[str] | None
     place = split_folder(config.data_dir, split)
     if place.is_dir():
         return class_folders(place, mode, classes)
-    found = _images(create_dataset("", root=str(place), search_split=False), str(place), mode)
+    try:
+        found = _images(create_dataset("", root=str(place), search_split=False), str(place), mode)
+    except (AssertionError, OSError, RuntimeError, ValueError, tarfile.TarError) as error:
+        raise DataError(f"{place} cannot be read: {error or 'it holds no class folders with images'}.") from error
     if classes is None or list(classes) == list(found.classes):
         return found
     if strange := [name for name in found.classes if name not in classes]:

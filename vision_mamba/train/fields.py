@@ -35,17 +35,18 @@ def option(
     also: tuple[str, ...] = (),
     bare: Any = None,
     kept: bool = True,
+    rising: bool = False,
 ) -> Any:
     """A field with what its check, its flag and its help need.
 
     Args:
-        low, high: limits of a number, or of each of several. length: how many numbers.
+        low, high: limits of a number, or of each of several. length: how many numbers. rising: the least of them first.
         choices, prefixes: the values that text may have, and beginnings of further ones.
         also: other names that people try. bare: the value of the flag without one.
         kept: whether a run that goes on later goes on with the value.
     """
     told: dict[str, Any] = dict(section=section, help=help, low=low, high=high, length=length, choices=choices)
-    told |= dict(prefixes=prefixes, also=also, bare=bare, kept=kept)
+    told |= dict(prefixes=prefixes, also=also, bare=bare, kept=kept, rising=rising)
     return dataclasses.field(default=default, metadata=told)
 
 
@@ -138,6 +139,8 @@ class Rule:
             raise ConfigError(f"{where} must be {limits}, got {value!r}.")
         if length is not None and len(checked) != length:
             raise ConfigError(f"{where} must be {length} numbers, got {value!r}.")
+        if self.told["rising"] and list(items) != sorted(items):
+            raise ConfigError(f"{where} must have the least number first, got {value!r}.")
         self._check_name(checked, where)
         return checked
 

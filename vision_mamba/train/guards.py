@@ -63,7 +63,7 @@ class ImageGuard:
         listed = "".join(f"\n  {reason}" for reason in reasons[:10])
         raise DataError(
             f"{count:,} images cannot be read, more than --skip-bad-images {self.limit}:{listed}\n"
-            "Replace or remove them, or raise that number; --check-images looks at all of them before training."
+            "Replace or remove them, or raise that number; training with --check-images looks at all of them first."
         )
 
 

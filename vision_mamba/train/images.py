@@ -225,8 +225,9 @@ def files(inputs: Iterable[str | Path], mode: str, classes: Sequence[str]) -> Im
     )
     for given in map(Path, itertools.chain.from_iterable(matched)):
         if given.is_dir():
-            below = sorted((str(path) for path in given.rglob("*") if path.suffix.lower() in get_img_extensions(True)),
-                           key=natural_key)  # fmt: skip
+            kinds = get_img_extensions(True)
+            found = (path for path in given.rglob("*") if path.suffix.lower() in kinds and not path.is_dir())
+            below = sorted(map(str, found), key=natural_key)
             if not below:
                 raise DataError(
                     f"{given} has no image in it; known are files ending in {' '.join(get_img_extensions())}."

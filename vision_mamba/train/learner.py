@@ -69,7 +69,10 @@ class Learner:
             self.optimizer, **scheduler_kwargs(config), updates_per_epoch=self.updates
         )
         if config.torchcompile is not None:
-            self.task.compile(backend=config.torchcompile, mode=config.torchcompile_mode)
+            try:
+                self.task.compile(backend=config.torchcompile, mode=config.torchcompile_mode)
+            except RuntimeError as error:  # of a backend or mode that does not exist
+                raise ConfigError(f"--torchcompile {config.torchcompile}, --torchcompile-mode: {error}") from error
         self.eval_model = self.task.get_eval_model(ema=config.model_ema)
         if world.size > 1 and not config.fsdp:
             self.task.prepare_distributed(device_ids=None if world.device.type == "cpu" else [world.device])
@@ -215,6 +218,11 @@ class Learner:
             assert average is not None
             parallel.load_model(average, content.get("state_dict_ema") or state_dict)
             self.task.load_task_state(content.get("task_state_ema"), ema=True)
+        if (opt := entry("args")["opt"]) != self.config.opt:
+            raise CheckpointError(
+                f"checkpoint {path} holds the state of another optimizer, {opt}; keep --opt {opt}, or begin from its "
+                "weights with --initial-checkpoint."
+            )
         chosen = [{key: value for key, value in group.items() if key != "params"} for group in self._groups]
         try:
             parallel.load_optimizer(self.optimizer, entry("optimizer"))
@@ -235,6 +243,8 @@ def _optimizer(config: Config, trainable: nn.Module, processes: int) -> torch.op
         return create_optimizer_v2(trainable, **options)
     except TypeError as error:
         raise ConfigError(f"--opt-kwargs: {config.opt} does not take them: {error}.") from error
+    except ValueError as error:
+        raise ConfigError(f"--opt {config.opt}, --opt-betas, --opt-eps, --opt-kwargs: {error}.") from error
 
 
 def learning_rate(config: Config, processes: int) -> float:

@@ -22,7 +22,7 @@ from timm.data.loader import adapt_to_chs, fast_collate
 from torch import Tensor
 from torch.utils.data import DataLoader, default_collate
 
-from vision_mamba.train.errors import DataError
+from vision_mamba.train.errors import ConfigError, DataError
 from vision_mamba.train.images import ImageSet
 from vision_mamba.train.options import Config
 from vision_mamba.train.parallel import World
@@ -142,7 +142,7 @@ def training_feed(
 ) -> Feed:
     """Shuffled and augmented batches, none of them incomplete, of this process' share of the images.
 
-    Raises: DataError if there are fewer images than a batch.
+    Raises: DataError if there are fewer images than a batch; ConfigError for an unknown policy of augmentation.
     """
     sides = config.train_img_sizes or (None,)
     sizes = [
@@ -156,7 +156,15 @@ def training_feed(
         if not len(order["batch_sampler"]):
             each = f", shared out over {world.size} processes," if world.size > 1 else ""
             raise DataError(f"{len(images):,} images{each} make no batch of {config.batch_size}; lower --batch-size.")
-    return _feed(images, data_config, sizes, config.workers, world.device, order, True, **_augmentation(config))
+    try:
+        return _feed(images, data_config, sizes, config.workers, world.device, order, True, **_augmentation(config))
+    except (AssertionError, IndexError, KeyError, ValueError) as error:
+        if config.aa is None or config.no_aug:
+            raise
+        raise ConfigError(
+            f"--aa {config.aa} is no policy that timm knows; examples: rand-m9-mstd0.5-inc1, augmix-m5-w4-d2, 3a, "
+            "original, v0."
+        ) from error
 
 
 def evaluation_feed(

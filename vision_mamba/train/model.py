@@ -20,6 +20,7 @@ from vision_mamba.train.errors import CheckpointError, ConfigError
 from vision_mamba.train.options import Config
 
 HEADS = ("head.fc.weight", "classifier.head.weight", "head.head.weight", "head.weight", "fc.weight")  # of many authors
+_ALWAYS = ("num_classes", "pretrained", "pretrained_cfg_overlay")
 _SOURCES = ("hf-hub:", "hf_hub:", "local-dir:")
 
 
@@ -100,10 +101,13 @@ def build(name: str, options: dict[str, Any], arguments: dict[str, Any], weights
     sizes = {key: options.get(key) for key in ("img_size", "in_chans")}
     try:
         return timm.create_model(**resolve_model_input_args(name, sizes, **arguments))
-    except TypeError as error:
-        if "unexpected keyword" not in str(error):
+    except (AssertionError, AttributeError, TypeError) as error:
+        if "unexpected keyword" in str(error):
+            raise ConfigError(f"--model-kwargs: model {name!r} takes no such argument: {error}.") from error
+        given = {key: value for key, value in arguments.items() if value is not None and key not in _ALWAYS}
+        if not given:
             raise
-        raise ConfigError(f"--model-kwargs: model {name!r} takes no such argument: {error}.") from error
+        raise ConfigError(f"model {name!r} cannot be built with {given}: {error}.") from error
     except OSError as error:
         told = textwrap.shorten(str(error), 300, placeholder=" ...")
         raise CheckpointError(f"weights of model {name!r} cannot be had: {told}") from error

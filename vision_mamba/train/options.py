@@ -19,6 +19,9 @@ from vision_mamba.train.fields import Options, one_of, option
 DATASETS = ("folder", "digits")
 ARCHIVES = ("torch/", "hfds/", "hfids/", "tfds/", "wds/")  # what timm.data reads by name
 SCHEDULES = ("cosine", "tanh", "step", "multistep", "poly", "wsd", "rsqrt", "constant", "none")
+RESIZES = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
+#: Options that mean nothing without another.
+NEEDED = {"kd_checkpoint": "kd_model_name", "train_batch_sizes": "train_img_sizes", "torchcompile_mode": "torchcompile"}
 OURS_ALONE = frozenset(
     {"check_images", "skip_bad_images", "kd_checkpoint", "fsdp", "deterministic", "overwrite"}
     | {"max_bad_steps", "log_tensorboard", "dry_run"}
@@ -60,8 +63,8 @@ class Config(Options):
     skip_bad_images: int = _data(0, "leave out up to so many unreadable images, each named in the log", 0,
                                  also=("skip_unreadable",))  # fmt: skip
     mean: tuple[float, ...] | None = _data(None, "pixel mean per channel, of 0..1 (the model's own if not given)")
-    std: tuple[float, ...] | None = _data(None, "pixel deviation per channel (the model's own if not given)")
-    interpolation: str | None = _data(None, "how images are resized: bicubic, bilinear (the model's own)")
+    std: tuple[float, ...] | None = _data(None, "pixel deviation per channel (the model's own if not given)", 1e-6)
+    interpolation: str | None = _data(None, "how images are resized (the model's own)", choices=one_of(*RESIZES))
     crop_pct: float | None = _data(None, "share of a held-out image's side that is kept (the model's own)", 0.1, 1)
 
     model: str = _model("vmamba_tiny_s1l8", "a registered name, of this package or of timm", also=("arch",))
@@ -140,9 +143,10 @@ class Config(Options):
     train_crop_mode: str | None = _augment(None, "how training images are cropped (rrc)",
                                            choices=one_of("rrc", "rkrc", "rkrr"))  # fmt: skip
     scale: tuple[float, ...] = _augment(
-        (0.08, 1.0), "share of the area that a random crop keeps, least and most", length=2
+        (0.08, 1.0), "share of the area that a random crop keeps, least and most", 0, length=2, rising=True
     )
-    ratio: tuple[float, ...] = _augment((3 / 4, 4 / 3), "aspect ratio of a random crop, least and most", length=2)
+    ratio: tuple[float, ...] = _augment((3 / 4, 4 / 3), "aspect ratio of a random crop, least and most", 1e-3, length=2,
+                                      rising=True)  # fmt: skip
     hflip: float = _augment(0.5, "probability of mirroring left to right", 0, 1)
     vflip: float = _augment(0.0, "probability of mirroring top to bottom", 0, 1)
     color_jitter: float = _augment(0.4, "strength of changes in brightness, contrast and saturation; off with aa", 0)
@@ -155,10 +159,12 @@ class Config(Options):
     reprob: float = _augment(0.0, "probability of erasing a random rectangle", 0, 1, also=("re_prob",))
     remode: str = _augment("pixel", "what an erased rectangle holds", choices=one_of("pixel", "rand", "const"))
     recount: int = _augment(1, "rectangles to erase, at most", 1)
-    train_interpolation: str = _augment("random", "how training images are resized: random, bilinear, bicubic")
+    train_interpolation: str = _augment("random", "how training images are resized",
+                                        choices=one_of("random", *RESIZES))  # fmt: skip
     mixup: float = _augment(0.0, "alpha of mixup; 0 is off", 0)
     cutmix: float = _augment(0.0, "alpha of cutmix; 0 is off", 0)
-    cutmix_minmax: tuple[float, ...] | None = _augment(None, "least and most side of what cutmix cuts", length=2)
+    cutmix_minmax: tuple[float, ...] | None = _augment(None, "least and most side of what cutmix cuts", 0, 1, length=2,
+                                                        rising=True)  # fmt: skip
     mixup_prob: float = _augment(1.0, "probability of mixing a batch, where mixup or cutmix is on", 0, 1)
     mixup_switch_prob: float = _augment(0.5, "probability of cutmix rather than mixup, where both are on", 0, 1)
     mixup_mode: str = _augment("batch", "what shares one draw of mixing", choices=one_of("batch", "pair", "elem"))

@@ -26,7 +26,7 @@ from vision_mamba.train.images import ImageSet
 from vision_mamba.train.journal import Journal
 from vision_mamba.train.learner import Learner
 from vision_mamba.train.loader import evaluation_feed, training_feed
-from vision_mamba.train.options import READER, Config
+from vision_mamba.train.options import NEEDED, READER, Config
 from vision_mamba.train.parallel import World, local_rank, rank_by_environment, world_on
 from vision_mamba.train.progress import Progress
 from vision_mamba.train.sampler import batch_after, images_before
@@ -96,6 +96,10 @@ def _trainer(config: Config, world: World, progress: Progress) -> Trainer:
     sizes = config.train_batch_sizes or (config.batch_size,)
     if config.mixes and any(size % 2 for size in sizes):
         raise ConfigError(f"--batch-size must be even for --mixup and --cutmix, got {config.batch_size}.")
+    for name, needed in NEEDED.items():
+        if getattr(config, name) is not None and getattr(config, needed) is None:
+            flag, other = (f"--{option.replace('_', '-')}" for option in (name, needed))
+            raise ConfigError(f"{flag} means nothing without {other}; give that too, or neither.")
     mode = "L" if (config.in_chans or (config.model_kwargs or {}).get("in_chans")) == 1 else "RGB"
     train_set, held_out, classes = image_sets(config, mode)
     if config.num_classes is not None and config.num_classes < len(classes):
@@ -128,6 +132,11 @@ def _trainer(config: Config, world: World, progress: Progress) -> Trainer:
         config.batch_size * config.grad_accum_steps * world.size, learner.optimizer.defaults["lr"], config.seed,
         config.run_dir,
     )  # fmt: skip
+    if config.sched != "none" and not config.warmup_prefix and config.warmup_epochs >= config.epochs:
+        _log.warning(
+            "the learning rate rises through all of --epochs %d and does not reach --lr, for --warmup-epochs is %g; "
+            "lower that", config.epochs, config.warmup_epochs,
+        )  # fmt: skip
     _log.info("vision_mamba %s, timm %s, torch %s", vision_mamba.__version__, timm.__version__, torch.__version__)
     return Trainer(learner, training, evaluating, ImageGuard(config.skip_bad_images, *bad), journal, extras)
 

@@ -14,7 +14,9 @@ import torch
 from timm.task import ClassificationEvaluator
 from torch import Tensor
 
-from vision_mamba.train.errors import DataError
+from vision_mamba.text import shortened
+from vision_mamba.train.errors import ConfigError, DataError
+from vision_mamba.train.images import ImageSet
 from vision_mamba.train.loader import Feed
 from vision_mamba.train.predict import Classifier
 
@@ -83,6 +85,16 @@ class RealLabels:
         """Accuracy of the first guess and of the first five."""
         known = max(self._known, 1)
         return 100 * self._first / known, 100 * self._five / known
+
+
+def check_classes(images: ImageSet, classifier: Classifier) -> None:
+    """Raises: ConfigError if the model has no output for a class of the images."""
+    outputs, highest = len(classifier.classes), max(images.targets)
+    if highest >= outputs:
+        raise ConfigError(
+            f"the images are of {highest + 1:,} classes ({shortened(list(images.classes))}), and {classifier.name} has "
+            f"{outputs:,} outputs; take the images that it was trained for."
+        )
 
 
 def measure(
