@@ -259,6 +259,9 @@ def draw(rows: list[dict[str, Any]], path: str) -> None:
         else:
             for (name, mode), points in lines.items():
                 axis.loglog(*zip(*sorted(points), strict=True), marker="o", label=f"{name}, {mode}")
+            sides = sorted({row["img_size"] for row in own})
+            axis.set_xticks(sides, [str(side) for side in sides])
+            axis.set_xticks([], minor=True)
             axis.set_xlabel("side of the image, pixels")
             axis.set_ylabel("images a second")
             axis.legend(fontsize=7)

@@ -34,6 +34,7 @@ PUBLISHED_CODE = {
     "vim_tiny_patch16_224": (29.2, 117, 4.9),
     "vim_small_patch16_224": (55.1, 216, 9.1),
 }
+PASSES = ("infer", "train")
 #: Other kernels than ours in records of scans.
 PEERS = {"mamba_ssm": "mamba_ssm", "vmamba_oflex": "VMamba"}
 
@@ -112,21 +113,33 @@ def whole_models(records: Records) -> str:
     """The models of both main families beside those of timm, 128 images of 224 px, and the published code's figures."""
     usual = (r for r in records if (r["batch_size"], r["img_size"]) == (128, 224) and not r.get("checkpointing"))
     found = _newest(usual, "case", "pass", "mode")
-    titles = ("model", "inference, ms", "training step, ms", "its memory, GiB", "published code: ms, ms, GiB")
+    titles = ("model", "inference, ms", "compiled", "eager", "training step, ms", "compiled", "eager")
 
     def rows() -> Iterable[Iterable[str]]:
         for name in dict.fromkeys(case for case, _, _ in found):
-            times = (found.get((name, which, "graph")) for which in ("infer", "train"))
-            memory = found.get((name, "train", "eager"))
-            theirs = PUBLISHED_CODE.get(name, ())
+            runs = (found.get((name, which, mode)) for which in PASSES for mode in ("graph", "compile", "eager"))
+            memory, theirs = found.get((name, "train", "eager")), PUBLISHED_CODE.get(name, ())
             yield (
                 f"`{name}`",
-                *(f"{r['ms'][1]:.1f}" if r else "" for r in times),
-                f"{memory['peak_gib']:.1f}" if memory and name in PUBLISHED_CODE else "",
+                *(f"{run['ms'][1]:.1f}" if run else "" for run in runs),
+                f"{memory['peak_gib']:.1f}" if memory else "",
                 " / ".join(f"{figure:g}" for figure in theirs),
             )
 
-    return _rows(titles, "lrrrr", rows())
+    return _rows((*titles, "its memory, GiB", "published code: ms, ms, GiB"), "lrrrrrrrr", rows())
+
+
+def resolutions(records: Records) -> str:
+    """The same by the side of the image, inference and training step in ms."""
+    found = _newest((r for r in records if r["mode"] == "graph"), "case", "pass", "img_size")
+    sides = sorted({side for _, _, side in found})
+
+    def rows() -> Iterable[Iterable[str]]:
+        for name in dict.fromkeys(case for case, _, _ in found):
+            both = ([found[name, which, side]["ms"][1] for which in PASSES] for side in sides)
+            yield f"`{name}`", *(" / ".join(f"{ms:.1f}" for ms in pair) for pair in both)
+
+    return _rows(("model", *(f"{side} px" for side in sides)), "l" + "r" * len(sides), rows())
 
 
 def _scan(shape: Mapping[str, Any]) -> str:
@@ -198,6 +211,7 @@ def exports(records: Records) -> str:
 TABLES: dict[str, Callable[[Records], str]] = {
     "models.jsonl": models,
     "models_gpu.jsonl": whole_models,
+    "resolutions_gpu.jsonl": resolutions,
     "families_gpu.jsonl": families,
     "cuda_scan.jsonl": scans,
     "ssd.jsonl": dual_scans,
