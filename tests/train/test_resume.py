@@ -192,6 +192,19 @@ def test_a_signal_saves_prints_the_command_that_continues_and_exits_with_its_sta
     assert runs.same(runs.weights(config.run_dir), runs.weights(straight.run_dir))
 
 
+def test_a_run_that_cannot_save_ends_with_its_loading_processes(drawn: Path) -> None:
+    config = runs.config(drawn, epochs=100, log_interval=1, workers=1, sched="constant")
+    process = runs.start(*runs.flags(config))
+    try:
+        follow(process, "epoch 1/100: ")
+        shutil.rmtree(config.run_dir)
+        _, told = process.communicate(timeout=60)
+    finally:
+        process.kill()
+        process.communicate()
+    assert process.returncode == 1 and "last.pth cannot be written: No such file or directory" in told, told
+
+
 def test_a_second_signal_stops_at_once() -> None:
     # What a shell runs in the background ignores this signal from the start.
     before = signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -22,20 +22,20 @@ def finished(run: Callable[[], object]) -> int:
     """
     try:
         run()
-    except Interrupted as stopped:
-        if rank_by_environment() == 0:  # all processes are stopped together
-            command = [*launcher(), sys.argv[0], "--resume", stopped.checkpoint]
-            _log.warning("%s\ncontinue with: %s", stopped, shlex.join(command))
-        return stopped.status
-    except TrainError as error:
-        _log.error("error: %s", error)
-        return error.status
-    except KeyboardInterrupt:
-        _log.error("stopped before the first step, or a second time; what was saved before is untouched")
-        return 130
     except BaseException as error:
         # The traceback's frames keep alive the loading processes, for which Python would wait at its end.
         traceback.clear_frames(error.__traceback__)
         gc.collect()
+        if isinstance(error, Interrupted):
+            if rank_by_environment() == 0:  # all processes are stopped together
+                command = [*launcher(), sys.argv[0], "--resume", error.checkpoint]
+                _log.warning("%s\ncontinue with: %s", error, shlex.join(command))
+            return error.status
+        if isinstance(error, TrainError):
+            _log.error("error: %s", error)
+            return error.status
+        if isinstance(error, KeyboardInterrupt):
+            _log.error("stopped before the first step, or a second time; what was saved before is untouched")
+            return 130
         raise
     return 0
