@@ -9,6 +9,7 @@
 constexpr int kRing = 7;
 
 constexpr int kWays = WAYS, kBefore = BEFORE;
+constexpr bool kAhead = AHEAD;
 constexpr bool kRoutes = ROUTES;  // steps are tokens by a table, which names each one once a route
 
 // How far before its token the first tap of a way lies, and how far behind it the last.

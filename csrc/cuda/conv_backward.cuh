@@ -35,18 +35,30 @@ extern "C" __global__ void __launch_bounds__(128) conv_backward(const __grid_con
 #pragma unroll
         for (int j = 0; j < kRun; ++j) ring[(i + kRing) % kRing][j] = pack.get(j);
     }
-    for (int first = from - 3; first < to + 3; first += kRing) {
-        Pack<X_TYPE, kRun> ahead[kRing], grads[kWays][kRing];
+    // The next seven are read while seven are worked on.
+    struct Seven {
+        Pack<X_TYPE, kRun> x[kRing], dy[kWays][kRing];
+    } now, next;
+    const auto fetch = [&](Seven& seven, int first) {
 #pragma unroll
         for (int i = 0; i < kRing; ++i) {
             const int step = first + i;
-            const bool exists = step + 3 >= 0 && step + 3 < length;
-            ahead[i] = read(x, p.x_l, place.token(p, step + 3, exists), exists);
+            const bool exists = step + 3 >= 0 && step + 3 < length && first < to + 3;
+            seven.x[i] = read(x, p.x_l, place.token(p, step + 3, exists), exists);
 #pragma unroll
             for (int k = 0; k < kWays; ++k) {
                 const bool reaches = step >= max(from - behind(k), 0) && step < min(to + before(k), length);
-                grads[k][i] = read(dy + k * p.channels, results(p) * p.channels, place.token(p, step, reaches), reaches);
+                seven.dy[k][i] = read(dy + k * p.channels, results(p) * p.channels, place.token(p, step, reaches), reaches);
             }
+        }
+    };
+    if constexpr (kAhead) fetch(next, from - 3);
+    for (int first = from - 3; first < to + 3; first += kRing) {
+        if constexpr (kAhead) {
+            now = next;
+            fetch(next, first + kRing);
+        } else {
+            fetch(now, first);
         }
 #pragma unroll
         for (int i = 0; i < kRing; ++i) {
@@ -54,10 +66,10 @@ extern "C" __global__ void __launch_bounds__(128) conv_backward(const __grid_con
             const bool counts = step >= from && step < to;
 #pragma unroll
             for (int j = 0; j < kRun; ++j) {
-                ring[(i + 3) % kRing][j] = ahead[i].get(j);
+                ring[(i + 3) % kRing][j] = now.x[i].get(j);
 #pragma unroll
                 for (int k = 0; k < kWays; ++k) {
-                    const float v = taps.sum(k, ring, i, j), g = grads[k][i].get(j) * silu_slope(v, sigmoid(v));
+                    const float v = taps.sum(k, ring, i, j), g = now.dy[k][i].get(j) * silu_slope(v, sigmoid(v));
                     const float own = counts ? g : 0.f;
 #pragma unroll
                     for (int tap = 0; tap < 4; ++tap) {

@@ -22,12 +22,24 @@ extern "C" __global__ void __launch_bounds__(128) conv_forward(const __grid_cons
 #pragma unroll
         for (int j = 0; j < kRun; ++j) ring[(i + kRing) % kRing][j] = pack.get(j);
     }
-    for (int first = from; first < to; first += kRing) {
-        Pack<X_TYPE, kRun> ahead[kRing];
+    // The next seven are read while seven are worked on.
+    Pack<X_TYPE, kRun> ahead[kRing], next[kRing];
+    const auto fetch = [&](Pack<X_TYPE, kRun>* tokens, int first) {
 #pragma unroll
         for (int i = 0; i < kRing; ++i) {
             const int step = first + i + 3;
-            ahead[i] = read(x, p.x_l, place.token(p, step, step < length), step < length);
+            const bool exists = step < length && first < to;
+            tokens[i] = read(x, p.x_l, place.token(p, step, exists), exists);
+        }
+    };
+    if constexpr (kAhead) fetch(next, from);
+    for (int first = from; first < to; first += kRing) {
+        if constexpr (kAhead) {
+#pragma unroll
+            for (int i = 0; i < kRing; ++i) ahead[i] = next[i];
+            fetch(next, first + kRing);
+        } else {
+            fetch(ahead, first);
         }
 #pragma unroll
         for (int i = 0; i < kRing; ++i) {

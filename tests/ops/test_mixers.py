@@ -21,8 +21,10 @@ from vision_mamba.layers.noncausal import MapAttention, NonCausalSSD
 from vision_mamba.layers.norm import LayerNorm, RMSNorm
 from vision_mamba.models import vim, vmamba, vssd
 from vision_mamba.ops import conv, fused, mixers, norm
-from vision_mamba.ops.backends import mixers_cuda, routes_cuda, rows_cuda
+from vision_mamba.ops.backends import mixers_cuda, routes_cuda, rows_cuda, sums_cuda
+from vision_mamba.ops.backends.sums_cuda import Parts
 from vision_mamba.ops.fused import Kernels
+from vision_mamba.ops.known import Guards
 
 
 def norms(kind: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
@@ -69,8 +71,8 @@ CHAINS |= dict(vmamba_blocks_alone=["norm_linear", "scan_map"], m2_blocks=["norm
 CHAINS |= dict(vssd_blocks=["norm_linear", "norm_mlp"], vssd_blocks_of_attention=["norm_mlp"])
 
 
-#: Those whose step sizes are multiplied out before the scan where there is much of them.
-PER_ROUTE = ("localmamba", "bimamba", "bimamba_sum", "vim_blocks")
+#: Those that go another way where there is much of them: step sizes are multiplied out, or routes added up by the norm.
+LARGE = ("localmamba", "bimamba", "bimamba_sum", "vim_blocks", "ss2d", "vmamba_blocks", "ss2d_gated")
 
 
 class OnGrid(nn.Module):
@@ -190,22 +192,28 @@ def stand_ins(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
         total, marker = (x, None) if branch is None else (x + branch, branch.new_empty(0))
         return (found if options["stream"] else (found,)), (total, weight, bias, marker)
 
-    def norm_backward(kept: Any, options: Any, grads: Any, again: Tensor | None = None) -> Any:
+    def in_parts(gradients: Any) -> list[Parts | None]:
+        return [None if grad is None else Parts(torch.stack([grad / 4, grad * 3 / 4])) for grad in gradients]
+
+    def norm_parts(kept: Any, options: Any, grads: Any, again: Tensor | None = None) -> Any:
         x, weight, bias, branch = kept
         kernel, options = kernels["NORM"], options | dict(stream=False)
         if again is not None:
             again.copy_(kernel.forward((x, None, weight, bias), options, False)[0][0].view_as(again))
         dx, _, dweight, dbias = kernel.backward((x, None, weight, bias), options, grads[:1])
         dx = dx if len(grads) == 1 or grads[1] is None else dx + grads[1]
-        return dx, None if branch is None else dx.to(branch.dtype), dweight, dbias
+        return dx, None if branch is None else dx.to(branch.dtype), in_parts((dweight, dbias))
+
+    def norm_backward(kept: Any, options: Any, grads: Any) -> Any:
+        dx, dbranch, parts = norm_parts(kept, options, grads)
+        return dx, dbranch, *sums_cuda.finished(parts, kept[1:3])
 
     of_norms = kernels["NORM"]._replace(forward=norm_forward, backward=norm_backward)
     monkeypatch.setattr(rows_cuda, "NORM", of_norms)
 
-    def map_backward(kept: Any, options: Any, grads: Any, dx: Tensor) -> Any:
-        found = kernels["CONV_MAP"].backward(kept, options, grads)
-        dx.copy_(found[0])
-        return found
+    def map_parts(kept: Any, options: Any, grads: Any, dx: Tensor) -> Any:
+        found, *others = kernels["CONV_MAP"].backward(kept, options, grads)
+        return dx.copy_(found), in_parts(others)
 
     def gate_backward(y: Tensor, z: Tensor, dout: Tensor, dz: Tensor, again: Tensor) -> Tensor:
         dy, found = kernels["GATED"].backward((y, z), {}, (dout,))
@@ -216,21 +224,28 @@ def stand_ins(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     def gated_sum(shares: Tensor, z: Tensor, keep: bool) -> tuple[Tensor, Tensor]:
         return conv.plain_gated(shares.sum(2), z), shares.sum(2)
 
-    def conv_backward(kept: Any, options: Any, grads: Any, dx: Tensor) -> Any:
-        found = kernels["CONV_BOTH_WAYS"].backward(kept, options, grads)
-        dx.copy_(found[0])
-        return found
+    def normed_sum(shares: Tensor, weight: Any, bias: Any, options: Any, keep: bool) -> tuple[Tensor, Tensor]:
+        y = shares.sum(2)
+        return norm.plain_normed(y, None, weight, bias, **options), y
 
-    def gelu_backward(h: Tensor, dy: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def conv_parts(kept: Any, options: Any, grads: Any, dx: Tensor) -> Any:
+        found, *others = kernels["CONV_BOTH_WAYS"].backward(kept, options, grads)
+        return dx.copy_(found), in_parts(others)
+
+    def row_parts(x: Tensor) -> Parts:
+        return Parts(x)
+
+    def gelu_backward(h: Tensor, dy: Tensor) -> tuple[Tensor, Tensor, Parts]:
         with torch.enable_grad():
             h = h.detach().requires_grad_()
             a = F.gelu(h)
             (dh,) = torch.autograd.grad(a, h, dy)
-        return a.detach(), dh, dh.sum(0)
+        return a.detach(), dh, Parts(dh)
 
-    for function in (norm_backward, map_backward, gate_backward, gated_sum, conv_backward, gelu_backward):
+    stand_ins = (norm_parts, map_parts, gate_backward, gated_sum, normed_sum, conv_parts, row_parts, gelu_backward)
+    for function in stand_ins:
         monkeypatch.setattr(rows_cuda, function.__name__, function)
-    monkeypatch.setattr(rows_cuda, "sum_rows", lambda x: x.sum(0))
+    monkeypatch.setattr(sums_cuda, "sum_parts", lambda parts: [part.sum(0) for part in parts])
     for function, kernel in ((norm._fused, of_norms), (conv._fused_map, kernels["CONV_MAP"])):
         monkeypatch.setattr(function.joined, "_kernels", kernel)
     for layers in (ss2d, bimamba, local, noncausal, vim, vmamba, vssd):
@@ -238,25 +253,20 @@ def stand_ins(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     monkeypatch.setattr(fused, "_by_kernels", lambda tensors: True)
     ran: list[str] = []
 
-    def refuses(name: str, tensors: fused.Tensors, options: dict[str, Any]) -> bool:
-        refused: bool = kernels[name].refuses(tensors, options)
-        if not refused:
-            ran.append(name)
-        return refused
+    def forward(name: str, *given: Any) -> Any:
+        ran.append(name)
+        return kernels[name].forward(*given)
 
     for chain in vars(mixers).values():
         if not isinstance(chain, fused.Joined):
             continue
         kernels[chain.name] = chain._make_kernels()
-        monkeypatch.setattr(
-            chain,
-            "_kernels",
-            kernels[chain.name]._replace(refuses=partial(refuses, chain.name)),
-        )
+        monkeypatch.setattr(chain, "_kernels", kernels[chain.name]._replace(forward=partial(forward, chain.name)))
+        monkeypatch.setattr(chain, "_accepted", Guards())
     yield ran
 
 
-@pytest.mark.parametrize("name, much", [(name, None) for name in MIXERS] + [(name, 0) for name in PER_ROUTE])
+@pytest.mark.parametrize("name, much", [(name, None) for name in MIXERS] + [(name, 0) for name in LARGE])
 def test_is_what_the_layers_are(
     name: str, much: int | None, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -330,6 +340,18 @@ def test_blocks_that_were_touched_run_one_by_one(stand_ins: list[str]) -> None:
     assert stand_ins[4:] == [*CHAINS["vmamba_blocks"], "scan_map"]
 
 
+def test_weights_are_cast_and_decays_made_at_once() -> None:
+    x, weight, log = torch.zeros(2).bfloat16(), nn.Parameter(torch.randn(2, 3)), nn.Parameter(torch.randn(4, 3))
+    half, A = weight.detach().bfloat16(), -log.detach().exp()
+    with mixers.ahead(x, [weight], [log]):
+        first, second = mixers_cuda.halved(weight, x.dtype), mixers_cuda.halved(weight.view(3, 2), x.dtype)
+        assert first.data_ptr() == second.data_ptr() and torch.equal(first, half) and second.shape == (3, 2)
+        assert torch.equal(mixers_cuda.decays_of(log.view(2, 2, 3)), A.view(2, 2, 3))
+        assert torch.equal(mixers_cuda.halved(weight, torch.float16), weight.half())  # another type than that of x
+    assert mixers_cuda.halved(weight, x.dtype).data_ptr() != first.data_ptr()
+    assert not first.requires_grad and not mixers_cuda._ahead.found
+
+
 @pytest.mark.parametrize("name", ["vmamba_blocks", "vmamba_blocks_alone", "vim_blocks"])
 def test_the_stream_alone_has_a_gradient(name: str, stand_ins: list[str]) -> None:
     model, x = make(name)
@@ -342,7 +364,7 @@ def test_the_stream_alone_has_a_gradient(name: str, stand_ins: list[str]) -> Non
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("name, much", [(name, None) for name in MIXERS] + [(name, 0) for name in PER_ROUTE])
+@pytest.mark.parametrize("name, much", [(name, None) for name in MIXERS] + [(name, 0) for name in LARGE])
 def test_on_gpu(name: str, much: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(mixers_cuda, "MUCH", mixers_cuda.MUCH if much is None else much)
     mixer, x = make(name)

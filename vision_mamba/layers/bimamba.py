@@ -167,8 +167,8 @@ class BiMamba(RouteMamba):
 
     def _behind(self, like: Tensor) -> tuple[Tensor | None, ...]:
         """What all behind in_proj needs to run as one, for tokens like these."""
-        A, indices = -torch.exp(self.A_log), self.scan.table(like, 1, like.shape[1])
-        of_scan = (A, self.D, self.dt_weight, self.dt_bias, indices)
+        indices = self.scan.table(like, 1, like.shape[1])
+        of_scan = (self.A_log, self.D, self.dt_weight, self.dt_bias, indices)
         return self.conv_weight, self.conv_bias, self.x_proj_weight, *of_scan, self.out_proj.weight
 
     def _joined(self, xz: Tensor) -> Tensor | None:

@@ -1,11 +1,14 @@
 """Where several layers may run as one, by kernels: see `ops.mixers`. Elsewhere each runs by itself.
 
-A block of a residual stream that can do so has two methods more: `joins(x)` says whether it does now, and
-`join(x, branch, ...)` takes the stream and what is still to be added to it, and gives both on. So a sum is taken where
-it is read next, together with the norm there.
+A block of a residual stream that can do so has three methods more. `joins(x)` says whether it does now. `join(x,
+branch, ...)` takes the stream and what is still to be added to it, and gives both on: so a sum is taken where it is
+read next, together with the norm there. `ahead()` names the weights of its products and the logarithms of its scan's A,
+which are cast, and A computed, for all blocks at once.
 """
 
 from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
+from itertools import chain
 from typing import Any
 
 import timm.layers
@@ -60,8 +63,13 @@ def is_usual_mlp(mlp: object) -> bool:
     assert isinstance(mlp, timm.layers.Mlp)
     exact = untouched(mlp.act, nn.GELU, timm.layers.GELU) and getattr(mlp.act, "approximate", "none") == "none"
     drops = mlp.training and (mlp.drop1.p > 0 or mlp.drop2.p > 0)
-    linear = untouched(mlp.fc1, nn.Linear) and untouched(mlp.fc2, nn.Linear)
+    linear = all(untouched(layer, nn.Linear) and layer.bias is not None for layer in (mlp.fc1, mlp.fc2))
     return exact and not drops and linear and type(mlp.norm) is nn.Identity
+
+
+def weights_of(mlp: Any) -> list[Tensor]:
+    """What a usual MLP multiplies and adds, all in the type of products."""
+    return [] if mlp is None else [mlp.fc1.weight, mlp.fc1.bias, mlp.fc2.weight, mlp.fc2.bias]
 
 
 def is_usual_conv_norm(conv: object, norm: object) -> bool:
@@ -112,11 +120,20 @@ def norm_mlp(x: Tensor, branch: Tensor | None, norm: Any, mlp: Any) -> tuple[Ten
 def run(blocks: Iterable[nn.Module], x: Tensor, *given: Any) -> Tensor:
     """Blocks one after the other, joined where they can be."""
     branch: Tensor | None = None
-    for block in blocks:
-        joining: Any = block
-        if hasattr(block, "join") and joining.joins(x):
-            x, branch = joining.join(x, branch, *given)
-        else:
-            x = block(x if branch is None else x + branch, *given)
-            branch = None
+    every: list[Any] = list(blocks)
+    joining = [hasattr(block, "join") and block.joins(x) for block in every]
+    with _ahead(x, [block for block, joins in zip(every, joining, strict=True) if joins]):
+        for block, joins in zip(every, joining, strict=True):
+            if joins:
+                x, branch = block.join(x, branch, *given)
+            else:
+                x = block(x if branch is None else x + branch, *given)
+                branch = None
     return x if branch is None else x + branch
+
+
+def _ahead(x: Tensor, blocks: list[Any]) -> AbstractContextManager[None]:
+    if not blocks:
+        return nullcontext()
+    weights, logs = zip(*[block.ahead() for block in blocks], strict=True)
+    return mixers.ahead(x, list(chain(*weights)), list(chain(*logs)))

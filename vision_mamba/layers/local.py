@@ -198,10 +198,9 @@ class LocalMamba(RouteMamba):
             return None
         if not is_product(out):
             return None
-        A = -torch.exp(self.A_log)
         return mixers.scan_routes(
-            xz, self.conv_weight, self.conv_bias, self.x_proj_weight, A, self.D, self.dt_weight, self.dt_bias, table,
-            *attn.given(), out.weight, attention_eps=attn.norm.eps, scale=self.scale,
+            xz, self.conv_weight, self.conv_bias, self.x_proj_weight, self.A_log, self.D, self.dt_weight, self.dt_bias,
+            table, *attn.given(), out.weight, attention_eps=attn.norm.eps, scale=self.scale,
         )  # fmt: skip
 
     def _convolve(self, x: Tensor, table: Tensor) -> Tensor:

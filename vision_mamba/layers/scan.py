@@ -10,6 +10,7 @@ from torch.fx.experimental.symbolic_shapes import has_static_value
 from vision_mamba import scans
 from vision_mamba.ops.backends import eager, ssd_eager
 from vision_mamba.ops.call import ScanCall
+from vision_mamba.ops.operator import nobody_looks
 from vision_mamba.ops.ssd_call import SsdCall
 from vision_mamba.scans.order import all_visits, stack
 
@@ -51,6 +52,9 @@ class RouteScan(nn.Module):
                 place = None if class_token < 0 else int(class_token)
                 return getattr(_held, _hold(self.order, int(height), int(width), place, like.device, False))
             shared = shared and isinstance(like, Tensor)  # and no stand-in of torch.fx
+            if shared and nobody_looks():
+                place = None if class_token < 0 else class_token
+                return scans.get(self.order).indices(height, width, class_token=place, device=like.device)
         return torch.ops.vision_mamba.scan_indices(like, self.order, height, width, class_token, shared)
 
     def visits(self, like: Tensor, height: int, width: int) -> Tensor:

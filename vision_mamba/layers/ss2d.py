@@ -195,10 +195,9 @@ class SS2D(nn.Module):
             return None
         if not (is_product(out) and isinstance(conv, nn.Conv2d)):
             return None
-        A = -torch.exp(self.A_logs).unflatten(0, (self.routes, self.d_inner))
-        D = self.Ds.unflatten(0, (self.routes, self.d_inner))
+        A_log, D = (t.unflatten(0, (self.routes, self.d_inner)) for t in (self.A_logs, self.Ds))
         return mixers.scan_map(
-            x, conv.weight, conv.bias, self.x_proj_weight, A, D, self.dt_projs_weight, self.dt_projs_bias,
+            x, conv.weight, conv.bias, self.x_proj_weight, A_log, D, self.dt_projs_weight, self.dt_projs_bias,
             self.scan.table(x, x.shape[1], x.shape[2]), *attention, norm.weight, norm.bias, out.weight, eps=norm.eps,
             out_dtype=sum_dtype(x, norm.weight.dtype), gate=self.gate,
             attention_eps=None if attn is None else attn.norm.eps,

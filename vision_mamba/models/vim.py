@@ -86,6 +86,10 @@ class Block(nn.Module):
         usual = untouched(self, Block) and is_usual_norm(self.norm)
         return eager_on_gpu(x) and usual and untouched(self.mixer, BiMamba) and is_product(self.mixer.in_proj)
 
+    def ahead(self) -> tuple[list[Tensor], list[Tensor]]:
+        mixer: Any = self.mixer
+        return [mixer.in_proj.weight, mixer.x_proj_weight, mixer.dt_weight, mixer.out_proj.weight], [mixer.A_log]
+
     def join(
         self, x: Tensor, branch: Tensor | None, height: int, width: int, turns: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:

@@ -31,6 +31,7 @@ from vision_mamba.layers.joined import (
     norm_linear,
     norm_mlp,
     untouched,
+    weights_of,
 )
 from vision_mamba.layers.norm import NORMS, before_product
 from vision_mamba.layers.patch import DOWNSAMPLES, STEMS
@@ -89,6 +90,13 @@ class VMambaBlock(nn.Module):
         mixer = untouched(self.ss2d, SS2D, SSD2D) and is_product(self.ss2d.in_proj)
         mlp = self.mlp is None or (is_usual_mlp(self.mlp) and is_usual_norm(self.norm2))
         return eager_on_gpu(x) and untouched(self, VMambaBlock) and mixer and mlp and is_usual_norm(self.norm1)
+
+    def ahead(self) -> tuple[list[Tensor], list[Tensor]]:
+        mixer: Any = self.ss2d
+        weights = [mixer.in_proj.weight, *weights_of(self.mlp)]
+        if isinstance(mixer, SSD2D):
+            return weights, []
+        return [*weights, mixer.x_proj_weight, mixer.out_proj.weight], [mixer.A_logs]
 
     def join(self, x: Tensor, branch: Tensor | None) -> tuple[Tensor, Tensor]:
         """As forward, of a stream x + branch, into a stream and what is to be added to it."""

@@ -27,6 +27,7 @@ from vision_mamba.layers.joined import (
     norm_linear,
     norm_mlp,
     untouched,
+    weights_of,
 )
 from vision_mamba.layers.noncausal import MapAttention, NonCausalSSD
 from vision_mamba.layers.norm import LayerNorm, before_product
@@ -87,6 +88,11 @@ class VSSDBlock(nn.Module):
         usual = untouched(self, VSSDBlock) and is_usual_norm(self.norm1) and is_usual_norm(self.norm2)
         convs = is_centred(self.cpe1) and is_centred(self.cpe2)
         return eager_on_gpu(x) and usual and convs and is_usual_mlp(self.mlp)
+
+    def ahead(self) -> tuple[list[Tensor], list[Tensor]]:
+        mixer: Any = self.mixer
+        weights = weights_of(self.mlp)
+        return [*weights, mixer.in_proj.weight] if untouched(mixer, NonCausalSSD) else weights, []
 
     def join(self, x: Tensor, branch: Tensor | None) -> tuple[Tensor, Tensor]:
         """As forward, of a stream x + branch, into a stream and what is to be added to it."""

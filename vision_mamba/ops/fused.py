@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from vision_mamba.ops.known import Guards
 from vision_mamba.ops.operator import _as_in_memory
 from vision_mamba.ops.registry import forced
 
@@ -29,6 +30,17 @@ class Kernels(NamedTuple):
     backward: Callable[[Tensors, dict[str, Any], Tensors], Tensors]
 
 
+class without_autocast:
+    """Products on GPUs keep the types of their arguments; torch's own way to say so takes as long as two launches."""
+
+    def __enter__(self) -> None:
+        self.before = torch.is_autocast_enabled("cuda")
+        torch.set_autocast_enabled("cuda", False)
+
+    def __exit__(self, *_: object) -> None:
+        torch.set_autocast_enabled("cuda", self.before)
+
+
 class Joined:
     """What several modules do, by kernels that keep less for the backward pass and write less to memory between them.
 
@@ -43,19 +55,34 @@ class Joined:
     def __init__(self, name: str, kernels: Callable[[], Kernels]) -> None:
         self.name, self._make_kernels = name, kernels
         self._kernels: Kernels | None = None
+        self._accepted = Guards()
 
     def __call__(self, *tensors: Tensor | None, **options: Any) -> Any:
         if not _by_kernels(tensors):
             return None
         if self._kernels is None:
             self._kernels = self._make_kernels()
-        if self._kernels.refuses(tensors, options):
+        if not self._known(tensors, options):
             return None
         if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
             results = _Run.apply(self._kernels, self.name, options, *tensors)
         else:
             results = self._kernels.forward(tensors, options, False)[0]
         return results[0] if len(results) == 1 else results
+
+    def _known(self, tensors: Tensors, options: dict[str, Any]) -> bool:
+        """Whether the kernels take these, which is found out once for all that are alike."""
+        assert self._kernels is not None and tensors[0] is not None
+        given = [tensor for tensor in tensors if tensor is not None]
+        half = torch.is_autocast_enabled("cuda") and torch.get_autocast_dtype("cuda")
+        key = (tensors[0].shape, *options.values(), half, *[tensor is None for tensor in tensors])
+        if self._accepted.hold(key, given):
+            return True
+        same_place = all([t.device == given[0].device and _as_in_memory(t) for t in given])
+        if not same_place or self._kernels.refuses(tensors, options):
+            return False
+        self._accepted.add(key, given)
+        return True
 
 
 class Fused:
@@ -90,7 +117,7 @@ class Fused:
 
 
 def _by_kernels(tensors: Tensors) -> bool:
-    """Whether these are plain tensors on one GPU that nobody but autograd is watching."""
+    """Whether these begin with a tensor on a GPU, and nobody but autograd is watching."""
     first = tensors[0]
     if torch.compiler.is_compiling() or torch.jit.is_tracing() or first is None or not first.is_cuda:
         return False
@@ -99,7 +126,6 @@ def _by_kernels(tensors: Tensors) -> bool:
         and forward_ad._current_level < 0  # kernels see no tangents, and would drop them without a word
         and torch._C._len_torch_dispatch_stack() == 0
         and torch._C._functorch.peek_interpreter_stack() is None
-        and all(t is None or (t.device == first.device and _as_in_memory(t)) for t in tensors)
     )
 
 

@@ -26,6 +26,24 @@ _ALIGNMENT = 16  # bytes: kernels ask no more of where a tensor begins
 _MOST = 1024
 
 
+class Guards:
+    """Kinds of calls that passed a test, by the types, devices, sizes and strides of their tensors, and a key."""
+
+    def __init__(self) -> None:
+        self._kinds: dict[tuple[Any, ...], list[Callable[..., bool]]] = {}
+
+    def hold(self, key: tuple[Any, ...], tensors: list[Tensor]) -> bool:
+        return any([same(*tensors) for same in self._kinds.get(key, ())])
+
+    def add(self, key: tuple[Any, ...], tensors: list[Tensor]) -> None:
+        if _TensorGuards is None:
+            return
+        if len(self._kinds) >= _MOST:
+            del self._kinds[next(iter(self._kinds))]
+        same = _TensorGuards(*tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None).check
+        self._kinds[key] = [same, *self._kinds.get(key, ())][:8]
+
+
 class Seen(NamedTuple):
     """A kind of call, and what runs it."""
 

@@ -5,7 +5,10 @@ The layers themselves are the plain twins of these: they run wherever the kernel
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from typing import Any
+
+from torch import Tensor
 
 from vision_mamba.ops.fused import Joined, Kernels
 
@@ -17,6 +20,14 @@ def _kernels(name: str) -> Any:
         return getattr(local_cuda if hasattr(local_cuda, name) else mixers_cuda, name)
 
     return make
+
+
+def ahead(x: Tensor, weights: list[Tensor], logs: list[Tensor]) -> AbstractContextManager[None]:
+    """While it lasts, chains behind x find these weights in the type of their products, and A = -exp(log) of these
+    logarithms, all made at once."""
+    from vision_mamba.ops.backends import mixers_cuda
+
+    return mixers_cuda.ahead(x, weights, logs)
 
 
 #: Of a stream x and a branch or None: linear(norm(x + branch)), and x + branch. Of the norm it keeps the sum alone. The

@@ -7,8 +7,8 @@ from torch import Tensor
 
 from vision_mamba.ops.backends import mixers_cuda as chains
 from vision_mamba.ops.backends import routes_cuda
-from vision_mamba.ops.fused import Kernels, Tensors
-from vision_mamba.ops.reference import without_autocast
+from vision_mamba.ops.backends.sums_cuda import finished
+from vision_mamba.ops.fused import Kernels, Tensors, without_autocast
 
 
 def _refuses(tensors: Tensors, options: chains.Options) -> bool:
@@ -24,28 +24,30 @@ def _refuses(tensors: Tensors, options: chains.Options) -> bool:
 
 
 def _forward(tensors: Tensors, options: chains.Options, keep: bool) -> tuple[tuple[Tensor, ...], Tensors]:
-    xz, weight, bias, projection, A, D, dt_weight, dt_bias, table, *attention, out_weight = tensors
+    xz, weight, bias, projection, A_log, D, dt_weight, dt_bias, table, *attention, out_weight = tensors
     assert xz is not None and projection is not None and out_weight is not None
-    with without_autocast(xz.device):
+    with without_autocast():
         x, z = xz.chunk(2, -1)
         (u,), _ = routes_cuda.CONV_ROUTES.forward((x, weight, bias, table), {}, keep)
-        projection, out_weight = chains._filled_up(projection, xz.dtype, 8), out_weight.to(xz.dtype)
+        projection, out_weight = chains._filled_up(projection, xz.dtype, 8), chains.halved(out_weight, xz.dtype)
         columns = chains.columns_of_routes(u, projection)
-        call = chains._scan_call(u, columns, (A, D, dt_weight, dt_bias, table), None)._replace(merge=False)
-        y, saved = chains._scan_forward(call, keep)
+        of_scan = (A_log, D, dt_weight, dt_bias, table)
+        call = chains._scan_call(u, columns, chains.decays_of(A_log), of_scan, None)
+        y, saved = chains._scan_forward(call._replace(merge=False), keep)
         how = dict(eps=options["attention_eps"])
         (g,), (_, _, sums, *_) = routes_cuda.ROUTE_ATTENTION.forward((y, z, *attention), how, keep)
         out = chains._scaled_product(g.flatten(0, 1), out_weight.t(), options["scale"])
-    kept = (xz, columns, y, sums, g, saved, projection, out_weight, *tensors[1:])
+    kept = (xz, columns, y, sums, g, *saved, projection, out_weight, *tensors[1:])
     return (out.unflatten(0, xz.shape[:2]),), kept
 
 
 def _backward(kept: Tensors, options: chains.Options, grads: Tensors) -> Tensors:
-    (dout,), (xz, columns, y, sums, g, saved, projection, out_weight, *parameters) = grads, kept
-    weight, bias, given, A, D, dt_weight, dt_bias, table, *attention, _ = parameters
+    (dout,), (xz, columns, y, sums, g, A, states, half, projection, out_weight, *parameters) = grads, kept
+    weight, bias, given, *of_scan, table = parameters[:8]
+    attention = parameters[8:-1]
     assert dout is not None and xz is not None and columns is not None and y is not None and g is not None
-    assert given is not None and saved is not None and projection is not None and out_weight is not None
-    with without_autocast(xz.device):
+    assert given is not None and A is not None and projection is not None and out_weight is not None
+    with without_autocast():
         (x, z), dxz = xz.chunk(2, -1), torch.empty_like(xz)
         dx, dz = dxz.chunk(2, -1)
         dout = dout.flatten(0, 1).contiguous()
@@ -56,13 +58,12 @@ def _backward(kept: Tensors, options: chains.Options, grads: Tensors) -> Tensors
         assert dy is not None
         of_conv = (x, weight, bias, table)
         (u,), _ = routes_cuda.CONV_ROUTES.forward(of_conv, {}, True)
-        call = chains._scan_call(u, columns, (A, D, dt_weight, dt_bias, table), None)._replace(merge=False)
-        du, dcolumns, dscan = chains._scan_backward(call, saved, dy, projection.shape[1])
+        call = chains._scan_call(u, columns, A, (*of_scan, table), None)._replace(merge=False)
+        du, dcolumns, dscan = chains._scan_backward(call, (A, states, half), dy, projection.shape[1])
         del dy
-        dprojection = chains.columns_backward(u, du, dcolumns, projection)[:, : given.shape[1]]
+        dprojection = chains.columns_backward(u, du, dcolumns, projection, given)
         _, *dconv, _ = routes_cuda.conv_backward(of_conv, {}, (du,), dx)
-    found = (*dconv, dprojection, *dscan, None, *dattention, dout_weight)
-    return dxz, *chains._as(found, parameters)
+        return dxz, *finished((*dconv, dprojection, *dscan, *dattention, dout_weight), parameters)
 
 
 SCAN_ROUTES = Kernels(_refuses, _forward, _backward)

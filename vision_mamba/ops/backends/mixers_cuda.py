@@ -6,8 +6,10 @@ convolution are computed twice. Gradients that meet are added up by the products
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -17,9 +19,9 @@ from torch import Tensor
 
 from vision_mamba.ops.backends import routes_cuda, rows_cuda
 from vision_mamba.ops.backends.cuda_kernels import TYPES
+from vision_mamba.ops.backends.sums_cuda import Parts, Summed, finished
 from vision_mamba.ops.call import ScanCall
-from vision_mamba.ops.fused import Kernels, Tensors
-from vision_mamba.ops.reference import without_autocast
+from vision_mamba.ops.fused import Kernels, Tensors, without_autocast
 from vision_mamba.ops.registry import scans
 
 Options = dict[str, Any]
@@ -51,12 +53,58 @@ def _product_of_sums(left: Tensor, right: Tensor) -> Tensor:
     return torch.mm(left.t(), right, out_dtype=torch.float32)
 
 
-def _as(found: tuple[Tensor | None, ...], parameters: Tensors | list[Tensor | None]) -> Tensors:
-    """Gradients in the types of their parameters."""
-    return tuple(
-        None if grad is None or parameter is None else grad.to(parameter.dtype)
-        for grad, parameter in zip(found, parameters, strict=True)
-    )
+class _Ahead(threading.local):
+    """By the addresses of parameters: what `ahead` made of them."""
+
+    def __init__(self) -> None:
+        self.found: dict[int, Tensor] = {}
+
+
+_ahead = _Ahead()
+
+
+@contextlib.contextmanager
+def ahead(x: Tensor, weights: list[Tensor], logs: list[Tensor]) -> Iterator[None]:
+    """Cast weights to the type of products behind x, and make A of its logarithms, all at once for the layers that run
+    within: one by one they are many small kernels."""
+    before, dtype = _ahead.found, _product_type(x)
+    with torch.no_grad():
+        wide = [weight for weight in weights if weight.dtype != dtype]
+        halves = [torch.empty_like(weight, dtype=dtype) for weight in wide]
+        if wide:
+            torch._foreach_copy_(halves, wide)
+        logs = [log for log in logs if log.dtype == torch.float32]
+        decays = list(torch._foreach_exp(logs)) if logs else []
+        if logs:
+            torch._foreach_neg_(decays)
+    made = zip([*wide, *logs], [*halves, *decays], strict=True)
+    _ahead.found = before | {parameter.data_ptr(): found for parameter, found in made}
+    try:
+        yield
+    finally:
+        _ahead.found = before
+
+
+def _made_ahead(parameter: Tensor, dtype: torch.dtype) -> Tensor | None:
+    found = _ahead.found.get(parameter.data_ptr())
+    if found is None or found.dtype != dtype or found.numel() != parameter.numel():
+        return None
+    return found.view(parameter.shape)
+
+
+def halved(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """A weight in the type of products."""
+    if weight.dtype == dtype:
+        return weight
+    found = _made_ahead(weight, dtype)
+    return weight.to(dtype) if found is None else found
+
+
+def decays_of(A_log: Tensor | None) -> Tensor:
+    """A = -exp(A_log), in float32."""
+    assert A_log is not None
+    found = _made_ahead(A_log, torch.float32)
+    return torch.exp(A_log.float()).neg_() if found is None else found
 
 
 # A norm of a stream, and what reads it.
@@ -76,8 +124,8 @@ def _linear_forward(tensors: Tensors, options: Options, keep: bool) -> tuple[tup
     x, _, _, _, weight = tensors
     assert x is not None and weight is not None
     (n, total), of_norm = rows_cuda.NORM.forward(tensors[:4], _norm(x, options), keep)
-    with without_autocast(x.device):
-        matrix, missing = weight.to(n.dtype), -len(weight) % options.get("step", 1)
+    with without_autocast():
+        matrix, missing = halved(weight, n.dtype), -len(weight) % options.get("step", 1)
         matrix = F.pad(matrix, (0, 0, 0, missing)) if missing else matrix
         return (F.linear(n, matrix), total), (matrix, weight, *of_norm)
 
@@ -87,11 +135,12 @@ def _linear_backward(kept: Tensors, options: Options, grads: Tensors) -> Tensors
     assert matrix is not None and weight is not None
     if dout is None:
         return (*_of_stream(dtotal, of_norm), None, None, None)
-    with without_autocast(dout.device):
+    with without_autocast():
         dout = dout.flatten(0, -2).contiguous()
         n = dout.new_empty((len(dout), matrix.shape[1]))
-        found = _norm_backward(of_norm, options, dout @ matrix, dtotal, n)
-        return *found, *_as((_product_of_sums(dout, n)[: len(weight)],), [weight])
+        dx, dbranch, dnorm = _norm_backward(of_norm, options, dout @ matrix, dtotal, n)
+        dweight = _product_of_sums(dout, n)[: len(weight)]
+        return dx, dbranch, *finished((*dnorm, dweight), (*of_norm[1:3], weight))
 
 
 def _of_stream(dtotal: Tensor | None, of_norm: list[Tensor | None]) -> Tensors:
@@ -102,12 +151,12 @@ def _of_stream(dtotal: Tensor | None, of_norm: list[Tensor | None]) -> Tensors:
 
 def _norm_backward(
     of_norm: list[Tensor | None], options: Options, dn: Tensor, dtotal: Tensor | None, n: Tensor
-) -> Tensors:
+) -> tuple[Tensor, Tensor | None, list[Parts | None]]:
     """Gradients of the stream, the branch and the norm's parameters; what the norm gave is written to n."""
     x = of_norm[0]
     assert x is not None
     how = dict(eps=options["eps"], rms=options["rms"], out_dtype=n.dtype, stream=True)
-    return rows_cuda.norm_backward(tuple(of_norm), how, (dn.view(x.shape), dtotal), again=n)
+    return rows_cuda.norm_parts(tuple(of_norm), how, (dn.view(x.shape), dtotal), again=n)
 
 
 NORM_LINEAR = Kernels(_refuses_norm, _linear_forward, _linear_backward)
@@ -117,10 +166,10 @@ def _mlp_forward(tensors: Tensors, options: Options, keep: bool) -> tuple[tuple[
     x, _, _, _, weight1, bias1, weight2, bias2 = tensors
     assert x is not None and weight1 is not None and bias1 is not None and weight2 is not None and bias2 is not None
     (n, total), of_norm = rows_cuda.NORM.forward(tensors[:4], _norm(x, options), keep)
-    with without_autocast(x.device):
-        first, second = weight1.to(n.dtype), weight2.to(n.dtype)
-        h = F.linear(n, first, bias1.to(n.dtype))
-        y = F.linear(F.gelu(h), second, bias2.to(n.dtype))
+    with without_autocast():
+        first, second, offset1, offset2 = (halved(w, n.dtype) for w in (weight1, weight2, bias1, bias2))
+        h = F.linear(n, first, offset1)
+        y = F.linear(F.gelu(h), second, offset2)
     return (y, total), (h, first, second, *tensors[4:], *of_norm)
 
 
@@ -129,15 +178,15 @@ def _mlp_backward(kept: Tensors, options: Options, grads: Tensors) -> Tensors:
     assert h is not None and first is not None and second is not None
     if dy is None:
         return (*_of_stream(dtotal, of_norm), *(None,) * 6)
-    with without_autocast(dy.device):
+    with without_autocast():
         dy = dy.flatten(0, -2).contiguous()
         a, dh, dbias1 = rows_cuda.gelu_backward(h.flatten(0, -2), dy @ second)
-        dweight2, dbias2 = _product_of_sums(dy, a), rows_cuda.sum_rows(dy)
+        dweight2, dbias2 = _product_of_sums(dy, a), rows_cuda.row_parts(dy)
         del a
         n = dh.new_empty((len(dh), first.shape[1]))
-        found = _norm_backward(of_norm, options, dh @ first, dtotal, n)
-        sums = (_product_of_sums(dh, n), dbias1, dweight2, dbias2)
-        return *found, *_as(sums, [weight1, bias1, weight2, bias2])
+        dx, dbranch, dnorm = _norm_backward(of_norm, options, dh @ first, dtotal, n)
+        sums = (*dnorm, _product_of_sums(dh, n), dbias1, dweight2, dbias2)
+        return dx, dbranch, *finished(sums, (*of_norm[1:3], weight1, bias1, weight2, bias2))
 
 
 NORM_MLP = Kernels(_refuses_norm, _mlp_forward, _mlp_backward)
@@ -147,56 +196,63 @@ NORM_MLP = Kernels(_refuses_norm, _mlp_forward, _mlp_backward)
 
 
 def _scan_call(
-    u: Tensor, columns: Tensor, parameters: tuple[Tensor | None, ...], out_dtype: torch.dtype | None
+    u: Tensor, columns: Tensor, A: Tensor, parameters: tuple[Tensor | None, ...], out_dtype: torch.dtype | None
 ) -> ScanCall:
-    """Of columns (B, L, K, R + 2 N), or more, and A, D, the weight and bias of step sizes, the table."""
-    A, D, dt_weight, dt_bias, indices = parameters
-    assert A is not None and dt_weight is not None
+    """Of columns (B, L, K, R + 2 N), or more, A, and its logarithm, D, weight and bias of step sizes, the table."""
+    _, D, dt_weight, dt_bias, indices = parameters
+    assert dt_weight is not None
     rank, states = dt_weight.shape[2], A.shape[2]
     dt, B, C = columns[..., : rank + 2 * states].split([rank, states, states], -1)
     return ScanCall(u, dt, A, B, C, D, indices, dt_weight, dt_bias, out_dtype=out_dtype)
 
 
-def _multiplied_out(call: ScanCall) -> ScanCall:
-    """With step sizes as large as what is scanned, where each route has its own: kernels of several states take these
-    faster, by more than the product takes where there is much to scan. In float16 it could overflow."""
+def _multiplies_out(call: ScanCall) -> bool:
+    """Whether step sizes are to be as large as what is scanned, where each route has its own: kernels of several states
+    take these faster, by more than the product takes where there is much to scan. In float16 it could overflow."""
     if call.states == 1 or call.shared_x or call.dt_weight is None or call.dt.dtype == torch.float16:
-        return call
-    if call.x.numel() < MUCH:
-        return call
-    return call._replace(dt=_each_route(call.dt, call.dt_weight.to(call.dt.dtype).transpose(1, 2)), dt_weight=None)
+        return False
+    return call.x.numel() >= MUCH
 
 
-def _scan_forward(call: ScanCall, keep: bool) -> tuple[Tensor, Tensor]:
-    call = _multiplied_out(call)
-    y, _, saved = scans.choose(call, None).forward(call, keep)
-    return y, saved
+def _multiplied_out(call: ScanCall, weight: Tensor) -> ScanCall:
+    return call._replace(dt=_each_route(call.dt, weight.transpose(1, 2)), dt_weight=None)
 
 
-def _scan_backward(
-    call: ScanCall, saved: Tensor, dy: Tensor, width: int
-) -> tuple[Tensor, Tensor, tuple[Tensor | None, ...]]:
-    """Gradients of u, of so many columns of a route, and of A, D and the weight and bias of step sizes."""
-    whole = _multiplied_out(call)
+def _scan_forward(call: ScanCall, keep: bool) -> tuple[Tensor, Tensors]:
+    """y, and what the backward pass needs of it: A, states, the weight of step sizes that were multiplied out."""
+    weight = None
+    if _multiplies_out(call):
+        assert call.dt_weight is not None
+        weight = halved(call.dt_weight, call.dt.dtype)
+        call = _multiplied_out(call, weight)
+    y, _, states = scans.choose(call, None).forward(call, keep)
+    return y, (call.A, states, weight)
+
+
+def _scan_backward(call: ScanCall, saved: Tensors, dy: Tensor, width: int) -> tuple[Tensor, Tensor, tuple[Summed, ...]]:
+    """Gradients of u, of so many columns of a route, and of A's logarithm, D, weight and bias of step sizes, table."""
+    A, states, weight = saved
+    assert A is not None and states is not None
+    whole = call if weight is None else _multiplied_out(call, weight)
     backend = scans.choose(whole, None)
     assert backend.backward is not None, backend.name
-    du, ddt, dA, dB, dC, dD, dweight, dbias, _ = backend.backward(whole, saved, dy, None)
-    assert du is not None and ddt is not None and dB is not None and dC is not None
-    if whole is not call:
-        assert call.dt_weight is not None
+    du, ddt, dA, dB, dC, dD, of_weight, dbias, _ = backend.backward(whole, states, dy, None)
+    assert du is not None and ddt is not None and dA is not None and dB is not None and dC is not None
+    dweight: Summed = of_weight
+    if weight is not None:
         dweight = _sums_of_routes(ddt, call.dt)
-        ddt = _each_route(ddt, call.dt_weight.to(ddt.dtype))
+        ddt = _each_route(ddt, weight)
     parts = [ddt, dB, dC]
     missing = width - sum(part.shape[-1] for part in parts)
     if missing:
         parts.append(dC.new_zeros((*dC.shape[:-1], missing)))
-    return du, torch.cat(parts, -1), (dA, dD, dweight, dbias)
+    return du, torch.cat(parts, -1), (dA * A, dD, dweight, dbias, None)
 
 
 def _filled_up(projection: Tensor, dtype: torch.dtype, step: int) -> Tensor:
     """(K, R + 2 N, D) with zeros to a multiple of `step` columns a route: products of other widths are far slower."""
     missing = -projection.shape[1] % step
-    projection = projection.to(dtype)
+    projection = halved(projection, dtype)
     return F.pad(projection, (0, 0, 0, missing)) if missing else projection
 
 
@@ -229,25 +285,35 @@ def _map_forward(tensors: Tensors, options: Options, keep: bool) -> tuple[tuple[
     xz, weight, bias, projection, *middle, norm_weight, norm_bias, out_weight = tensors
     of_scan, attention = tuple(middle[:5]), middle[5:]
     assert xz is not None and projection is not None and out_weight is not None and norm_weight is not None
-    with without_autocast(xz.device):
+    with without_autocast():
         x, z = _halves(xz, options)
         (u,), _ = rows_cuda.CONV_MAP.forward((x, weight, bias), {}, keep)
         projection = _filled_up(projection, x.dtype, 8 // math.gcd(8, len(projection)))
-        out_weight = out_weight.to(x.dtype)
+        out_weight = halved(out_weight, x.dtype)
         columns = F.linear(u.flatten(1, 2), projection.flatten(0, 1)).unflatten(-1, projection.shape[:2])
-        call = _scan_call(u.flatten(1, 2), columns, of_scan, options["out_dtype"])
-        y, saved = _scan_forward(call._replace(merge=attention[0] is None), keep)
+        call = _scan_call(u.flatten(1, 2), columns, decays_of(of_scan[0]), of_scan, options["out_dtype"])
+        apart = attention[0] is None and _adds_apart(call)
+        y, saved = _scan_forward(call._replace(merge=attention[0] is None and not apart), keep)
         of_attention: Tensors = (None, None)
         if attention[0] is not None:
             how = dict(eps=options["attention_eps"])
             (y,), (routes, _, sums, *_) = routes_cuda.ROUTE_ATTENTION.forward((y, None, *attention), how, keep)
             of_attention = routes, sums
-        (n,), _ = rows_cuda.NORM.forward((y, None, norm_weight, norm_bias), _out_norm(x, options), keep)
+        total: Tensor | None = y
+        if apart:
+            n, total = rows_cuda.normed_sum(y, norm_weight, norm_bias, _out_norm(x, options), keep)
+        else:
+            (n,), _ = rows_cuda.NORM.forward((y, None, norm_weight, norm_bias), _out_norm(x, options), keep)
         if z is not None:
             (n,), _ = rows_cuda.GATED.forward((n, z.flatten(1, 2)), {}, keep)
         out = F.linear(n, out_weight)
-    kept = (xz, u, columns, y, *of_attention, saved, projection, out_weight, *tensors[1:])
+    kept = (xz, u, columns, total, *of_attention, *saved, projection, out_weight, *tensors[1:])
     return (out.unflatten(1, x.shape[1:3]),), kept
+
+
+def _adds_apart(call: ScanCall) -> bool:
+    """Whether the norm adds the routes up: where the kernels would leave that to one more pass."""
+    return call.states == 1 and call.routes > 1 and call.x.numel() >= MUCH
 
 
 def _out_norm(x: Tensor, options: Options) -> Options:
@@ -255,13 +321,13 @@ def _out_norm(x: Tensor, options: Options) -> Options:
 
 
 def _map_backward(kept: Tensors, options: Options, grads: Tensors) -> Tensors:
-    (dout,), (xz, u, columns, y, routes, sums, saved, projection, out_weight, *parameters) = grads, kept
+    (dout,), (xz, u, columns, y, routes, sums, A, states, dt_weight, projection, out_weight, *parameters) = grads, kept
     weight, bias, given, *middle, norm_weight, norm_bias, _ = parameters
     of_scan, attention = tuple(middle[:5]), middle[5:]
-    assert given is not None
+    assert given is not None and A is not None
     assert dout is not None and xz is not None and u is not None and columns is not None and y is not None
-    assert saved is not None and projection is not None and out_weight is not None
-    with without_autocast(xz.device):
+    assert projection is not None and out_weight is not None
+    with without_autocast():
         x, z = _halves(xz, options)
         dxz = torch.empty_like(xz)
         dx, dz = _halves(dxz, options)
@@ -270,30 +336,30 @@ def _map_backward(kept: Tensors, options: Options, grads: Tensors) -> Tensors:
         n = torch.empty_like(y, dtype=x.dtype)
         how, of_norm = _out_norm(x, options), (y, norm_weight, norm_bias, None)
         if z is None or dz is None:
-            dy, _, *dnorm = rows_cuda.norm_backward(of_norm, how, (dn,), again=n)
+            dy, _, dnorm = rows_cuda.norm_parts(of_norm, how, (dn,), again=n)
         else:
             (normed,), _ = rows_cuda.NORM.forward((y, None, norm_weight, norm_bias), how, False)
             dn = rows_cuda.gate_backward(normed, z.flatten(1, 2), dn, dz.flatten(1, 2), again=n)
             del normed
-            dy, _, *dnorm = rows_cuda.norm_backward(of_norm, how, (dn,))
-        assert dy is not None
+            dy, _, dnorm = rows_cuda.norm_parts(of_norm, how, (dn,))
         dout_weight = _product_of_sums(dout, n.flatten(0, 1))
         del n, dn
         dattention: Tensors = (None,) * 6
         if routes is not None:
             of_attention = (routes, None, sums, *attention)
-            dy, _, *found = routes_cuda.attention_backward(of_attention, dict(eps=options["attention_eps"]), (dy,))
-            dattention = tuple(found)
-            assert dy is not None
-        call = _scan_call(u.flatten(1, 2), columns, of_scan, options["out_dtype"])
+            found, _, *of_means = routes_cuda.attention_backward(
+                of_attention, dict(eps=options["attention_eps"]), (dy,)
+            )
+            assert found is not None
+            dy, dattention = found, tuple(of_means)
+        call = _scan_call(u.flatten(1, 2), columns, A, of_scan, options["out_dtype"])
         call = call._replace(merge=routes is None)
-        du, dcolumns, dscan = _scan_backward(call, saved, dy, projection.shape[1])
+        du, dcolumns, dscan = _scan_backward(call, (A, states, dt_weight), dy, projection.shape[1])
         du, dcolumns = du.flatten(0, 1), dcolumns.flatten(2).flatten(0, 1)
         du.addmm_(dcolumns, projection.flatten(0, 1))
         dprojection = _product_of_sums(dcolumns, u.flatten(0, 2)).view(projection.shape)[:, : given.shape[1]]
-        _, *dconv = rows_cuda.map_backward((x, weight, bias), {}, (du.view(x.shape),), dx)
-    of_parameters = (*dconv, dprojection, *dscan, None, *dattention, *dnorm, dout_weight)
-    return dxz, *_as(of_parameters, parameters)
+        _, dconv = rows_cuda.map_parts((x, weight, bias), {}, (du.view(x.shape),), dx)
+        return dxz, *finished((*dconv, dprojection, *dscan, *dattention, *dnorm, dout_weight), parameters)
 
 
 SCAN_MAP = Kernels(_refuses_map, _map_forward, _map_backward)
@@ -314,15 +380,16 @@ def _refuses_both_ways(tensors: Tensors, options: Options) -> bool:
 def _both_ways_forward(tensors: Tensors, options: Options, keep: bool) -> tuple[tuple[Tensor, ...], Tensors]:
     xz, weight, bias, projection, *of_scan, out_weight = tensors
     assert xz is not None and projection is not None and out_weight is not None
-    with without_autocast(xz.device):
+    with without_autocast():
         x, z = xz.chunk(2, -1)
         (u,), _ = rows_cuda.CONV_BOTH_WAYS.forward((x, weight, bias), {}, keep)
-        projection, out_weight = _filled_up(projection, xz.dtype, 8), out_weight.to(xz.dtype)
+        projection, out_weight = _filled_up(projection, xz.dtype, 8), halved(out_weight, xz.dtype)
         columns = columns_of_routes(u, projection)
-        shares, saved = _scan_forward(_scan_call(u, columns, tuple(of_scan), None)._replace(merge=False), keep)
+        call = _scan_call(u, columns, decays_of(of_scan[0]), tuple(of_scan), None)
+        shares, saved = _scan_forward(call._replace(merge=False), keep)
         g, y = rows_cuda.gated_sum(shares, z, keep)
         out = _scaled_product(g.flatten(0, 1), out_weight.t(), options["scale"])
-    return (out.unflatten(0, xz.shape[:2]),), (xz, columns, y, saved, projection, out_weight, *tensors[1:])
+    return (out.unflatten(0, xz.shape[:2]),), (xz, columns, y, *saved, projection, out_weight, *tensors[1:])
 
 
 def _by_route(t: Tensor) -> Tensor:
@@ -337,14 +404,14 @@ def _each_route(x: Tensor, matrices: Tensor) -> Tensor:
     return y
 
 
-def _sums_of_routes(left: Tensor, right: Tensor) -> Tensor:
-    """(B, L, K, I) and (B, L, K, J) -> (K, I, J), sums over tokens of each route's own products.
+def _sums_of_routes(left: Tensor, right: Tensor, rows: int | None = None) -> Parts:
+    """(B, L, K, I) and (B, L, K, J) -> (K, I, J), or as many rows, sums over tokens of each route's own products.
 
     Of the product of all routes with all only the diagonal is wanted; it is faster than one product a route.
     """
     crossed = _product_of_sums(left.flatten(2).flatten(0, 1), right.flatten(2).flatten(0, 1))
     crossed = crossed.view(*left.shape[2:], *right.shape[2:])
-    return crossed.diagonal(dim1=0, dim2=2).permute(2, 0, 1).contiguous()
+    return Parts(crossed.diagonal(dim1=0, dim2=2).permute(2, 0, 1)[:, :rows].unsqueeze(0))
 
 
 def columns_of_routes(u: Tensor, projection: Tensor) -> Tensor:
@@ -352,10 +419,10 @@ def columns_of_routes(u: Tensor, projection: Tensor) -> Tensor:
     return _each_route(u, projection.transpose(1, 2))
 
 
-def columns_backward(u: Tensor, du: Tensor, dcolumns: Tensor, projection: Tensor) -> Tensor:
-    """Adds to du, the gradient of u, what comes through the columns; returns the gradient of the projection."""
+def columns_backward(u: Tensor, du: Tensor, dcolumns: Tensor, projection: Tensor, given: Tensor) -> Parts:
+    """Adds to du, the gradient of u, what comes through the columns; returns the gradient of the given projection."""
     _by_route(du).baddbmm_(_by_route(dcolumns), projection)
-    return _sums_of_routes(dcolumns, u)
+    return _sums_of_routes(dcolumns, u, given.shape[1])
 
 
 def _scaled_product(left: Tensor, right: Tensor, scale: float) -> Tensor:
@@ -366,7 +433,8 @@ def _both_ways_backward(kept: Tensors, options: Options, grads: Tensors) -> Tens
     xz, *behind = kept
     assert xz is not None
     x, z = xz.chunk(2, -1)
-    return _halves_backward(lambda: x, lambda: z, behind, options, grads[0])
+    dxz, found = _halves_backward(lambda: x, lambda: z, behind, options, grads[0])
+    return dxz, *finished(found, behind[_KEPT:])
 
 
 def _halves_backward(
@@ -375,15 +443,15 @@ def _halves_backward(
     kept: Sequence[Tensor | None],
     options: Options,
     dout: Tensor | None,
-) -> Tensors:
+) -> tuple[Tensor, list[Summed]]:
     """A backward pass of functions that give x and z, each when it is needed: one is gone before the other is made."""
-    columns, y, saved, projection, out_weight, *parameters = kept
+    columns, y, A, states, dt_weight, projection, out_weight, *parameters = kept
     weight, bias, given, *of_scan, _ = parameters
-    assert given is not None
+    assert given is not None and A is not None
     assert dout is not None and columns is not None and y is not None
-    assert saved is not None and projection is not None and out_weight is not None
+    assert projection is not None and out_weight is not None
     scale = options["scale"]
-    with without_autocast(dout.device):
+    with without_autocast():
         dxz = y.new_empty((*y.shape[:2], 2 * y.shape[2]))
         dx, dz = dxz.chunk(2, -1)
         dout = dout.flatten(0, 1).contiguous()
@@ -393,11 +461,14 @@ def _halves_backward(
         dout_weight = _product_of_sums(dout, g.flatten(0, 1)) * scale
         del g, dg
         (u,), of_conv = rows_cuda.CONV_BOTH_WAYS.forward((x(), weight, bias), {}, True)
-        call = _scan_call(u, columns, tuple(of_scan), None)
-        du, dcolumns, dscan = _scan_backward(call, saved, dy, projection.shape[1])
-        dprojection = columns_backward(u, du, dcolumns, projection)[:, : given.shape[1]]
-        _, *dconv = rows_cuda.conv_backward(of_conv, {}, (du,), dx)
-    return dxz, *_as((*dconv, dprojection, *dscan, None, dout_weight), parameters)
+        call = _scan_call(u, columns, A, tuple(of_scan), None)
+        du, dcolumns, dscan = _scan_backward(call, (A, states, dt_weight), dy, projection.shape[1])
+        dprojection = columns_backward(u, du, dcolumns, projection, given)
+        _, dconv = rows_cuda.conv_parts(of_conv, {}, (du,), dx)
+    return dxz, [*dconv, dprojection, *dscan, dout_weight]
+
+
+_KEPT = 7  # of what is kept beside x and z, before the parameters
 
 
 SCAN_BOTH_WAYS = Kernels(_refuses_both_ways, _both_ways_forward, _both_ways_backward)
@@ -423,18 +494,17 @@ def _norm_both_ways_backward(kept: Tensors, options: Options, grads: Tensors) ->
     x, *of_its_norm = of_norm[:3]
     assert matrix is not None and x is not None
     if dout is None:
-        return (*_of_stream(dtotal, of_norm), *(None,) * (len(behind) - 2))
-    with without_autocast(x.device):
+        return (*_of_stream(dtotal, of_norm), *(None,) * (3 + len(behind) - _KEPT))
+    with without_autocast():
         how = dict(eps=options["eps"], rms=options["rms"], out_dtype=matrix.dtype, stream=True)
         (n, _), _ = rows_cuda.NORM.forward((x, None, *of_its_norm), how, False)
         of_x, of_z = matrix.chunk(2)
-        dxz, *found = _halves_backward(partial(F.linear, n, of_x), partial(F.linear, n, of_z), behind, options, dout)
-        assert dxz is not None
+        dxz, found = _halves_backward(partial(F.linear, n, of_x), partial(F.linear, n, of_z), behind, options, dout)
         dxz = dxz.flatten(0, 1)
         dweight = _product_of_sums(dxz, n.flatten(0, 1))
         del n
-        of_stream = rows_cuda.norm_backward(tuple(of_norm), how, ((dxz @ matrix).view(x.shape), dtotal))
-    return *of_stream, *_as((dweight,), [weight]), *found
+        dx, dbranch, dnorm = rows_cuda.norm_parts(tuple(of_norm), how, ((dxz @ matrix).view(x.shape), dtotal))
+        return dx, dbranch, *finished((*dnorm, dweight, *found), (*of_norm[1:3], weight, *behind[_KEPT:]))
 
 
 NORM_BOTH_WAYS = Kernels(_refuses_norm_both_ways, _norm_both_ways_forward, _norm_both_ways_backward)

@@ -14,6 +14,7 @@ from vision_mamba.ops.backends import nvrtc
 from vision_mamba.ops.backends.cuda import _multiprocessors, _unavailable
 from vision_mamba.ops.backends.cuda_kernels import TYPES, vector
 from vision_mamba.ops.backends.launch import Launch, on
+from vision_mamba.ops.backends.sums_cuda import Parts, finished
 from vision_mamba.ops.fused import Kernels, Tensors
 
 MAX_WIDTH = 1024  # channels of a norm's row, which a group of lanes holds in registers
@@ -22,6 +23,8 @@ _HEADER = "rows.cuh"
 MAP_STRIPS = {True: 2, False: 2}  # rows of a map that a thread of the forward and backward convolution takes together
 MAP_RUNS = {True: 4, False: 2}  # channels of such a thread
 MAP_BLOCKS = {True: 4, False: 3}  # of theirs that a multiprocessor holds
+AHEAD = {True: True, False: True}  # whether the forward and backward convolution reads its next tokens early
+CONV_ROOM = {True: 1536, False: 256}  # threads of theirs that a multiprocessor should have at least
 _RING = 7  # tokens that a thread of the convolution takes together
 
 Macros = dict[str, Any]
@@ -46,11 +49,12 @@ def norm(
     run: int,
     again: bool = False,
     shift: bool = False,
+    shares: int = 1,
 ) -> nvrtc.Specialisation:
     """A norm over rows of `width` channels; a backward pass writes the branch's gradient if its type is not x's, and
-    the norm's result `again` if that is wanted. Rows may be shifted first, all alike."""
+    the norm's result `again` if that is wanted. Rows may be shifted first, all alike; or be sums of shares."""
     macros = dict(WIDTH=width, RUN=run, LANES=norm_lanes(width, run), RMS=rms, BRANCH=branch is not None, AGAIN=again)
-    macros |= dict(SHIFT=shift)
+    macros |= dict(SHIFT=shift, SHARES=shares)
     types = dict(X_TYPE=x, B_TYPE=branch or x, Y_TYPE=y)
     return _kernel("norm_forward" if forward else "norm_backward", types, macros | dict(EPSILON=f"{float(eps)!r}f"))
 
@@ -64,7 +68,7 @@ def norm_lanes(width: int, run: int) -> int:
 def convolution(
     forward: bool, x: torch.dtype, run: int, ways: int = 2, before: int = TAPS - 1, routes: bool = False
 ) -> nvrtc.Specialisation:
-    macros = dict(RUN=run, WAYS=ways, BEFORE=before, ROUTES=routes)
+    macros = dict(RUN=run, WAYS=ways, BEFORE=before, ROUTES=routes, AHEAD=AHEAD[forward])
     return _kernel("conv_forward" if forward else "conv_backward", dict(X_TYPE=x), macros)
 
 
@@ -92,6 +96,7 @@ SHIPPED = (
     *(norm(forward, _FULL, _HALF, _HALF, 768, False, 1e-5, 4) for forward in (True, False)),
     *(norm(forward, _FULL, None, _HALF, 384, True, 1e-5, 4) for forward in (True, False)),
     *(norm(forward, _HALF, None, _FULL, 768, False, 1e-5, 4, False, True) for forward in (True, False)),
+    norm(True, _HALF, None, _HALF, 96, False, 1e-5, 4, shares=4),
     *(convolution(forward, _HALF, 2, ways) for forward in (True, False) for ways in (1, 2)),
     *(gate(forward, _HALF, _HALF, _HALF, 8) for forward in (True, False)),
     gate(True, _HALF, _HALF, _HALF, 8, 2),
@@ -197,8 +202,33 @@ def _norm_forward(tensors: Tensors, options: dict[str, Any], keep: bool = True) 
     return (y, total), (total, weight, bias, branch.new_empty(0))  # of the branch, backward needs its type
 
 
+def normed_sum(
+    shares: Tensor, weight: Tensor, bias: Tensor | None, options: dict[str, Any], keep: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Of shares (B, L, K, D) of y: its norm, and y if it is to be kept."""
+    y = shares.select(2, 0)
+    total = torch.empty_like(y, memory_format=torch.contiguous_format) if keep else None
+    out = y.new_empty(y.shape, dtype=_norm_type(y, options))
+    width, run, count = shares.shape[3], _run(4, shares, out), shares.shape[2]
+    how = (True, y.dtype, None, out.dtype, width, options["rms"], options["eps"], run, False, False, count)
+    rows, per_block = y.numel() // width, 128 // norm_lanes(width, run)
+    _start(
+        norm, how, (rows + per_block - 1) // per_block, dict(batch=rows), x=shares, weight=_whole(weight),
+        bias=_whole(bias), y=out, total=total,
+    )  # fmt: skip
+    return out, total
+
+
 def norm_backward(kept: Tensors, options: dict[str, Any], grads: Tensors, again: Tensor | None = None) -> Tensors:
     """Writes the norm's result once more to `again`, of the type of its gradient, if that is given."""
+    dx, of_branch, parts = norm_parts(kept, options, grads, again)
+    return dx, of_branch, *finished(parts, (kept[1], kept[2], *kept[4:]))
+
+
+def norm_parts(
+    kept: Tensors, options: dict[str, Any], grads: Tensors, again: Tensor | None = None
+) -> tuple[Tensor, Tensor | None, list[Parts | None]]:
+    """The same with gradients of parameters that are still to be added up."""
     x, weight, bias, branch, shift = (*kept, None)[:5]
     assert x is not None and weight is not None
     dy = None if grads[0] is None else grads[0].contiguous()
@@ -218,10 +248,9 @@ def norm_backward(kept: Tensors, options: dict[str, Any], grads: Tensors, again:
         norm, how, blocks, dict(batch=rows), x=x, weight=_whole(weight), bias=_whole(bias), shift=_whole(shift), dy=dy,
         dtotal=dtotal, dx=dx, dbranch=dbranch, y=again, parts=parts,
     )  # fmt: skip
-    dweight, dbias, *dshift = parts.sum(0).unbind()
+    of_weight, of_bias, *of_shift = map(Parts, parts.unbind(1))
     of_branch = None if branch is None else dx if dbranch is None else dbranch
-    found = (dx, of_branch, dweight.to(weight.dtype), None if bias is None else dbias.to(bias.dtype))
-    return found if shift is None else (*found, dshift[0].to(shift.dtype))
+    return dx, of_branch, [of_weight, None if bias is None else of_bias, *of_shift]
 
 
 # The convolution.
@@ -260,7 +289,8 @@ def chunks(length: int, others: int, room: int) -> tuple[int, int]:
 def _conv_sizes(x: Tensor, run: int, reach: int, routes: int = 1) -> tuple[int, dict[str, int]]:
     batch, length, channels = x.shape
     threads = batch * routes * (channels // run)
-    count, steps = chunks(length, threads, 1024 * _multiprocessors(x.device.index))
+    count = -(-CONV_ROOM[reach == 0] * _multiprocessors(x.device.index) // threads)
+    steps = max(1, -(-length // count))
     steps = -(-(steps + reach) // _RING) * _RING - reach  # what is taken seven at a time anyhow
     count = (length + steps - 1) // steps
     fields = dict(batch=batch, tokens=length, channels=channels, chunks=count, chunk_steps=steps)
@@ -287,6 +317,14 @@ def _before(weight: Tensor, options: dict[str, Any]) -> int:
 
 def conv_backward(kept: Tensors, options: dict[str, Any], grads: Tensors, dx: Tensor | None = None) -> Tensors:
     """The gradient of x goes to `dx`, which may be a part of rows, if that is given."""
+    dx, parts = conv_parts(kept, options, grads, dx)
+    return dx, *finished(parts, kept[1:])
+
+
+def conv_parts(
+    kept: Tensors, options: dict[str, Any], grads: Tensors, dx: Tensor | None = None
+) -> tuple[Tensor, list[Parts | None]]:
+    """The same with gradients of parameters that are still to be added up."""
     (dy,), (x, weight, bias) = grads, kept
     assert x is not None and weight is not None and bias is not None and dy is not None
     ways = weight.shape[0]
@@ -302,9 +340,8 @@ def conv_backward(kept: Tensors, options: dict[str, Any], grads: Tensors, dx: Te
         convolution, how, grid, fields, x=x, weight=_filled(weight), bias=_whole(bias), dy=dy, dx=dx,
         parts=parts,
     )  # fmt: skip
-    sums = sum_rows(parts.flatten(1)).view(parts.shape[1:])
-    dweight = sums[:, TAPS - weight.shape[2] : TAPS].transpose(1, 2)
-    return dx, dweight.to(weight.dtype), sums[:, TAPS].to(bias.dtype)
+    of_weight = parts[:, :, TAPS - weight.shape[2] : TAPS].transpose(2, 3)
+    return dx, [Parts(of_weight), Parts(parts[:, :, TAPS])]
 
 
 def _one_way(weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
@@ -383,6 +420,14 @@ def _map_forward(tensors: Tensors, options: dict[str, Any], keep: bool = True) -
 
 def map_backward(kept: Tensors, options: dict[str, Any], grads: Tensors, dx: Tensor | None = None) -> Tensors:
     """The gradient of x goes to `dx`, which may be a part of the channels of a map, if that is given."""
+    dx, parts = map_parts(kept, options, grads, dx)
+    return dx, *finished(parts, kept[1:])
+
+
+def map_parts(
+    kept: Tensors, options: dict[str, Any], grads: Tensors, dx: Tensor | None = None
+) -> tuple[Tensor, list[Parts | None]]:
+    """The same with gradients of parameters that are still to be added up."""
     (dy,), (x, weight, bias) = grads, kept
     assert x is not None and weight is not None and dy is not None
     dy = dy.to(x.dtype).contiguous()
@@ -400,16 +445,15 @@ def map_backward(kept: Tensors, options: dict[str, Any], grads: Tensors, dx: Ten
     _start(
         map_convolution, how, grid, fields, x=x, weight=_whole(weight), bias=_whole(bias), dy=dy, dx=dx, parts=parts,
     )  # fmt: skip
-    sums = parts.sum(0)
-    dweight = sums[:9].t().reshape(weight.shape)
-    return dx, dweight.to(weight.dtype), None if bias is None else sums[9].to(bias.dtype)
+    of_weight = parts[:, :9].transpose(1, 2).unflatten(2, (3, 3)).unsqueeze(2)
+    return dx, [Parts(of_weight), None if bias is None else Parts(parts[:, 9])]
 
 
 # What is behind a GELU.
 
 
-def _gelu_start(h: Tensor, dy: Tensor | None, a: Tensor | None, dh: Tensor | None) -> Tensor:
-    """Sums over rows of what the kernel computes."""
+def _gelu_start(h: Tensor, dy: Tensor | None, a: Tensor | None, dh: Tensor | None) -> Parts:
+    """Sums over rows of what the kernel computes, which are still to be added up."""
     rows, channels = h.shape
     run = _run(16 // h.element_size(), h, dy)
     tiles = (channels // run + 15) // 16
@@ -417,17 +461,17 @@ def _gelu_start(h: Tensor, dy: Tensor | None, a: Tensor | None, dh: Tensor | Non
     parts = torch.empty((blocks, channels), dtype=torch.float32, device=h.device)
     how = (h.dtype, h.dtype if dy is None else dy.dtype, run, dy is None)
     _start(gelu, how, tiles * blocks, dict(batch=rows, channels=channels), x=h, dy=dy, y=a, dx=dh, parts=parts)
-    return parts.sum(0)
+    return Parts(parts)
 
 
-def gelu_backward(h: Tensor, dy: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """From h (M, C) and the gradient of gelu(h): gelu(h) again, the gradient of h, its sum over M in float32."""
+def gelu_backward(h: Tensor, dy: Tensor) -> tuple[Tensor, Tensor, Parts]:
+    """From h (M, C) and the gradient of gelu(h): gelu(h) again, the gradient of h, parts of its sum over M."""
     a, dh = torch.empty_like(dy), torch.empty_like(h)
     return a, dh, _gelu_start(h, dy, a, dh)
 
 
-def sum_rows(x: Tensor) -> Tensor:
-    """Sum of x (M, C) over M in float32."""
+def row_parts(x: Tensor) -> Parts:
+    """Parts of the sum of x (M, C) over M."""
     return _gelu_start(x, None, None, None)
 
 
