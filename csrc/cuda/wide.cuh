@@ -24,10 +24,7 @@ constexpr bool kCopies = COPIES;
 constexpr bool kCopies = false;
 #endif
 
-// Going back: whether the next tile is read while this one is scanned, for which shared memory must have room for both.
-constexpr bool kEarly = kCopies && EARLY;
-
-constexpr int kRing = kEarly ? 4 : kBuffers == 1 ? 2 * kEvery : kCopies ? 5 : 8;  // tiles whose tokens are in shared memory
+constexpr int kRing = kBuffers == 1 ? 2 * kEvery : kCopies ? 5 : 8;  // tiles whose tokens are in shared memory
 
 constexpr int kThreads = 32 * kWarps;
 constexpr int kGroups = 32 / kLanes;

@@ -7,13 +7,13 @@
 // bits, holds states q kStates.. of kSlots channels; its slot j is channel ((j ^ q) % kSlots) kGroups + group of the
 // warp, so that sums over q leave a lane its own channel by exchanges without selection.
 // Steps go by in tiles of kTile, from the last. Forward saved the state before every kEvery-th tile but the first; where a
-// tile's is not among them, the block goes through the one before it once more. A warp takes a tile in kPieces, the last
-// first: it runs through a piece and keeps every state, those of the first kHeld steps in shared memory, those of the last
-// kSub in registers, and goes back. In two pieces the first half of a tile is run through twice, for which a third more
-// warps fit. Decays are computed again on the way back: registers that kept them would cost more, in warps that do not fit,
-// than the exponentials do.
+// tile's is not among them, the block goes through the one before it once more. A warp runs through a tile once and keeps
+// every state, those of the first kHeld steps in shared memory, those of the last kSub in
+// registers: so each state is computed once. Decays are computed again on the way back: registers that kept them would
+// cost more, in warps that do not fit, than the exponentials do.
 // Before and after the scan of a tile a thread has one run of channels of one row, so that a warp touches few rows of
-// device memory at a time; the next tile is on its way while this one is scanned (kEarly) or its results are worked out.
+// device memory at a time; the next tile is on its way while this one's results are worked out. What limits the kernel
+// are words that lanes read from shared memory, broadcast or not: so values stay narrow there, and are read once.
 // dB, dC: summed over a lane's channels, over the lanes by the tensor cores (or by exchanges where lanes that share
 // states are fewer than four), over the warps through shared memory, over the blocks by the host's sum of partial
 // results: all in fixed order. A block takes groups of channels in turn (p.turns), adding to what it has written of both.
@@ -26,9 +26,7 @@ constexpr int kBuffers = 1;       // tiles in shared memory
 
 constexpr bool kAdd = ADD;  // shares of a sum over routes are fewer than routes: a block adds to what another has left
 constexpr int kSub = SUB;
-constexpr int kPieces = PIECES;          // of a tile, each gone through forwards, then backwards
-constexpr int kPiece = kTile / kPieces;  // steps
-constexpr int kHeld = kPiece - kSub;
+constexpr int kHeld = kTile - kSub;
 constexpr bool kDirect = kWarps == 1;  // a warp's sums are the block's
 constexpr int kFlush = 64;             // tiles after which partial sums of dA leave the registers
 constexpr int kColumns = owned_count<2 * kRun, kRowHigh, kRowLow>();
@@ -37,12 +35,8 @@ static_assert(kSub % kSpan == 0 && kHeld % kSpan == 0);
 
 using AskedDy = Asked<Y_TYPE, kRun, kVectorX>;
 
-// Whether the state before a tile is copied to shared memory, and has a place there that is its own: else it has that of
-// the last held state, which is read before the next tile's is asked for.
+// Whether the state before a tile waits in shared memory too, and that before the next one in registers.
 constexpr int kBegin = kCopies ? 1 : 0;
-constexpr bool kBeginApart = kCopies && (!kEarly || kPieces > 1);
-static_assert(kCopies || kPieces == 1);
-static_assert(!kEarly || kEvery == 1);
 
 DEVICE void pause() {
 #if __CUDA_ARCH__ >= 700
@@ -50,23 +44,7 @@ DEVICE void pause() {
 #endif
 }
 
-struct Waiting {
-    Places places;
-    alignas(16) unsigned dy[kRows][AskedDy::kApart ? kThreads : 1][AskedDy::kWords];
-};
-// What is read ahead, and the states before a piece's first steps and behind them.
-template <bool kApart> struct Between {
-    Waiting waiting;
-    alignas(16) float held[kWarps][kHeld + kBegin][kSlots][32][kStates];
-};
-template <> struct Between<false> {
-    union {
-        Waiting waiting;  // between the scans of two tiles
-        alignas(16) float held[kWarps][kHeld + kBegin][kSlots][32][kStates];
-    };
-};
-
-struct alignas(16) BlockMemory : Between<kEarly> {
+struct alignas(16) BlockMemory {
     const Y_TYPE* of_dy;  // of the block's channels, as what stage has
     DX_TYPE* dx;
     DDT_TYPE* ddt;
@@ -77,9 +55,14 @@ struct alignas(16) BlockMemory : Between<kEarly> {
     float2 dz[kTile][kPitch];  // dy, x or none -> <g h A>
     alignas(16) float columns[kThreads][kColumns];  // a thread's shares of dD and ddt_bias
     float sums[kDirect ? 1 : kWarps][kDirect ? 1 : kTile][2 * kRow];  // dB, then dC
-    alignas(16) float begin[kBeginApart ? kWarps : 1][kSlots][kBeginApart ? 32 : 1][kStates];  // the state before a tile
-    float4 dweight[kTensorRank ? kWarps : 1][kTensorRank ? (kOwnTiles + 1) / 2 : 1][kTensorRank ? kRankTiles : 1]
-                  [kTensorRank ? 32 : 1];
+    union {
+        struct {  // between the scans of two tiles
+            Places places;
+            alignas(16) unsigned dy[kRows][AskedDy::kApart ? kThreads : 1][AskedDy::kWords];
+        };
+        float held[kWarps][kHeld + kBegin][kSlots][32][kStates];  // the state before the first steps and behind them
+    };
+    float4 dweight[kTensorRank ? kWarps : 1][kTensorRank ? (kOwnTiles + 1) / 2 : 1][kTensorRank ? kRankTiles : 1][32];
 };
 extern "C" __device__ int launch_shape[2] = {kThreads, (int)sizeof(BlockMemory)};
 
@@ -140,61 +123,37 @@ DEVICE void scan_back(const Params& p, BlockMemory& block) {
 #pragma unroll
         for (int j = 0; j < kSlots; ++j) get<kStates>(to[j], block.held[warp][t + kBegin][j][lane]);
     };
-    // The state before a tile, or before the one that precedes it: use(slot, where it was saved) or, before the first
-    // tile, given(slot, the state).
-    auto saved_at = [&](int tile, auto use, auto given) {
+    auto saved = [&](float (*h)[kStates], int tile) {  // the state before a tile, or before the one that precedes it
         tile -= tile % kEvery;
 #pragma unroll
         for (int j = 0; j < kSlots; ++j) {
             const int channel = min(first + places[j], channels - 1);
             if (tile > 0) {
                 const long long row = (sequence * ((tiles - 1) / kEvery) + tile / kEvery - 1) * channels + channel;
-                use(j, p.saved + row * kRow + q * kStates);
+                get<kStates>(h[j], p.saved + row * kRow + q * kStates);
             } else {
-                float initial[kStates];
 #pragma unroll
                 for (int n = 0; n < kStates; ++n) {
                     const int state = q * kStates + n;
-                    const bool there = p.initial_state && state < states;
-                    initial[n] = there ? p.initial_state[(sequence * channels + channel) * states + state] : 0.f;
+                    const bool given = p.initial_state && state < states;
+                    h[j][n] = given ? p.initial_state[(sequence * channels + channel) * states + state] : 0.f;
                 }
-                given(j, initial);
             }
         }
-    };
-    auto saved = [&](float (*h)[kStates], int tile) {
-        saved_at(
-            tile, [&](int j, const float* at) { get<kStates>(h[j], at); },
-            [&](int j, const float* initial) {
-#pragma unroll
-                for (int n = 0; n < kStates; ++n) h[j][n] = initial[n];
-            });
-    };
-    auto begin_of = [&](int j) -> float* {
-        if constexpr (kBeginApart) return block.begin[warp][j][lane];
-        else return block.held[warp][kHeld - 1 + kBegin][j][lane];
-    };
-    auto ask_begin = [&](int tile) {
-        saved_at(
-            tile, [&](int j, const float* at) { copy_async<4 * kStates>(begin_of(j), at, true); },
-            [&](int j, const float* initial) { put<kStates>(begin_of(j), initial); });
-    };
-    auto get_begin = [&](float (*h)[kStates]) {
-#pragma unroll
-        for (int j = 0; j < kSlots; ++j) get<kStates>(h[j], begin_of(j));
     };
 
     Incoming in;
     AskedDy dy_in[kRows];
-    float h[kSlots][kStates];
+    float h[kSlots][kStates], apart[kSlots][kStates];
+    float(*ahead_of)[kStates] = kBegin ? apart : h;  // before the next tile
     auto fetch = [&](int tile) {
         const int* tokens = block.stage.tokens[tile % kRing];
-        in.fetch(from, p, block.stage, block.waiting.places, tile);
+        in.fetch(from, p, block.stage, block.places, tile);
 #pragma unroll
         for (int r = 0; r < kRows; ++r) {
             const int token = tokens[own_row(r)];
             const Y_TYPE* at = at_token(block.of_dy, token, p.dy_l, from.run_at(p.dy_d));
-            unsigned* place = block.waiting.dy[r][AskedDy::kApart ? threadIdx.x : 0];
+            unsigned* place = block.dy[r][AskedDy::kApart ? threadIdx.x : 0];
             dy_in[r].ask(place, at, (int)p.dy_d, token >= 0 && p.dy ? from.valid : 0);
         }
     };
@@ -202,13 +161,13 @@ DEVICE void scan_back(const Params& p, BlockMemory& block) {
         Pack<Y_TYPE, kRun> dy[kRows];
         wait_for_copies();
 #pragma unroll
-        for (int r = 0; r < kRows; ++r) dy[r] = dy_in[r].take(block.waiting.dy[r][AskedDy::kApart ? threadIdx.x : 0]);
-        in.unpack<true>(from, p, block.stage, block.waiting.places, tile, block.dz, [&](int r, int i) { return dy[r].get(i); });
+        for (int r = 0; r < kRows; ++r) dy[r] = dy_in[r].take(block.dy[r][AskedDy::kApart ? threadIdx.x : 0]);
+        in.unpack<true>(from, p, block.stage, block.places, tile, block.dz, [&](int r, int i) { return dy[r].get(i); });
     };
 
     auto forwards = [&](int t) {
         float b[kStates];
-        get_row<kStates>(b, block.stage.rows[0][t] + q * kStates);
+        get<kStates>(b, block.stage.rows[0][t] + q * kStates);
 #pragma unroll
         for (int j = 0; j < kSlots; ++j) {
             const float2 su = block.stage.su[0][t][places[j]];
@@ -220,25 +179,23 @@ DEVICE void scan_back(const Params& p, BlockMemory& block) {
     float* middle = p.middle + (sequence * from.segments + from.segment) * channels * kRow + q * kStates;
     const bool halved = kEvery > 1 && kPass != 1;
     auto ask = [&](int tile) {
-        if (halved && tile % kEvery) in.fetch(from, p, block.stage, block.waiting.places, tile - 1);
+        if (halved && tile % kEvery) in.fetch(from, p, block.stage, block.places, tile - 1);
         else fetch(tile);
     };
     auto stage = [&](int tile) {
         if (halved && tile % kEvery) {
             if (kTensorRank) __syncthreads();  // every warp has multiplied with what is in the tile's place
-            in.unpack<false>(from, p, block.stage, block.waiting.places, tile - 1, block.dz, [](int, int) { return 0.f; });
+            in.unpack<false>(from, p, block.stage, block.places, tile - 1, block.dz, [](int, int) { return 0.f; });
             __syncthreads();
             in.multiply_rank(from, block.stage, tile - 1, block.dz);
             fetch(tile);
-            if (kBegin) get_begin(h);
+            if (kBegin) copy(h, ahead_of);
 #pragma unroll 4
             for (int t = 0; t < kTile; ++t) forwards(t);
+            if (kBegin) copy(ahead_of, h);
 #pragma unroll
-            for (int j = 0; j < kSlots; ++j) {
-                if (kBegin) put<kStates>(begin_of(j), h[j]);
-                else if (first + places[j] < channels) {
-                    put<kStates>(middle + (long long)(first + places[j]) * kRow, h[j]);
-                }
+            for (int j = 0; !kBegin && j < kSlots; ++j) {
+                if (first + places[j] < channels) put<kStates>(middle + (long long)(first + places[j]) * kRow, h[j]);
             }
             __syncthreads();
         }
@@ -253,27 +210,25 @@ DEVICE void scan_back(const Params& p, BlockMemory& block) {
         if (of >= 0) block.stage.tokens[of % kRing][threadIdx.x % kTile] = token;
     };
 
-    if (threadIdx.x < (kEarly ? 2 : kEvery) * kTile) keep_token(from.last_tile - 1, token_of(from.last_tile - 1));
+    if (threadIdx.x < kEvery * kTile) keep_token(from.last_tile - 1, token_of(from.last_tile - 1));
     __syncthreads();
     ask(from.last_tile - 1);
-    if constexpr (kBegin && kPass != 1) ask_begin(from.last_tile - 1);
-    else if (kPass != 1) saved(h, from.last_tile - 1);
+    if (kPass != 1) saved(ahead_of, from.last_tile - 1);
     stage(from.last_tile - 1);
     for (int tile = from.last_tile - 1; tile >= from.first_tile; --tile) {
         const int start = tile * kTile;
         const int* tokens = block.stage.tokens[tile % kRing];
         const bool more = tile > from.first_tile;
         int ahead = 0;
-        if (threadIdx.x < kEvery * kTile && more) ahead = token_of(tile - 1 - kEarly);
+        if (threadIdx.x < kEvery * kTile && more) ahead = token_of(tile - 1);
         __syncthreads();
-        if (kEarly && more) fetch(tile - 1);
         in.multiply_rank(from, block.stage, tile, block.dz);
         if constexpr (kPass == 1) {
             // The gradient of the state alone.
 #pragma unroll 4
             for (int t = kTile - 1; t >= 0; --t) {
                 float c[kStates];
-                get_row<kStates>(c, block.stage.rows[0][t] + kRow + q * kStates);
+                get<kStates>(c, block.stage.rows[0][t] + kRow + q * kStates);
 #pragma unroll
                 for (int j = 0; j < kSlots; ++j) {
                     const float s = block.stage.su[0][t][places[j]].x, out = block.dz[t][places[j]].x;
@@ -284,23 +239,23 @@ DEVICE void scan_back(const Params& p, BlockMemory& block) {
                     span[j] += s;
                 }
             }
-            if (threadIdx.x < kEvery * kTile) keep_token(tile - 1 - kEarly, ahead);
+            if (threadIdx.x < kEvery * kTile) keep_token(tile - 1, ahead);
             __syncthreads();
-            if (!kEarly && more) fetch(tile - 1);
-            if (more) unpack(tile - 1);
+            if (more) fetch(tile - 1), unpack(tile - 1);
             continue;
         }
 
+        const bool whole = start + kHeld < steps;  // not only padding behind the first steps
         float product_of_sums[4];
         auto row_at = [&](int t) {
             // The sums of a lone warp take the place of B and C, which nothing reads again.
-            return kDirect ? (float*)block.stage.rows[0][t] : block.sums[kDirect ? 0 : warp][kDirect ? 0 : t];
+            return kDirect ? block.stage.rows[0][t] : block.sums[kDirect ? 0 : warp][kDirect ? 0 : t];
         };
         auto backwards = [&](int t, int span, const float (*before)[kStates], const float (*after)[kStates]) {
             float b[kStates], c[kStates], sums[kSums], inner[2];
             float others[2][kSlots];  // <g, B> and <g h A> of the slots
-            get_row<kStates>(b, block.stage.rows[0][t] + q * kStates);
-            get_row<kStates>(c, block.stage.rows[0][t] + kRow + q * kStates);
+            get<kStates>(b, block.stage.rows[0][t] + q * kStates);
+            get<kStates>(c, block.stage.rows[0][t] + kRow + q * kStates);
 #pragma unroll
             for (int j = 0; j < kSlots; ++j) {
                 const float2 su = block.stage.su[0][t][places[j]];
@@ -341,59 +296,50 @@ DEVICE void scan_back(const Params& p, BlockMemory& block) {
 #pragma unroll
             for (int j = 0; j < kSlots; ++j) put<kStates>(block.held[warp][t + kBegin][j][lane], h[j]);
         };
-        // One piece of the tile, from step `base` on.
-        auto go_back = [&](int base) {
-            if (kPieces > 1 && start + base >= steps) return;
-            const bool whole = start + base + kHeld < steps;  // not only padding behind the first steps
-            if (kBegin) get_begin(h);
+        if (kBegin) {
+            copy(h, ahead_of);
+            hold(-1);
+        }
 #pragma unroll 4
-            for (int t = 0; t < base; ++t) forwards(t);
-            if (kBegin) hold(-1);
-#pragma unroll 4
-            for (int t = 0; t < kHeld; ++t) {
-                forwards(base + t);
-                hold(t);
-            }
-            if (whole) {
-                float history[kSub][kSlots][kStates], before[kSlots][kStates];  // states after the last steps, and before
+        for (int t = 0; t < kHeld; ++t) {
+            forwards(t);
+            hold(t);
+        }
+        if (whole) {
+            float history[kSub][kSlots][kStates], before[kSlots][kStates];  // states after the last steps, and before
 #pragma unroll
-                for (int t = 0; t < kSub; ++t) {
-                    forwards(base + kHeld + t);
-                    copy(history[t], h);
-                }
-#pragma unroll
-                for (int t = kSub - 1; t > 0; --t) {
-                    backwards(base + kHeld + t, t % kSpan, history[t - 1], history[t]);
-                }
-                recall(before, kHeld - 1);
-                backwards(base + kHeld, 0, before, history[0]);
+            for (int t = 0; t < kSub; ++t) {
+                forwards(kHeld + t);
+                copy(history[t], h);
             }
-            float begin[kSlots][kStates];
-            if (!kBegin && kEvery > 1 && tile % kEvery) {
 #pragma unroll
-                for (int j = 0; j < kSlots; ++j) {
-                    get<kStates>(begin[j], middle + (long long)min(first + places[j], channels - 1) * kRow);
-                }
-            } else if (!kBegin) {
-                saved(begin, tile);
+            for (int t = kSub - 1; t > 0; --t) backwards(kHeld + t, t % kSpan, history[t - 1], history[t]);
+            recall(before, kHeld - 1);
+            backwards(kHeld, 0, before, history[0]);
+        }
+        float begin[kSlots][kStates];
+        if (!kBegin && kEvery > 1 && tile % kEvery) {
+#pragma unroll
+            for (int j = 0; j < kSlots; ++j) {
+                get<kStates>(begin[j], middle + (long long)min(first + places[j], channels - 1) * kRow);
             }
-            recall(h, kHeld - 1);
-            if (kBegin && base == 0 && more) ask_begin(tile - 1);
+        } else if (!kBegin) {
+            saved(begin, tile);
+        }
+        recall(h, kHeld - 1);
+        if (kBegin && more) saved(ahead_of, tile - 1);
 #pragma unroll 1
-            for (int last = kHeld - kSpan; last >= 0; last -= kSpan) {
+        for (int last = kHeld - kSpan; last >= 0; last -= kSpan) {
 #pragma unroll
-                for (int span = kSpan - 1; span >= 0; --span) {
-                    float before[kSlots][kStates];
-                    if (kBegin || last + span > 0) recall(before, last + span - 1);
-                    else copy(before, begin);
-                    backwards(base + last + span, span, before, h);
-                    copy(h, before);
-                }
+            for (int span = kSpan - 1; span >= 0; --span) {
+                float before[kSlots][kStates];
+                if (kBegin || last + span > 0) recall(before, last + span - 1);
+                else copy(before, begin);
+                backwards(last + span, span, before, h);
+                copy(h, before);
             }
-        };
-#pragma unroll 1
-        for (int base = kTile - kPiece; base >= 0; base -= kPiece) go_back(base);
-        if (threadIdx.x < kEvery * kTile) keep_token(tile - 1 - kEarly, ahead);
+        }
+        if (threadIdx.x < kEvery * kTile) keep_token(tile - 1, ahead);
         Pack<DX_TYPE, kRun> so_far[kRows];
 #pragma unroll
         for (int r = 0; r < (kAdd ? kRows : 0); ++r) {
@@ -405,8 +351,8 @@ DEVICE void scan_back(const Params& p, BlockMemory& block) {
         Pack<X_TYPE, kRun> x_now[kRows];
 #pragma unroll
         for (int r = 0; r < kRows; ++r) x_now[r] = in.taken_x(block.stage, tile, r);
-        if (!kEarly && more) ask(tile - 1);
-        if (!kBegin && more) saved(h, tile - 1);
+        if (more) ask(tile - 1);
+        if (!kBegin && more) saved(ahead_of, tile - 1);
 
         // dx and ddt of a thread's run, and its shares of dD and ddt_bias.
 #pragma unroll
@@ -460,7 +406,7 @@ DEVICE void scan_back(const Params& p, BlockMemory& block) {
 #pragma unroll
             for (int kind = 0; kind < 2; ++kind) {
                 float sum[kRowRun];
-                get<kRowRun>(sum, (kDirect ? (float*)block.stage.rows[0][part.row] : block.sums[0][kDirect ? 0 : part.row]) +
+                get<kRowRun>(sum, (kDirect ? block.stage.rows[0][part.row] : block.sums[0][kDirect ? 0 : part.row]) +
                                       kind * kRow + part.state);
 #pragma unroll
                 for (int w = 1; w < kWarps; ++w) {

@@ -140,7 +140,7 @@ DEVICE void scan_route(const Params& p, BlockMemory& block, int turn) {
             }
         }
         float2(*su_rows)[kPitch] = stage.su[tile % kBuffers];
-        const Row(*rows)[2 * kRow] = stage.rows[tile % kBuffers];
+        const float(*rows)[2 * kRow] = stage.rows[tile % kBuffers];
 
 #pragma unroll 1
         for (int start = 0; start < kTile && tile * kTile + start < steps; start += kHalf) {
@@ -149,7 +149,7 @@ DEVICE void scan_route(const Params& p, BlockMemory& block, int turn) {
 #pragma unroll
             for (int t = 0; t < kHalf; ++t) {
                 float b[kStates];
-                get_row<kStates>(b, rows[start + t] + q * kStates);
+                get<kStates>(b, rows[start + t] + q * kStates);
 #pragma unroll
                 for (int j = 0; j < kSlots; ++j) {
                     const float2 su = su_rows[start + t][places[j]];
@@ -159,7 +159,7 @@ DEVICE void scan_route(const Params& p, BlockMemory& block, int turn) {
                 }
                 if (kPass == 1) continue;
                 float c[kStates], sum[kSlots];
-                get_row<kStates>(c, rows[start + t] + kRow + q * kStates);
+                get<kStates>(c, rows[start + t] + kRow + q * kStates);
 #pragma unroll
                 for (int j = 0; j < kSlots; ++j) {
                     sum[j] = 0.f;

@@ -32,51 +32,17 @@ struct Part {
     }
 };
 
-constexpr int kRingX = kEarly ? 2 : kBuffers == 1 ? 1 : kCopies ? 3 : 2;  // tiles of which x waits in shared memory, for D x too
+constexpr int kRingX = kBuffers == 1 ? 1 : kCopies ? 3 : 2;  // tiles of which x waits in shared memory, for D x too
 using AskedX = Asked<X_TYPE, kRun, kVectorX>;
 using AskedDt = Asked<DT_TYPE, kRun, kVectorX>;
 using AskedB = Asked<B_TYPE, kRowRun, kVectorBC>;
 using AskedC = Asked<C_TYPE, kRowRun, kVectorBC>;
 constexpr int kLowRing = kBuffers > 1 && kCopies ? 3 : 2;  // tiles whose low-rank step sizes are in shared memory
 
-// Rows of B and C in shared memory: as they come, where both have the same 16 bits and lanes have the time to widen them,
-// which halves what lanes read; else as float32.
-template <bool kNarrow> struct RowType {
-    using Type = float;
-};
-template <> struct RowType<true> {
-    using Type = B_TYPE;
-};
-using Row = RowType<NARROW_ROWS>::Type;
-template <int V> DEVICE void get_row(float* v, const float* at) { get<V>(v, at); }
-template <int V, class T> DEVICE void get_row(float* v, const T* at) {
-    constexpr int kWords = Pack<T, V>::kWords;
-    float words[kWords];
-    get<kWords>(words, (const float*)at);
-    Pack<T, V> pack;
-#pragma unroll
-    for (int i = 0; i < kWords; ++i) pack.words[i] = __float_as_uint(words[i]);
-#pragma unroll
-    for (int i = 0; i < V; ++i) v[i] = pack.get(i);
-}
-template <class T, int V> DEVICE void put_row(float* at, const Pack<T, V>& pack) {
-    float values[V];
-#pragma unroll
-    for (int i = 0; i < V; ++i) values[i] = pack.get(i);
-    put<V>(at, values);
-}
-template <class T, int V> DEVICE void put_row(T* at, const Pack<T, V>& pack) {
-    constexpr int kWords = Pack<T, V>::kWords;
-    float words[kWords];
-#pragma unroll
-    for (int i = 0; i < kWords; ++i) words[i] = __uint_as_float(pack.words[i]);
-    put<kWords>((float*)at, words);
-}
-
 // A tile in shared memory. A token of -1 is a padding step, -2 is past the end.
 struct alignas(16) Stage {
     float2 su[kBuffers][kTile][kPitch];     // s, s x
-    alignas(16) Row rows[kBuffers][kTile][2 * kRow];  // B, then C
+    float rows[kBuffers][kTile][2 * kRow];  // B, then C
     float bias[kBlockChannels];
     float D[kBlockChannels];
     int tokens[kRing][kTile];  // of tiles in turn
@@ -88,9 +54,9 @@ struct alignas(16) Stage {
     // A low-rank step size: as pairs of bfloat16, of two tiles in turn, and the halves of its weights, for each 8 x 8 of
     // them channel lane / 4, columns 2 (lane % 4) and the next; or all as float32.
     alignas(16) unsigned low[kLowRing][kTensorRank ? kTile : 1][kTensorRank ? kRankPitch : 1];
-    alignas(16) uint2 weight_halves[kTensorRank ? kChannelTiles : 1][kTensorRank ? kRankTiles : 1][kTensorRank ? 32 : 1];
+    alignas(16) uint2 weight_halves[kTensorRank ? kChannelTiles : 1][kTensorRank ? kRankTiles : 1][32];
     alignas(16) float low_wide[kBuffers][kRank && !kTensorRank ? kTile : 1][kRank + 1];
-    alignas(16) float weight[kTensorRank || !kRank ? 1 : kRank][kTensorRank || !kRank ? 1 : kBlockChannels];
+    alignas(16) float weight[kTensorRank ? 1 : kRank + 1][kTensorRank ? 1 : kBlockChannels];
     // Where a thread finds what it has asked for; x of kRingX tiles in turn.
     alignas(16) unsigned x_places[kRingX][kRows][AskedX::kApart || kBuffers > 1 ? kThreads : 1][AskedX::kWords];
 };
@@ -273,10 +239,15 @@ struct Incoming {
                 wait_for_copies();
             }
             if (!part.there) continue;
+            float values[kRowRun];
             const Pack<B_TYPE, kRowRun> b = B[slot].take(places.B[slot][threadIdx.x]);
             const Pack<C_TYPE, kRowRun> c = C[slot].take(places.C[slot][threadIdx.x]);
-            put_row(stage.rows[tile % kBuffers][part.row] + part.state, b);
-            put_row(stage.rows[tile % kBuffers][part.row] + kRow + part.state, c);
+#pragma unroll
+            for (int n = 0; n < kRowRun; ++n) values[n] = b.get(n);
+            put<kRowRun>(stage.rows[tile % kBuffers][part.row] + part.state, values);
+#pragma unroll
+            for (int n = 0; n < kRowRun; ++n) values[n] = c.get(n);
+            put<kRowRun>(stage.rows[tile % kBuffers][part.row] + kRow + part.state, values);
         }
         if constexpr (kTensorRank) {
 #pragma unroll
@@ -314,7 +285,7 @@ struct Incoming {
                 float d[4] = {0.f, 0.f, 0.f, 0.f};
 #pragma unroll
                 for (int i = 0; i < (kRankTiles + 1) / 2; ++i) {
-                    const auto* weights = stage.weight_halves[warp * kOwnTiles + c];
+                    const uint2(*weights)[32] = stage.weight_halves[warp * kOwnTiles + c];
                     const uint2 w0 = weights[2 * i][lane];
                     uint2 w1 = {0, 0};
                     if (2 * i + 1 < kRankTiles) w1 = weights[2 * i + 1 < kRankTiles ? 2 * i + 1 : 0][lane];

@@ -291,7 +291,7 @@ def _plan_wide_forward(call: ScanCall, complete: bool, y: Tensor, device: int) -
 
 def _plan_backward(call: ScanCall, complete: bool, dy: Tensor | None, dx: Tensor, device: int) -> _Plan:
     walk = _walk(call, complete)
-    tile, copies, dense, early = _backward_tile(call, device)
+    tile = kernels.backward_tile(call.states, nvrtc.shared_limit(device))
     parts, merging, view = _merging(call, call.shared_x, dx, device, apart=walk is not None)
     apart = 0
     if call.states > 1 and _first(parts, dx):
@@ -322,28 +322,15 @@ def _plan_backward(call: ScanCall, complete: bool, dy: Tensor | None, dx: Tensor
         how = _narrow(call, complete, merging, view, *across)
         kernel = kernels.narrow_backward(types, how, TYPES[view.dtype], ddt_type)
         return _narrow_plan(kernel, call, fields, merging, parts, device)
-    wide = _wide(call, tile, copies, *across)
-    wide = wide._replace(add=0 < apart < call.routes, pieces=2 if dense else 1, early=early)
+    blocks, processors = call.batch * call.routes * tile.groups(call.channels), _multiprocessors(device)
+    copies = call.rank == 0 and blocks >= tile.blocks * processors  # a low rank needs the shared memory
+    wide = _wide(call, tile, copies, *across)._replace(add=0 < apart < call.routes)
     wanted = functools.partial(kernels.wide_backward, types, dx=TYPES[view.dtype], ddt=ddt_type)
     at_once = call.batch * (apart or call.routes)
-    turns = kernels.wide_turns(tile, at_once, call.channels, _multiprocessors(device)) if wide.every > 1 else 1
+    turns = kernels.wide_turns(tile, at_once, call.channels, processors) if wide.every > 1 else 1
     return _wide_plan(wanted, wide, call, fields, parts, apart or call.routes, turns, device)._replace(
         first=apart > 1, middle=wide.every > 1 and not (copies and _capability(device) >= (8, 0))
     )
-
-
-def _backward_tile(call: ScanCall, device: int) -> tuple[kernels.Tile, bool, bool, bool]:
-    """Of the wide kernel; whether what is read ahead waits in shared memory, whether the kernel takes tiles in two
-    pieces, and whether it has room for the next tile beside."""
-    tile, limit = kernels.backward_tile(call.states, nvrtc.shared_limit(device)), nvrtc.shared_limit(device)
-    blocks, processors = call.batch * call.routes * tile.groups(call.channels), _multiprocessors(device)
-    capable = _capability(device) >= (8, 0)  # of asynchronous copies
-    # A low rank needs the shared memory itself.
-    copies = capable and call.rank == 0 and blocks >= tile.blocks * processors
-    narrow = all(dtype.itemsize == 2 for dtype in (*(t.dtype for t in (call.x, call.dt, call.B, call.C)), call.y_dtype))
-    dense = copies and narrow and kernels.is_denser(tile, blocks, processors, limit)
-    early = copies and narrow and _every(call) == 1 and tile.shape == kernels.DENSE_SHAPE
-    return kernels.dense_tile(tile) if dense else tile, copies, dense, early
 
 
 def _apart(call: ScanCall, tile: kernels.Tile, device: int) -> int:

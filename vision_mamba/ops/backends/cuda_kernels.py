@@ -18,8 +18,6 @@ CHECKPOINT = 16  # steps of a tile of the wide kernels
 LEAN, MANY = os.environ.get("VISION_MAMBA_LEAN") == "1", 2**15
 WARPS = 4  # of a block of the wide kernels
 BACKWARD_WARPS = 12  # of the wide backward kernel that a multiprocessor holds
-DENSE_WARPS = 16  # the same where it takes a tile in two pieces
-DENSE_ROOM = 200 * 1024  # bytes of shared memory for these
 NARROW_CHANNELS = 16  # of a block of the narrow kernels
 WALK_FORWARD = 16  # warps of the walking kernels that a multiprocessor holds
 WALK_BACKWARD = 12
@@ -47,9 +45,6 @@ def wide_shape(states: int, slots: int, per_lane: int = 4) -> Shape:
     per_lane = min(states, max(per_lane, states // 32))
     lanes = states // per_lane
     return Shape(lanes, per_lane, min(lanes, max(slots, lanes // 8)))
-
-
-DENSE_SHAPE = wide_shape(16, 2)  # of a dense tile
 
 
 class Tile(NamedTuple):
@@ -85,19 +80,6 @@ def backward_tile(states: int, shared: int) -> Tile:
     return Tile(shape, warps, BACKWARD_WARPS // warps)
 
 
-def dense_tile(tile: Tile) -> Tile:
-    """The same block of the backward pass, where it takes a tile of steps in two pieces: a third more warps for half a
-    tile's steps forwards."""
-    return tile._replace(blocks=DENSE_WARPS // tile.warps)
-
-
-def is_denser(tile: Tile, blocks: int, multiprocessors: int, shared: int) -> bool:
-    """Whether that keeps more warps busy to the end, of so many blocks, and fits into shared memory."""
-    dense = dense_tile(tile)
-    time, dense_time = (t.blocks * t.waves(blocks, multiprocessors) for t in (tile, dense))
-    return tile.shape == DENSE_SHAPE and tile.warps == WARPS and shared >= DENSE_ROOM and dense_time <= time
-
-
 class Wide(NamedTuple):
     """What a wide kernel is specialised on beside its types."""
 
@@ -114,8 +96,6 @@ class Wide(NamedTuple):
     copies: bool = False  # what is read ahead waits in shared memory, where sequences are many, not in registers
     every: int = 1  # tiles between two states that are saved
     add: bool = False  # going back, to what blocks of another route have left
-    pieces: int = 1  # going back, of a tile, each gone through forwards and backwards: fewer states to keep at a time
-    early: bool = False  # going back, the next tile is read while one is scanned
 
 
 def wide_every(sequences: Any, channels: Any) -> Any:
@@ -223,8 +203,7 @@ def wide_forward(types: Types, how: Wide) -> Specialisation:
 def wide_backward(types: Types, how: Wide, dx: str, ddt: str) -> Specialisation:
     exact = types[2:4] != ("Bfloat", "Bfloat")  # dB or dC has more digits than one term on the tensor cores
     shape = how.tile.shape
-    sub = min(8, 64 // (shape.slots * shape.states)) if how.pieces == 1 else 6
-    more = dict(SUB=sub, TWO_TERMS=exact, DX_TYPE=dx, DDT_TYPE=ddt, ADD=how.add, PIECES=how.pieces)
+    more = dict(SUB=min(8, 64 // (shape.slots * shape.states)), TWO_TERMS=exact, DX_TYPE=dx, DDT_TYPE=ddt, ADD=how.add)
     return Specialisation("wide_backward", _macros(types, **_wide(how), **more, SUM_TYPE=sums(*types[2:4])))
 
 
@@ -277,7 +256,7 @@ def _wide(how: Wide) -> dict[str, Any]:
     sizes |= dict(RANK=how.rank, PASS=how.part, EVERY=how.every)
     flags = dict(SOFTPLUS=how.softplus, VECTOR_X=how.vector_x, VECTOR_BC=how.vector_bc)
     flags |= dict(VECTOR_RANK=how.vector_rank, TENSOR_RANK=how.tensor_rank, TOKENS_FIRST=how.tokens_first)
-    return sizes | flags | dict(COPIES=how.copies, EARLY=how.early, NARROW_ROWS=False)
+    return sizes | flags | dict(COPIES=how.copies)
 
 
 def _narrow(types: Types, how: Narrow, blocks: int) -> dict[str, Any]:
@@ -339,13 +318,9 @@ SHIPPED = (
     *(wide_forward(_HALF, _many(forward_tiles(16, rank)[1], rank, merge=rank > 0)) for rank in (0, 24)),
     wide_forward(_FULL, _shipped(forward_tiles(64, 0)[0], 0)),
     wide_backward(_HALF, _shipped(backward_tile(16, 2**17), 24), "Bfloat", "Bfloat"),
-    wide_backward(_HALF, _many(backward_tile(16, 2**17), 24, add=True), "Bfloat", "Bfloat"),
-    wide_backward(_HALF, _many(backward_tile(16, 2**17), 0, add=True, early=True), "Bfloat", "Bfloat"),
-    wide_backward(_HALF, _many(dense_tile(backward_tile(16, 2**17)), 0, pieces=2, early=True), "Bfloat", "Bfloat"),
+    *(wide_backward(_HALF, _many(backward_tile(16, 2**17), rank, add=True), "Bfloat", "Bfloat") for rank in (0, 24)),
     wide_forward(_HALF, _many(forward_tiles(16, 0)[1], 0, every=2)),
-    wide_backward(
-        _HALF, _many(dense_tile(backward_tile(16, 2**17)), 0, add=True, every=2, pieces=2), "Bfloat", "Bfloat"
-    ),
+    wide_backward(_HALF, _many(backward_tile(16, 2**17), 0, add=True, every=2), "Bfloat", "Bfloat"),
     finish(("Bfloat",) * 3, 1, 6, 8),
     finish(("Bfloat",) * 3, 16, 24, 8),
     merge("Bfloat", "Bfloat", 8),
