@@ -229,3 +229,15 @@ def test_what_is_no_tensor_is_left_to_the_checks(name: str, value: object) -> No
     }
     with pytest.raises(ValueError, match=f"{name} must be"):
         ops.cross_selective_scan(**options)
+
+
+def test_what_passed_once_is_known_by_types_sizes_and_strides() -> None:
+    guards = known_calls.Guards()
+    guards.add(("a", 1), [X, A])
+    assert guards.hold(("a", 1), [X + 1, A + 1])
+    assert not guards.hold(("b", 1), [X, A])
+    others = [X.double(), X.t(), torch.randn(3, 2), X.clone().requires_grad_(), X._neg_view(), torch.nn.Parameter(X)]
+    assert not any(guards.hold(("a", 1), [other, A]) for other in others)
+    for i in range(9):  # of one key, the newest stay
+        guards.add(("a", 1), [torch.randn(2 + i, 3), A])
+    assert not guards.hold(("a", 1), [X, A]) or known_calls._TensorGuards is None
