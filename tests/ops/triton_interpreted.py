@@ -38,7 +38,6 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(triton, "FORWARD", {1: Tile(2, 2, 2), 256: Tile(2, 1, 2, parts=2, warps=2)})
     monkeypatch.setattr(triton, "BACKWARD", {1: Tile(1, 2, 4), 256: Tile(1, 2, 4, parts=2)})
     monkeypatch.setattr(triton, "LOW_RANK", {256: Product(4, 4)})
-    monkeypatch.setattr(triton, "_ROUND", 8)
     monkeypatch.setattr(triton, "_LEAST_RANK", 2)
     monkeypatch.setattr(triton, "_SMALL_RANK", 2)  # of the cases above, one goes into the scan and one does not
 

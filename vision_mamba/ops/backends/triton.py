@@ -26,8 +26,8 @@ _OLDEST = (7, 0)
 _MAX_RANK = 256
 _INT32 = 2**31
 _LEAST_RANK = 16  # columns of the least product of matrices
-_SMALL_RANK = 32  # of one state, a step size of a higher rank is multiplied out before a scan
-_ROUND = 16  # steps of one such product in the backward pass, in tiles
+_SMALL_RANK = 64  # of one state, a step size of a higher rank is multiplied out before a scan
+_ROUND = 2  # tiles of the backward pass that share a product of low rank
 _MERGED = 1024  # sums of one program of `merge`
 _PROGRAMS = 1536  # that keep a GPU busy: a route in fewer sequences than that is cut into segments,
 _LEAST_SEGMENTS = 3  # of which fewer cost as much as they gain,
@@ -66,14 +66,14 @@ class Product(NamedTuple):
 #: Tiles of the two passes by the states they have room for, padded to a power of two. Forward saves the states every
 #: so many steps as a tile of the backward pass has.
 FORWARD = {
-    1: Tile(1, 32, 32),
+    1: Tile(1, 32, 16, registers=168),
     4: Tile(2, 16, 8, parts=2),
     16: Tile(2, 16, 8, parts=2, registers=168),
     64: Tile(1, 8, 4, parts=4),
     256: Tile(1, 2, 4, parts=16, warps=4),
 }
 BACKWARD = {
-    1: Tile(1, 32, 4, registers=168),
+    1: Tile(1, 32, 8, registers=168),
     4: Tile(2, 16, 8, parts=2),
     16: Tile(2, 8, 4, parts=4, warps=2, registers=168),
     64: Tile(1, 4, 4, parts=8, warps=4),
@@ -272,7 +272,7 @@ def _low_rank_inside(call: ScanCall) -> dict[str, Any]:
 
 def _round(call: ScanCall) -> int:
     """Tiles of the backward pass whose step sizes are one product, if it multiplies any."""
-    return max(1, _ROUND // tile_for(BACKWARD, 1).steps) if _rank_inside(call) else 1
+    return _ROUND if _rank_inside(call) else 1
 
 
 def _multiply_back(call: ScanCall, ddt: Tensor) -> tuple[Tensor, Tensor]:
@@ -390,16 +390,17 @@ def _constants(call: ScanCall, tile: Tile, *results: Tensor | None) -> dict[str,
     constants: dict[str, Any] = dict(
         SOFTPLUS=call.dt_softplus,
         STEPS=tile.steps,
-        GROUPS=tile.groups,
-        LANES=tile.lanes,
         LONG=max(spans) > _INT32 - 4096,  # offsets within a batch item
         num_warps=tile.warps,
+        num_stages=1,  # kernels load ahead themselves
         enable_fp_fusion=True,
     )
     if call.states == 1:
-        constants |= dict(BLOCK_R=_columns(call) if call.rank else 1, PRECISION=_precision(call.x.device))
+        columns = _columns(call) if call.rank else 1
+        constants |= dict(CHANNELS=tile.channels, BLOCK_R=columns, PRECISION=_precision(call.x.device))
     else:
-        constants |= dict(states=call.states, WARPS=tile.warps, PARTS=tile.parts, BLOCK_N=_block(call.states))
+        constants |= dict(states=call.states, GROUPS=tile.groups, LANES=tile.lanes, WARPS=tile.warps)
+        constants |= dict(PARTS=tile.parts, BLOCK_N=_block(call.states))
     if _is_nvidia(call.x.device):
         constants |= dict(maxnreg=tile.registers)
     return constants

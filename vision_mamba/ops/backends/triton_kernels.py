@@ -4,17 +4,22 @@ Along every route, with v_t = dt_t + dt_bias and s_t = softplus(v_t):
 
     h_t = exp(s_t A) h_{t-1} + s_t B_t x_t          y_t = <C_t, h_t> + D x_t
 
-Grid: one program = one batch item, one route and GROUPS x LANES channels. It holds their states in registers and walks
-the route STEPS at a time, following the index table. Channels lie across the lanes of a warp, so a step reads
-neighbouring elements of one token whatever the order. Several states a channel are in triton_wide.py.
+Grid: one program = one batch item, one route and CHANNELS channels. It holds their states in registers and walks the
+route STEPS at a time, following the index table. A step reads neighbouring elements of one token whatever the order.
+Several states a channel are in triton_wide.py.
 
-Tiles: x, dt and dy come STEPS rows at once, so that many loads are in flight and all but the recurrence itself is done
-a tile at a time; `_row` then takes a row out for it. Where a thread holds whole columns that is free: the compiler
-sees which register it is. The row strides are kept from specialisation for that: known to be a multiple of 16, they
-would make the compiler spread a tile's rows over the lanes to load 16 bytes each.
+Tiles: x, dt and dy come STEPS rows at once, so that many loads are in flight, each of 16 bytes where the rows are so
+aligned; a tile's rows and the neighbours in a row so lie in different lanes. All but the recurrence itself is done a
+tile at a time in this layout: offsets and masks are computed once for eight elements, and a sum over channels takes
+two shuffles. What the recurrence reads is laid out anew, with a thread holding whole columns, and so is what it leaves
+(`_turned`); `_row` then takes a row out for free: the compiler sees which register it is.
 
-Low rank: a tile of dt is the product of STEPS rows of columns with dt_weight, on the tensor cores where there are any,
-with each float32 in several terms. Tiles of the backward pass are too short for that, so ROUND of them share a product
+The compiler would rather compute twice than change a layout: it moves the change to before the tile becomes float32,
+which is the cheaper place for it, and does all that follows in both layouts, softplus included. It does so only where
+one tile is concerned, so `_float` pretends that there are two.
+
+Low rank: a tile of dt is the product of rows of columns with dt_weight, on the tensor cores where there are any, with
+each float32 in several terms. Tiles of the backward pass are too short for that, so ROUND of them, two, share a product
 and keep their rows of it in registers. A tile's gradient takes the place of its step sizes there, and at the end of the
 round it is multiplied back: to columns, as a share of each block of channels, and to weights, summed over the rounds.
 
@@ -39,13 +44,6 @@ LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 #: Added to the exponent of a decay: near 1, a GPU's exp2 is 7e-9 too small on average, which thousands of steps add up.
 BIAS = tl.constexpr(1e-8)
-
-# Arguments whose divisibility must not decide the layout of a tile; see above.
-_PLAIN = [
-    *("channels", "steps"),
-    *("s_xb", "s_xl", "s_xk", "s_dtb", "s_dtl", "s_dtk", "s_yb", "s_yl", "s_yk"),
-    *("s_dyb", "s_dyl", "s_dyk", "s_dxb", "s_dxl", "s_dxk", "s_ddtb", "s_ddtl", "s_ddtk"),
-]
 
 
 @triton.jit
@@ -74,6 +72,17 @@ def _slope(v):
     """Derivative of softplus, sigmoid(v)."""
     e = _decay(v)
     return tl.where(v >= 0, 1.0, e) / (1.0 + e)
+
+
+@triton.jit
+def _step_sizes(b_v, m_t, SOFTPLUS: tl.constexpr):
+    """v as softplus takes it, and the step sizes: 0 past the end, so that the state stays as it is."""
+    if SOFTPLUS:
+        b_v = tl.where(m_t[:, None], b_v, float("-inf"))
+        return b_v, _softplus(b_v)
+    else:
+        b_v = tl.where(m_t[:, None], b_v, 0.0)
+        return b_v, b_v
 
 
 @triton.jit
@@ -149,48 +158,51 @@ def _product_back(b_low, b_ddt, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def _float(tile, other, o_t):
+    """The tile in float32; `other`, as loaded, is never taken, but keeps what follows from being computed twice."""
+    return tl.where((o_t >= 0)[:, None], tile.to(tl.float32), other.to(tl.float32))
+
+
+@triton.jit
+def _turned(tile):
+    """The tile with whole columns in a thread; where an axis comes and goes, the compiler lays out anew."""
+    return tl.sum(tile[:, None, :], 1)
+
+
+@triton.jit
+def _spread(tile, LOADED: tl.constexpr):
+    """The tile, laid out by a product, as a load lays it out: 16 bytes of LOADED in a thread, the rest in lanes."""
+    STEPS: tl.constexpr = tile.shape[0]
+    CHANNELS: tl.constexpr = tile.shape[1]
+    MOST: tl.constexpr = 128 // LOADED.primitive_bitwidth
+    RUN: tl.constexpr = CHANNELS if CHANNELS < MOST else MOST
+    tile = tl.permute(tl.reshape(tile, (STEPS, CHANNELS // RUN, RUN)), (2, 0, 1))
+    tile = tl.permute(tl.sum(tile[:, None, :, :], 1), (1, 2, 0))
+    return tl.reshape(tile, (STEPS, CHANNELS))
+
+
+@triton.jit
+def _halves(tile):
+    """The upper half of a tile and the lower."""
+    return tl.split(tl.permute(tl.reshape(tile, (2, tile.shape[0] // 2, tile.shape[1])), (1, 2, 0)))
+
+
+@triton.jit
+def _joined(upper, lower):
+    """Both halves of a tile as one."""
+    return tl.reshape(tl.permute(tl.join(upper, lower), (2, 0, 1)), (2 * upper.shape[0], upper.shape[1]))
+
+
+@triton.jit
 def _row(tile, o_t, t):
-    """Row t of a float32 (STEPS, X, Y) tile as (X, Y). A sum of integers, since x + 0 is x for those and folds away."""
-    return tl.sum(tl.where((o_t == t)[:, None, None], tile.to(tl.int32, bitcast=True), 0), 0).to(
-        tl.float32, bitcast=True
-    )
+    """Row t of a float32 (STEPS, channels) tile. A sum of integers, since x + 0 is x for those and folds away."""
+    return tl.sum(tl.where((o_t == t)[:, None], tile.to(tl.int32, bitcast=True), 0), 0).to(tl.float32, bitcast=True)
 
 
 @triton.jit
 def _put(tile, o_t, t, row):
-    """The tile with (X, Y) in its row t."""
-    return tl.where((o_t == t)[:, None, None], row[None, :, :], tile)
-
-
-@triton.jit
-def _fold(tile, GROUPS: tl.constexpr, LANES: tl.constexpr):
-    """(STEPS, channels) as (STEPS, GROUPS, LANES); where an axis comes and goes, the compiler lays out anew."""
-    return tl.sum(tl.reshape(tile, (tile.shape[0], GROUPS, LANES))[:, None, :, :], 1)
-
-
-@triton.jit
-def _fold_round(tile, ROUND: tl.constexpr, GROUPS: tl.constexpr, LANES: tl.constexpr):
-    """(ROUND * STEPS, channels) as (ROUND, STEPS, GROUPS, LANES)."""
-    return tl.sum(tl.reshape(tile, (ROUND, tile.shape[0] // ROUND, GROUPS, LANES))[:, :, None, :, :], 2)
-
-
-@triton.jit
-def _turn(b_round, o_turn, i_turn):
-    """The tile of a round, (STEPS, GROUPS, LANES), whose turn it is; in integers as `_row`."""
-    b_tiles = tl.where((o_turn == i_turn)[:, None, None, None], b_round.to(tl.int32, bitcast=True), 0)
-    return tl.sum(b_tiles, 0).to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def _place(o_token, o_d, s_l, s_d):
-    return o_token[:, None, None] * s_l + o_d[None, :, :] * s_d
-
-
-@triton.jit
-def _load_tile(p_tile, o_token, o_d, m_d, s_l, s_d):
-    # (STEPS, GROUPS, LANES)
-    m_tile = (o_token >= 0)[:, None, None] & m_d[None, :, :]
-    return tl.load(p_tile + _place(o_token, o_d, s_l, s_d), mask=m_tile, other=0.0)
+    """The tile with (channels,) in its row t."""
+    return tl.where((o_t == t)[:, None], row[None, :], tile)
 
 
 @triton.jit
@@ -205,8 +217,8 @@ def _load_ahead(p_x, p_dt, p_B, p_C, o_token, o_d, m_d, s_xl, s_xd, s_dtl, s_dtd
 
     Called a tile ahead of its use: the compiler moves loads down to where they are used, but not into the next pass.
     """
-    b_x = _load_tile(p_x, o_token, o_d, m_d, s_xl, s_xd)
-    b_dt = _load_tile(p_dt, o_token, o_d, m_d, s_dtl, s_dtd) if WHOLE else b_x
+    b_x = _load_rows(p_x, o_token, o_d, m_d, s_xl, s_xd)
+    b_dt = _load_rows(p_dt, o_token, o_d, m_d, s_dtl, s_dtd) if WHOLE else b_x
     return b_x, b_dt, _load_column(p_B, o_token, s_Bl), _load_column(p_C, o_token, s_Cl)
 
 
@@ -226,14 +238,14 @@ def _pass_on(b_state, b_A, p_ends, p_spans, o_end, m_d):
 
 @triton.jit
 def _load_parameter(p_parameter, o_channel, m_d):
-    # (GROUPS, LANES); an absent one is 0
+    # (channels,); an absent one is 0
     if p_parameter is None:
         return tl.zeros(m_d.shape, tl.float32)
     else:
         return tl.load(p_parameter + o_channel, mask=m_d, other=0.0).to(tl.float32)
 
 
-@triton.jit(do_not_specialize=[name for name in _PLAIN if name[2:4] not in ("dy", "dx", "dd")])
+@triton.jit
 def forward(
     p_x,
     p_dt,
@@ -279,22 +291,19 @@ def forward(
     SAVED: tl.constexpr,
     ENDS: tl.constexpr,  # fill p_ends and p_spans, and nothing else
     STEPS: tl.constexpr,
-    GROUPS: tl.constexpr,
-    LANES: tl.constexpr,
+    CHANNELS: tl.constexpr,
     BLOCK_R: tl.constexpr,
     LONG: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    blocks = tl.cdiv(channels, GROUPS * LANES)
+    blocks = tl.cdiv(channels, CHANNELS)
     i_d, i_bk = tl.program_id(0) % blocks, tl.program_id(0) // blocks
     i_s = tl.program_id(1)
     i_b, i_k, i_bk = (i_bk // routes).to(tl.int64), (i_bk % routes).to(tl.int64), i_bk.to(tl.int64)
     o_t, o_r = tl.arange(0, STEPS), tl.arange(0, BLOCK_R)
-    first = (i_d.to(tl.int64) if LONG else i_d) * (GROUPS * LANES)
-    # The same channels as (GROUPS, LANES), which the compiler knows for neighbours, and in one axis
-    o_d = first + tl.arange(0, GROUPS)[:, None] * LANES + tl.arange(0, LANES)[None, :]
-    o_c = first + tl.arange(0, GROUPS * LANES)
-    m_c, m_d, m_r = o_c < channels, o_d < channels, o_r < rank
+    first = (i_d.to(tl.int64) if LONG else i_d) * CHANNELS
+    o_d = first + tl.arange(0, CHANNELS)
+    m_d, m_r = o_d < channels, o_r < rank
     p_x += i_b * s_xb + i_k * s_xk
     p_dt += i_b * s_dtb + i_k * s_dtk
     p_B += i_b * s_Bb + i_k * s_Bk
@@ -303,22 +312,22 @@ def forward(
     if p_indices is not None:
         p_indices += i_k * steps
 
-    # (GROUPS, LANES)
+    # (CHANNELS,)
     o_channel, o_state = i_k * channels + o_d, i_bk * channels + o_d
     b_A = tl.load(p_A + o_channel, mask=m_d, other=0.0).to(tl.float32) * LOG2E
     b_D, b_bias = _load_parameter(p_D, o_channel, m_d), _load_parameter(p_dt_bias, o_channel, m_d)
-    b_h = tl.zeros((GROUPS, LANES), tl.float32)
+    b_h = tl.zeros((CHANNELS,), tl.float32)
     if p_initial is not None and not ENDS:
         b_h = tl.load(p_initial + o_state, mask=m_d, other=0.0).to(tl.float32)
     if p_ends is not None and not ENDS:
         for i_before in range(0, i_s):
             b_h = _pass_on(b_h, b_A, p_ends, p_spans, (i_bk * segments + i_before) * channels + o_d, m_d)
     if p_dt_weight is not None:
-        b_weight = _load_weight(p_dt_weight, i_k, channels, rank, o_c, o_r, m_c, m_r)
+        b_weight = _load_weight(p_dt_weight, i_k, channels, rank, o_d, o_r, m_d, m_r)
         b_high, b_rest = _terms(b_weight, p_dt, PRECISION)
 
     first_step, last_step = _segment(i_s, segments, steps, SAVED if SAVED > STEPS else STEPS)
-    b_span = tl.zeros((STEPS, GROUPS, LANES), tl.float32)
+    b_span = tl.zeros((STEPS, CHANNELS), tl.float32)
     # Tokens are read two tiles ahead, their tensors one.
     o_token = _token(p_indices, first_step + o_t, steps, LONG)
     o_next = _token(p_indices, first_step + STEPS + o_t, steps, LONG)
@@ -338,18 +347,17 @@ def forward(
         # (STEPS,)
         o_after = _token(p_indices, start + 2 * STEPS + o_t, steps, LONG)
 
+        loaded_x = b_x
         b_x = b_x.to(tl.float32)
         if p_dt_weight is None:
-            b_v = b_dt.to(tl.float32)
+            b_v = b_dt
         else:
-            b_v = _fold(_product(b_low, b_high, b_rest, PRECISION), GROUPS, LANES)
+            b_v = _spread(_product(b_low, b_high, b_rest, PRECISION), p_x.dtype.element_ty)
             b_low = _load_rows(p_dt, o_next, o_r, m_r, s_dtl, s_dtd)
-        b_v += b_bias[None, :, :]
-        b_s = _softplus(b_v) if SOFTPLUS else b_v
-        b_s = tl.where((start + o_t < steps)[:, None, None], b_s, 0.0)  # past the end the state stays as it is
-        b_a = tl.exp2(b_s * b_A[None, :, :] + BIAS)
-        b_u = b_s * b_x * b_B.to(tl.float32)[:, None, None]
-        b_y = tl.zeros((STEPS, GROUPS, LANES), tl.float32)
+        b_v, b_s = _step_sizes(_float(b_v, loaded_x, o_t) + b_bias[None, :], start + o_t < steps, SOFTPLUS)
+        b_a = _turned(tl.exp2(b_s * b_A[None, :] + BIAS))
+        b_u = _turned(b_s * b_x * b_B.to(tl.float32)[:, None])
+        b_y = tl.zeros((STEPS, CHANNELS), tl.float32)
         for t in tl.static_range(STEPS):
             if p_saved is not None and SAVED <= STEPS and t % SAVED == 0:
                 tl.store(p_saved + (i_tile + t // SAVED) * channels + o_d, b_h, mask=m_d & (start + t < steps))
@@ -358,9 +366,8 @@ def forward(
         if ENDS:
             b_span += b_s
         else:
-            b_y = b_y * b_C.to(tl.float32)[:, None, None] + b_D[None, :, :] * b_x
-            m_tile = (o_token >= 0)[:, None, None] & m_d[None, :, :]
-            tl.store(p_y + _place(o_token, o_d, s_yl, s_yd), b_y, mask=m_tile)
+            b_y = _float(b_y, loaded_x, o_t) * b_C.to(tl.float32)[:, None] + b_D[None, :] * b_x
+            _store_rows(p_y, b_y, o_token, o_d, m_d, s_yl, s_yd)
         o_token, o_next = o_next, o_after
         b_x, b_dt, b_B, b_C = next_x, next_dt, next_B, next_C
 
@@ -373,7 +380,7 @@ def forward(
             tl.store(p_last + o_state, b_h, mask=m_d)
 
 
-@triton.jit(do_not_specialize=[name for name in _PLAIN if name[2:4] not in ("yb", "yl", "yk")])
+@triton.jit
 def backward(
     p_x,
     p_dt,
@@ -443,24 +450,21 @@ def backward(
     SOFTPLUS: tl.constexpr,
     ENDS: tl.constexpr,
     STEPS: tl.constexpr,
-    GROUPS: tl.constexpr,
-    LANES: tl.constexpr,
+    CHANNELS: tl.constexpr,
     BLOCK_R: tl.constexpr,
     LONG: tl.constexpr,
     PRECISION: tl.constexpr,
     PRECISION_LOW: tl.constexpr,  # of the gradient of the columns
-    ROUND: tl.constexpr,  # tiles whose step sizes of low rank are one product
+    ROUND: tl.constexpr,  # tiles whose step sizes of low rank are one product: two, or one of a dt that comes whole
 ):
-    blocks = tl.cdiv(channels, GROUPS * LANES)
+    blocks = tl.cdiv(channels, CHANNELS)
     i_d, i_bk = tl.program_id(0) % blocks, tl.program_id(0) // blocks
     i_s = tl.program_id(1)
     i_b, i_k, i_bk = (i_bk // routes).to(tl.int64), (i_bk % routes).to(tl.int64), i_bk.to(tl.int64)
     o_t, o_r = tl.arange(0, STEPS), tl.arange(0, BLOCK_R)
-    first = (i_d.to(tl.int64) if LONG else i_d) * (GROUPS * LANES)
-    # The same channels as (GROUPS, LANES), which the compiler knows for neighbours, and in one axis
-    o_d = first + tl.arange(0, GROUPS)[:, None] * LANES + tl.arange(0, LANES)[None, :]
-    o_c = first + tl.arange(0, GROUPS * LANES)
-    m_c, m_d, m_r = o_c < channels, o_d < channels, o_r < rank
+    first = (i_d.to(tl.int64) if LONG else i_d) * CHANNELS
+    o_d = first + tl.arange(0, CHANNELS)
+    m_d, m_r = o_d < channels, o_r < rank
     p_x += i_b * s_xb + i_k * s_xk
     p_dt += i_b * s_dtb + i_k * s_dtk
     p_B += i_b * s_Bb + i_k * s_Bk
@@ -477,22 +481,22 @@ def backward(
     if p_indices is not None:
         p_indices += i_k * steps
 
-    # (GROUPS, LANES)
+    # (CHANNELS,)
     o_channel, o_state = i_k * channels + o_d, i_bk * channels + o_d
     b_A = tl.load(p_A + o_channel, mask=m_d, other=0.0).to(tl.float32) * LOG2E
     b_D, b_bias = _load_parameter(p_D, o_channel, m_d), _load_parameter(p_dt_bias, o_channel, m_d)
-    b_g = tl.zeros((GROUPS, LANES), tl.float32)  # exp(s_{t+1} A) g_{t+1}: what comes back from later steps
+    b_g = tl.zeros((CHANNELS,), tl.float32)  # exp(s_{t+1} A) g_{t+1}: what comes back from later steps
     if p_dlast is not None and not ENDS:
         b_g = tl.load(p_dlast + o_state, mask=m_d, other=0.0).to(tl.float32)
     if p_ends is not None and not ENDS:
         for i_after in range(segments - 1, i_s, -1):
             b_g = _pass_on(b_g, b_A, p_ends, p_spans, (i_bk * segments + i_after) * channels + o_d, m_d)
-    b_dA, b_dD, b_dbias = tl.zeros_like(b_g), tl.zeros_like(b_g), tl.zeros_like(b_g)
-    b_dweight = tl.zeros((GROUPS * LANES, BLOCK_R), tl.float32)
-    b_round = tl.zeros((ROUND, STEPS, GROUPS, LANES), tl.float32)  # step sizes, then their gradients
-    o_round, o_turn = tl.arange(0, ROUND * STEPS), tl.arange(0, ROUND)
+    b_dA = tl.zeros((STEPS, CHANNELS), tl.float32)
+    b_dD, b_dbias = b_dA, b_dA
+    b_dweight = tl.zeros((CHANNELS, BLOCK_R), tl.float32)
+    o_round = tl.arange(0, ROUND * STEPS)
     if p_dt_weight is not None:
-        b_weight = _load_weight(p_dt_weight, i_k, channels, rank, o_c, o_r, m_c, m_r)
+        b_weight = _load_weight(p_dt_weight, i_k, channels, rank, o_d, o_r, m_d, m_r)
         b_high, b_rest = _terms(b_weight, p_dt, PRECISION)
 
     if ENDS:
@@ -500,7 +504,7 @@ def backward(
     tiles = tl.cdiv(steps, STEPS)
     first_step, last_step = _segment(i_s, segments, steps, STEPS * ROUND)
     first_round, last_round = first_step // (STEPS * ROUND), tl.cdiv(last_step, STEPS * ROUND)
-    b_span = tl.zeros((STEPS, GROUPS, LANES), tl.float32)
+    b_span = tl.zeros((STEPS, CHANNELS), tl.float32)
     # Tokens are read two tiles ahead, their tensors one; before the first tile lies nothing, as behind the last.
     o_last = (last_round * ROUND - 1) * STEPS + o_t
     o_token = _token(p_indices, o_last, steps, LONG)
@@ -510,14 +514,14 @@ def backward(
     )
     b_dy = b_x
     if p_dy is not None:
-        b_dy = _load_tile(p_dy, o_token, o_d, m_d, s_dyl, s_dyd)
+        b_dy = _load_rows(p_dy, o_token, o_d, m_d, s_dyl, s_dyd)
     if p_dt_weight is not None:
         o_low = _token(p_indices, (last_round - 1) * (STEPS * ROUND) + o_round, steps, LONG)
         b_low = _load_rows(p_dt, o_low, o_r, m_r, s_dtl, s_dtd)
     for i_back in range(first_round, last_round):
         i_round = first_round + last_round - 1 - i_back
         if p_dt_weight is not None:
-            b_round = _fold_round(_product(b_low, b_high, b_rest, PRECISION), ROUND, GROUPS, LANES)
+            b_first, b_second = _halves(_spread(_product(b_low, b_high, b_rest, PRECISION), p_x.dtype.element_ty))
             o_before = (i_round - 1) * (STEPS * ROUND) + o_round
             o_before = _token(p_indices, tl.where(o_before < 0, steps, o_before), steps, LONG)
             b_before_low = _load_rows(p_dt, o_before, o_r, m_r, s_dtl, s_dtd)
@@ -534,68 +538,73 @@ def backward(
             )
             next_dy = next_x
             if p_dy is not None:
-                next_dy = _load_tile(p_dy, o_next, o_d, m_d, s_dyl, s_dyd)
+                next_dy = _load_rows(p_dy, o_next, o_d, m_d, s_dyl, s_dyd)
             # (STEPS,)
             o_after = start - 2 * STEPS + o_t
             o_after = _token(p_indices, tl.where(o_after < 0, steps, o_after), steps, LONG)
 
+            loaded_x = b_x
             b_x = b_x.to(tl.float32)
             if p_dt_weight is None:
-                b_v = b_dt.to(tl.float32)
+                b_v = b_dt
             else:
-                b_v = _turn(b_round, o_turn, i_turn)
-            b_v += b_bias[None, :, :]
-            m_t = (start + o_t < steps)[:, None, None]
-            b_s = tl.where(m_t, _softplus(b_v) if SOFTPLUS else b_v, 0.0)
+                b_v = b_second if i_turn else b_first
+            b_v, b_s = _step_sizes(_float(b_v, loaded_x, o_t) + b_bias[None, :], start + o_t < steps, SOFTPLUS)
             b_sx = b_s * b_x
             if p_dy is not None:
-                b_dy = b_dy.to(tl.float32)
+                b_dy = _float(b_dy, loaded_x, o_t)
             else:
-                b_dy = tl.zeros((STEPS, GROUPS, LANES), tl.float32)
+                b_dy = tl.zeros((STEPS, CHANNELS), tl.float32)
 
-            b_a = tl.exp2(b_s * b_A[None, :, :] + BIAS)
-            b_y = b_C.to(tl.float32)[:, None, None] * b_dy
+            b_a = tl.exp2(b_s * b_A[None, :] + BIAS)
+            b_at = _turned(b_a)
+            b_y = _turned(b_C.to(tl.float32)[:, None] * b_dy)
             if ENDS:
                 for t in tl.static_range(STEPS - 1, -1, -1):
-                    b_g = (b_g + _row(b_y, o_t, t)) * _row(b_a, o_t, t)
+                    b_g = (b_g + _row(b_y, o_t, t)) * _row(b_at, o_t, t)
                 b_span += b_s
             else:
-                b_Bs = b_B.to(tl.float32)[:, None, None]
+                b_Bs = b_B.to(tl.float32)[:, None]
                 b_u = b_sx * b_Bs
-                b_before = tl.zeros((STEPS, GROUPS, LANES), tl.float32)
+                b_ut = _turned(b_u)
+                b_before = tl.zeros((STEPS, CHANNELS), tl.float32)
                 b_gs = b_before
                 for t in tl.static_range(STEPS):
                     b_before = _put(b_before, o_t, t, b_h)
-                    b_h = _row(b_a, o_t, t) * b_h + _row(b_u, o_t, t)
-                for t in tl.static_range(STEPS - 1, -1, -1):
-                    b_g += _row(b_y, o_t, t)
+                    b_h = _row(b_at, o_t, t) * b_h + _row(b_ut, o_t, t)
+                b_g += _row(b_y, o_t, STEPS - 1)
+                b_gs = _put(b_gs, o_t, STEPS - 1, b_g)
+                for t in tl.static_range(STEPS - 2, -1, -1):
+                    b_g = _row(b_at, o_t, t + 1) * b_g + _row(b_y, o_t, t)
                     b_gs = _put(b_gs, o_t, t, b_g)
-                    b_g *= _row(b_a, o_t, t)
+                b_g *= _row(b_at, o_t, 0)
                 b_kept = b_a * b_before  # the part of h_t that was there before
-                tl.store(p_dC + o_token * s_dCl, tl.sum(tl.sum((b_kept + b_u) * b_dy, 1), 1), mask=o_token >= 0)
-                tl.store(p_dB + o_token * s_dBl, tl.sum(tl.sum(b_gs * b_sx, 1), 1), mask=o_token >= 0)
+                tl.store(p_dC + o_token * s_dCl, tl.sum((b_kept + b_u) * b_dy, 1), mask=o_token >= 0)
+                tl.store(p_dB + o_token * s_dBl, tl.sum(b_gs * b_sx, 1), mask=o_token >= 0)
                 b_dsx = b_gs * b_Bs
                 b_kept *= b_gs
-                b_dA += tl.sum(b_s * b_kept, 0)
+                b_dA += b_s * b_kept
 
-                b_dv = b_kept * b_A[None, :, :] * LN2 + b_dsx * b_x
+                b_dv = b_kept * b_A[None, :] * LN2 + b_dsx * b_x
                 if SOFTPLUS:
-                    b_dv *= _slope(b_v)
-                b_dv = tl.where(m_t, b_dv, 0.0)
-                b_dx = b_s * b_dsx + b_D[None, :, :] * b_dy
-                b_dD += tl.sum(b_dy * b_x, 0)
-                b_dbias += tl.sum(b_dv, 0)
-                m_tile = (o_token >= 0)[:, None, None] & m_d[None, :, :]
-                tl.store(p_dx + _place(o_token, o_d, s_dxl, s_dxd), b_dx, mask=m_tile)
-                if p_dt_weight is None:
-                    tl.store(p_ddt + _place(o_token, o_d, s_ddtl, s_ddtd), b_dv, mask=m_tile)
+                    b_dv *= tl.exp2((b_v - b_s) * LOG2E)  # softplus' derivative, sigmoid(v) = exp(v - softplus(v))
                 else:
-                    b_round = tl.where((o_turn == i_turn)[:, None, None, None], b_dv[None, :, :, :], b_round)
+                    b_dv = tl.where((start + o_t < steps)[:, None], b_dv, 0.0)
+                b_dx = b_s * b_dsx + b_D[None, :] * b_dy
+                b_dD += b_dy * b_x
+                b_dbias += b_dv
+                _store_rows(p_dx, b_dx, o_token, o_d, m_d, s_dxl, s_dxd)
+                if p_dt_weight is None:
+                    _store_rows(p_ddt, b_dv, o_token, o_d, m_d, s_ddtl, s_ddtd)
+                elif i_turn:
+                    b_second = b_dv
+                else:
+                    b_first = b_dv
             o_token, o_next = o_next, o_after
             b_x, b_dt, b_B, b_C, b_dy = next_x, next_dt, next_B, next_C, next_dy
         if p_dt_weight is not None:
             if not ENDS:
-                b_ddt = tl.reshape(b_round, (ROUND * STEPS, GROUPS * LANES))
+                b_ddt = _joined(b_first, b_second)
                 b_dlow = tl.dot(b_weight, tl.trans(b_ddt), input_precision=PRECISION_LOW)
                 m_low = m_r[:, None] & (o_low >= 0)[None, :]
                 tl.store(p_ddt + o_low[None, :] * s_ddtl + o_r[:, None] * s_ddtd, b_dlow, mask=m_low)
@@ -608,13 +617,13 @@ def backward(
         tl.store(p_spans + o_end, tl.sum(b_span, 0), mask=m_d)
     else:
         p_dper_channel += ((i_b * segments + i_s) * routes + i_k) * 3 * channels
-        tl.store(p_dper_channel + o_d, b_dA, mask=m_d)
-        tl.store(p_dper_channel + channels + o_d, b_dD, mask=m_d)
-        tl.store(p_dper_channel + 2 * channels + o_d, b_dbias, mask=m_d)
+        tl.store(p_dper_channel + o_d, tl.sum(b_dA, 0), mask=m_d)
+        tl.store(p_dper_channel + channels + o_d, tl.sum(b_dD, 0), mask=m_d)
+        tl.store(p_dper_channel + 2 * channels + o_d, tl.sum(b_dbias, 0), mask=m_d)
         if p_dt_weight is not None:
             p_dweight += ((i_b * segments + i_s) * routes + i_k) * channels * rank
-            o_weight = o_c[:, None] * rank + o_r[None, :]
-            tl.store(p_dweight + o_weight, b_dweight, mask=m_c[:, None] & m_r[None, :])
+            o_weight = o_d[:, None] * rank + o_r[None, :]
+            tl.store(p_dweight + o_weight, b_dweight, mask=m_d[:, None] & m_r[None, :])
         if p_dinitial is not None:  # noqa: SIM102
             if i_s == 0:
                 tl.store(p_dinitial + o_state, b_g, mask=m_d)
