@@ -30,8 +30,8 @@ VARIES = ("none", "batch", "size")
 _OPSET = 18  # of ONNX, for the exporter of TorchScript
 _LOADING = "import sys, torch, vision_mamba; torch._inductor.aoti_load_package(sys.argv[1])"
 # By default AOTInductor puts weights into a library by an assembler file that does not say that it runs nothing on the
-# stack, so the library asks for a stack that can be run: glibc 2.41 refuses to load it then, and hardened kernels end
-# the process. Behind the library's end, with its head from C++, weights ask for nothing.
+# stack, so the library asks for a stack that can be run, and glibc 2.41 refuses to load it. Behind the library's end,
+# with its head from C++, weights ask for nothing.
 _NO_CODE_ON_THE_STACK = {"aot_inductor.force_mmap_weights": True, "aot_inductor.use_consts_asm_build": False}
 
 
