@@ -141,6 +141,27 @@ def test_segments_cover_a_route(steps: int, blocks: int) -> None:
     assert segments == 1 or 2 < segments <= 528 // max(blocks, 1)
 
 
+def test_routes_are_added_up_where_a_block_holds_their_sums() -> None:
+    half, mixed, full = ("Bfloat",) * 5, ("Half",) * 5, ("Float",) * 5
+    shared = 227 * 1024
+    for side, channels in ((56, 96), (28, 192), (14, 384), (7, 768)):
+        for rank in (0, channels // 16):
+            how = kernels.merged(half, side * side, 4, channels, rank, shared)
+            assert how is not None and how.shared(half, side * side) <= shared
+            assert how.blocks(half, side * side, shared) >= 1 and channels % (32 * how.run) == 0
+    assert kernels.merged(half, 64 * 64, 4, 96, 0, shared) is None  # the map is too large
+    assert kernels.merged(full, 56 * 56, 4, 96, 0, shared) is None
+    assert kernels.merged(half, 49, 9, 96, 0, shared) is None  # more routes than a block has barriers for
+    for types, routes in ((mixed, 4), (full, 4), (half, 8)):  # too few digits, or digits that are asked for
+        how = kernels.merged(types, 49, routes, 128, 0, shared)
+        assert how is not None and how.sums == "Float"
+
+
+@pytest.mark.parametrize(("blocks", "filled"), [(384, True), (264, True), (133, False), (1, False), (0, True)])
+def test_blocks_fill_a_device(blocks: int, filled: bool) -> None:
+    assert kernels.fills(blocks, 132) == filled
+
+
 @pytest.mark.parametrize("batch", [1, 3, 8, 128])
 @pytest.mark.parametrize("warps", [12, 512, 12_288])
 def test_batch_in_turn_keeps_the_device_as_busy(batch: int, warps: int) -> None:
