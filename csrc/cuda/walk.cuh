@@ -14,6 +14,7 @@
 constexpr int kPass = PASS;
 constexpr int kRun = RUN;
 constexpr int kWarps = WARPS;  // of a block; divides the warps of a route
+constexpr int kTogether = MERGE ? 1 : kWarps;  // warps that move their rows together
 constexpr int kAhead = AHEAD;
 constexpr int kItems = ITEMS;  // of the batch that a warp takes one after the other
 constexpr int kTile = 16;
@@ -40,6 +41,22 @@ template <int kLeft> DEVICE void await_copies() {  // all but the last kLeft gro
 
 DEVICE void write(void* to, uint4 v) {  // to global memory, which the compiler cannot see of an address of our making
     asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
+}
+
+// Sums of numbers as they lie in memory, float32 or pairs in bfloat16.
+DEVICE unsigned sum_pair(unsigned a, unsigned b) {
+    unsigned r = 0;
+#if __CUDA_ARCH__ >= 800
+    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(r) : "r"(a), "r"(0x3f803f80u), "r"(b));  // a * 1 + b
+#endif
+    return r;
+}
+template <class T> DEVICE unsigned sum(unsigned a, unsigned b) {
+    if constexpr (sizeof(T) == 4) return __float_as_uint(__uint_as_float(a) + __uint_as_float(b));
+    else return sum_pair(a, b);
+}
+template <class T> DEVICE uint4 sum(uint4 a, uint4 b) {
+    return {sum<T>(a.x, b.x), sum<T>(a.y, b.y), sum<T>(a.z, b.z), sum<T>(a.w, b.w)};
 }
 
 // base + index * step in one instruction.
@@ -80,7 +97,7 @@ template <class T> struct alignas(16) Rows {
     T at[kTile][kChannels];
 
     static constexpr int kPieces = kChannels * (int)sizeof(T) / 16;  // of a row
-    static constexpr int kBlockPieces = kPieces * kWarps;            // of the block's row
+    static constexpr int kBlockPieces = kPieces * kTogether;      // of the row that is moved
     static constexpr int kTurns = kTile * kPieces / 32, kTurnRows = 32 / kPieces;
     DEVICE static int row(int thread, int turn) { return thread / kBlockPieces + turn * kTurnRows; }
     // The piece that a thread moves first, if warps keep their rows `apart` bytes from one another.
@@ -163,6 +180,39 @@ template <class T> struct alignas(16) Rows {
                 const uint4 piece = *(const uint4*)(from + turn * kTurnRows * (int)sizeof(at[0]));
                 if (!kSome || row(thread, turn) < rows) write(to.at(of), piece);
             }
+        }
+    }
+    // Add `rows` of them to sums in shared memory, a row of each token, when `turn` lets it.
+    template <class Turn> DEVICE void add(char* sums, int token, int lane, int rows, Turn turn) const {
+        constexpr int kMoved = kPaired ? 2 : kTurns;
+        uint4 pieces[kMoved];
+        char* to[kMoved];
+        bool there[kMoved];
+        auto take = [&](int i, int step, uint4 piece) {
+            pieces[i] = piece, there[i] = step < rows;
+            to[i] = sums + __shfl_sync(kAll, token, step) * (int)sizeof(at[0]) + lane % kPieces * 16;
+        };
+        if constexpr (kPaired) {
+            const int pair = lane / kPieces, first = lane % kPieces * 2, turned = pair & 1;
+            const uint4* words = (const uint4*)at + pair * 8;
+            const uint4 a = words[first ^ turned], b = words[(first + 1) ^ turned];
+            take(0, 2 * pair, uint4{__byte_perm(a.x, a.y, 0x5410), __byte_perm(a.z, a.w, 0x5410),
+                                    __byte_perm(b.x, b.y, 0x5410), __byte_perm(b.z, b.w, 0x5410)});
+            take(1, 2 * pair + 1, uint4{__byte_perm(a.x, a.y, 0x7632), __byte_perm(a.z, a.w, 0x7632),
+                                        __byte_perm(b.x, b.y, 0x7632), __byte_perm(b.z, b.w, 0x7632)});
+        } else {
+#pragma unroll
+            for (int i = 0; i < kMoved; ++i) {
+                const int step = lane / kPieces + i * kTurnRows;
+                take(i, step, *(const uint4*)((const char*)at[step] + lane % kPieces * 16));
+            }
+        }
+        turn();
+#pragma unroll
+        for (int i = 0; i < kMoved; ++i) pieces[i] = sum<T>(*(const uint4*)to[i], pieces[i]);
+#pragma unroll
+        for (int i = 0; i < kMoved; ++i) {
+            if (there[i]) *(uint4*)to[i] = pieces[i];
         }
     }
 };

@@ -30,7 +30,34 @@ struct Ranks {
 // Step sizes before softplus, of a tile. Rows are padded so that a product's fragments meet distinct banks.
 struct alignas(16) Sizes { float at[kTile][kChannels + 8]; };
 
-// What the lanes hold of B in `multiply_add`: high and low halves of the weights, 16 bytes a lane.
+// What a lane holds of B in `multiply_add`: high and low halves of the weights of 8 channels from `at` on, of 16 columns.
+DEVICE uint4 weights_of(const Params& p, long long at, int depth, int lane) {
+    unsigned high[2], low[2];
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+        const int rank = 16 * depth + 8 * i + 2 * (lane & 3);
+        const float* weight = p.dt_weight + (at + lane / 4) * kRank + rank;
+        const float v0 = rank < kRank ? weight[0] : 0.f, v1 = rank + 1 < kRank ? weight[1] : 0.f;
+        split(v0 * kPerUnit, v1 * kPerUnit, high[i], low[i]);
+    }
+    return make_uint4(high[0], high[1], low[0], low[1]);
+}
+// The n-th 8 channels' step sizes of a tile: `weights(d)` are their weights of the d-th 16 columns.
+template <class Of> DEVICE void form(Sizes& sizes, const Ranks& ranks, float2 bias, Of weights, int n, int lane) {
+    float d[4] = {bias.x, bias.y, bias.x, bias.y};
+#pragma unroll
+    for (int k = 0; k < kDepth; ++k) {
+        const uint4 four = weights(k);
+        const unsigned high[2] = {four.x, four.y}, low[2] = {four.z, four.w};
+        multiply_add(d, ranks.words[k], high);
+        multiply_add(d, ranks.words[k], low);
+    }
+    float* to = &sizes.at[lane / 4][8 * n + 2 * (lane & 3)];
+    *(float2*)to = make_float2(d[0], d[1]);
+    *(float2*)(to + 8 * (kChannels + 8)) = make_float2(d[2], d[3]);
+}
+
+// Weights of a warp's channels in shared memory.
 struct Weights {
     uint4 words[kRank ? kDepth : 1][kRank ? 4 * kRun : 1][32];
     float bias[kRank ? kChannels : 2];
@@ -40,17 +67,7 @@ struct Weights {
 #pragma unroll 1
         for (int n = 0; n < 4 * kRun; ++n) {
 #pragma unroll
-            for (int d = 0; d < kDepth; ++d) {
-                unsigned high[2], low[2];
-#pragma unroll
-                for (int i = 0; i < 2; ++i) {
-                    const int rank = 16 * d + 8 * i + 2 * (lane & 3);
-                    const float* weight = p.dt_weight + (at + 8 * n + lane / 4) * kRank + rank;
-                    const float v0 = rank < kRank ? weight[0] : 0.f, v1 = rank + 1 < kRank ? weight[1] : 0.f;
-                    split(v0 * kPerUnit, v1 * kPerUnit, high[i], low[i]);
-                }
-                words[d][n][lane] = make_uint4(high[0], high[1], low[0], low[1]);
-            }
+            for (int d = 0; d < kDepth; ++d) words[d][n][lane] = weights_of(p, at + 8 * n, d, lane);
         }
 #pragma unroll
         for (int j = 0; j < kRun; ++j) bias[lane + 32 * j] = p.dt_bias ? p.dt_bias[at + lane + 32 * j] * kPerUnit : 0.f;
@@ -59,17 +76,29 @@ struct Weights {
 #pragma unroll
         for (int n = 0; n < 4 * kRun; ++n) {
             const float2 two = *(const float2*)&bias[8 * n + 2 * (lane & 3)];
-            float d[4] = {two.x, two.y, two.x, two.y};
+            ::form(sizes, ranks, two, [&](int k) { return words[k][n][lane]; }, n, lane);
+        }
+    }
+};
+// The same in registers.
+struct HeldWeights {
+    uint4 words[kRank ? kDepth : 1][kRank ? 4 * kRun : 1];
+    float2 bias[kRank ? 4 * kRun : 1];
+
+    DEVICE void read(const Params& p, long long route, int first, int lane) {
 #pragma unroll
-            for (int k = 0; k < kDepth; ++k) {
-                const uint4 four = words[k][n][lane];
-                const unsigned high[2] = {four.x, four.y}, low[2] = {four.z, four.w};
-                multiply_add(d, ranks.words[k], high);
-                multiply_add(d, ranks.words[k], low);
-            }
-            float* to = &sizes.at[lane / 4][8 * n + 2 * (lane & 3)];
-            *(float2*)to = make_float2(d[0], d[1]);
-            *(float2*)(to + 8 * (kChannels + 8)) = make_float2(d[2], d[3]);
+        for (int n = 0; n < 4 * kRun; ++n) {
+            const long long at = route * p.channels + first + 8 * n;
+#pragma unroll
+            for (int d = 0; d < kDepth; ++d) words[d][n] = weights_of(p, at, d, lane);
+            const float* two = p.dt_bias + at + 2 * (lane & 3);
+            bias[n] = p.dt_bias ? make_float2(two[0] * kPerUnit, two[1] * kPerUnit) : make_float2(0.f, 0.f);
+        }
+    }
+    DEVICE void form(Sizes& sizes, const Ranks& ranks, int lane) const {
+#pragma unroll
+        for (int n = 0; n < 4 * kRun; ++n) {
+            ::form(sizes, ranks, bias[n], [&](int k) { return words[k][n]; }, n, lane);
         }
     }
 };

@@ -99,6 +99,38 @@ def test_walks(case: Case, pieces: str, poisoned: None, monkeypatch: pytest.Monk
     assert all(torch.equal(again[name], tensor) for name, tensor in found.items())
 
 
+SHORT, LONG = "Bfloat", "Float"  # sums in shared memory
+
+
+@pytest.mark.parametrize(
+    ("per_lane", "turns", "stages", "sums"),
+    [(1, 1, 2, SHORT), (1, 1, 1, LONG), (2, 1, 2, SHORT), (2, 1, 3, LONG), (1, 2, 1, SHORT), (2, 2, 2, LONG)],
+)
+@pytest.mark.parametrize("case", [c for c in walked() if c.merge and c.tokens < 3000], ids=str)
+def test_walks_that_add_up_routes(
+    case: Case, per_lane: int, turns: int, stages: int, sums: str, poisoned: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kernels, launched = cuda.kernels, []
+    how = kernels.Merged(per_lane, turns, stages, 8, rank=case.rank, sums=LONG if case.dtypes[0] != BF16 else sums)
+    if case.channels % (32 * how.run):
+        pytest.skip("a warp's channels do not divide these")
+    walks = kernels.walk_merged
+    monkeypatch.setattr(kernels, "walk_merged", lambda *how: launched.append(how) or walks(*how))
+    monkeypatch.setattr(kernels, "walks", lambda *_: True)
+    monkeypatch.setattr(kernels, "fills", lambda *_: True)
+    monkeypatch.setattr(kernels, "merged", lambda types, tokens, routes, *_: how._replace(routes=routes))
+    monkeypatch.setattr(kernels, "wide_segments", lambda *_: (1, 0))
+    monkeypatch.setattr(cuda, "_forward_plans", {})
+    monkeypatch.setattr(autograd.operator, "known", Known(10, 5))
+    monkeypatch.setattr(cuda, "_backward_plans", {})
+    found = run(make_call(case, device="cuda"), "cuda")
+    assert launched
+    for name, reference in expected(case).items():
+        assert_close(name, found[name], reference)
+    again = run(make_call(case, device="cuda"), "cuda")
+    assert all(torch.equal(again[name], tensor) for name, tensor in found.items())
+
+
 def many() -> list[Case]:
     """Scans to be taken in one piece, as where sequences are many; few go in segments."""
     found = [

@@ -265,6 +265,9 @@ def _plan_forward(call: ScanCall, complete: bool, y: Tensor, device: int) -> _Pl
     if call.states > 1:
         return _plan_wide_forward(call, complete, y, device)
     walk = _walk(call, complete)
+    merged = None if walk is None else _plan_merged(call, y, device)
+    if merged is not None:
+        return merged
     parts, merging, view = _merging(call, call.merge, y, device, apart=walk is not None)
     fields = _sizes(call) | _strides("y", view)
     x, dt, B, C = _types(call)
@@ -397,6 +400,24 @@ def _walk(call: ScanCall, complete: bool) -> kernels.Walk | None:
     if call.rank and not (_rank_in_kernel(call) and call.rank % 2 == 0 and vector(2, call.dt)):
         return None
     return kernels.walk(call.channels, kernels.walk_run(call.channels, call.rank), call.rank)
+
+
+def _plan_merged(call: ScanCall, y: Tensor, device: int) -> _Plan | None:
+    """Where a block can hold the sums of its channels over the routes, and the device is filled well by such blocks."""
+    if not call.merge or call.routes == 1 or not vector(8, y):
+        return None
+    types, shared = (*_types(call), TYPES[y.dtype]), nvrtc.shared_limit(device)
+    how = kernels.merged(types, call.tokens, call.routes, call.channels, call.rank, shared)
+    if how is None:
+        return None
+    held = how.blocks(types, call.tokens, shared)
+    blocks = call.batch * call.channels // (32 * how.run)
+    if not kernels.fills(blocks, held * _multiprocessors(device)):
+        return None
+    threads, more = 32 * how.routes * how.turns, how.sums_shared(call.tokens)
+    fields = _sizes(call) | _strides("y", y.unsqueeze(2))
+    launch = Launch.of(kernels.walk_merged(types, how, held), device, blocks, _HEADER, fields, threads, more)
+    return _Plan(launch, True, None)
 
 
 def _walk_plan(

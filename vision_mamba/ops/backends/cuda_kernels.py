@@ -146,6 +146,67 @@ class Walk(NamedTuple):
     items: int = 1  # of the batch that a warp takes one after the other
 
 
+class Merged(NamedTuple):
+    """How a block of the walking kernel that adds up the routes takes them; see csrc/cuda/walk_merged.cuh."""
+
+    run: int  # channels of a lane
+    turns: int  # warps that take a route's tiles in turn
+    stages: int  # tiles of a warp whose rows are in shared memory or on their way there
+    warps: int  # of a multiprocessor, at most: more would leave them too few registers
+    routes: int = 4
+    rank: int = 0
+    sums: str = "Float"  # type of the sums in shared memory
+
+    def shared(self, types: Types, tokens: int) -> int:
+        """Bytes of shared memory that a block takes."""
+        channels, (x, dt, _, _, _), sums = 32 * self.run, map(_bytes, types), _bytes(self.sums)
+        results = 16 * channels * sums
+        step_sizes = max(64 * (channels + 8), results) if self.rank else 16 * channels * self.stages * dt + results
+        state = 4 * channels if self.turns > 1 else 16
+        warp = 16 * channels * self.stages * x + step_sizes + 128 + state
+        return self.routes * self.turns * warp + self.sums_shared(tokens)
+
+    def sums_shared(self, tokens: int) -> int:
+        """What of it holds the sums, whose size is not known when the kernel is compiled."""
+        return tokens * 32 * self.run * _bytes(self.sums)
+
+    def blocks(self, types: Types, tokens: int, shared: int) -> int:
+        """Blocks that a multiprocessor holds which lends each at most `shared` bytes."""
+        return min((shared + 1024) // (self.shared(types, tokens) + 1024), self.warps // (self.routes * self.turns))
+
+
+#: Ways of adding up routes in their blocks; the first one is taken whose blocks are enough for a multiprocessor.
+MERGED = (Merged(1, 1, 1, 16), Merged(1, 2, 1, 16), Merged(1, 2, 1, 8), Merged(1, 1, 1, 4))
+MERGED_ENOUGH = 8  # warps, so that loads of some overlap with arithmetic of others; or as many as `warps` says
+MERGED_MOST = 8  # warps of a block: each has two of sixteen barriers
+
+
+def merged(types: Types, tokens: int, routes: int, channels: int, rank: int, shared: int) -> Merged | None:
+    """How the walking kernel adds up routes in their blocks, or None where a map is too large for that."""
+
+    def held(how: Merged) -> int:
+        return how.blocks(types, tokens, shared) * routes * how.turns
+
+    for wanted in MERGED:
+        how = wanted._replace(routes=routes, rank=rank)
+        # Sums of few routes may be kept in bfloat16, if that is what they become; not in float16, where they overflow.
+        short = how._replace(sums="Bfloat" if types[4] == "Bfloat" and routes <= 4 else "Float")
+        how = max(how, short, key=held)  # the first of two alike
+        fits = routes * how.turns <= MERGED_MOST and channels % (32 * how.run) == 0
+        if fits and held(how) >= min(MERGED_ENOUGH, how.warps):
+            return how
+    return None
+
+
+def fills(blocks: int, room: int) -> bool:
+    """Whether so many blocks keep a device that holds `room` of them busy, three quarters of it in the last turn too."""
+    return 4 * blocks >= 3 * room * -(-blocks // room)
+
+
+def _bytes(dtype: str) -> int:
+    return 4 if dtype == "Float" else 2
+
+
 def walk(channels: int, run: int, rank: int) -> Walk:
     """Blocks of as many warps as divide those of a route: neighbouring channels are read together."""
     return Walk(run, next(n for n in (4, 3, 2, 1) if channels // (32 * run) % n == 0), rank)
@@ -225,6 +286,13 @@ def walk_forward(types: Types, how: Walk) -> Specialisation:
     return Specialisation("walk_forward", _macros(types, **_walk(how, ahead, WALK_FORWARD)))
 
 
+def walk_merged(types: Types, how: Merged, blocks: int) -> Specialisation:
+    """For so many blocks on a multiprocessor."""
+    walk = Walk(how.run, how.routes * how.turns, how.rank)
+    macros = _walk(walk, how.stages - 1, blocks * walk.warps) | dict(TURNS=how.turns, SUM_TYPE=how.sums, MERGE=True)
+    return Specialisation("walk_merged", _macros(types, **macros))
+
+
 def walk_backward(types: Types, how: Walk, dx: str, ddt: str) -> Specialisation:
     few_digits = types[2:4] == ("Bfloat", "Bfloat")  # of dB and dC: one term on the tensor cores is enough
     more = dict(DX_TYPE=dx, DDT_TYPE=ddt, FEW_DIGITS=few_digits)
@@ -268,7 +336,7 @@ def _narrow(types: Types, how: Narrow, blocks: int) -> dict[str, Any]:
 
 def _walk(how: Walk, ahead: int, held: int) -> dict[str, Any]:
     sizes = dict(RUN=how.run, WARPS=how.warps, RANK=how.rank, PASS=how.part, AHEAD=ahead, ITEMS=how.items)
-    return sizes | dict(MIN_BLOCKS=held // how.warps, SOFTPLUS=True)
+    return sizes | dict(MIN_BLOCKS=held // how.warps, SOFTPLUS=True, MERGE=False)
 
 
 def _macros(types: Types, **more: Any) -> tuple[tuple[str, str], ...]:
@@ -308,6 +376,9 @@ def _many(tile: Tile, rank: int, **more: Any) -> Wide:
 #: What the published models run: compiled for every architecture by the tests, and warmed by the doctor.
 SHIPPED = (
     walk_forward(_HALF, Walk(2, 3, 12)),
+    walk_merged(_HALF, Merged(1, 2, 1, 8, rank=6, sums="Bfloat"), 1),
+    walk_merged(_HALF, Merged(2, 1, 2, 12), 3),
+    walk_merged(_FULL, Merged(1, 1, 2, 12, routes=2), 6),
     walk_forward(_FULL, Walk(1, 3, 0, 1)),
     walk_backward(_HALF, Walk(1, 3, 6), "Bfloat", "Bfloat"),
     walk_backward(_HALF, Walk(1, 4, 48, items=4), "Bfloat", "Bfloat"),
