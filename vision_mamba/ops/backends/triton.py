@@ -26,7 +26,8 @@ _OLDEST = (7, 0)
 _MAX_RANK = 256
 _INT32 = 2**31
 _LEAST_RANK = 16  # columns of the least product of matrices
-_SMALL_RANK = 64  # of one state, a step size of a higher rank is multiplied out before a scan
+_FORWARD_RANK = 64  # of one state, a step size of a higher rank is multiplied out before a scan,
+_BACKWARD_RANK = 32  # sooner in the backward pass, whose registers the weights' gradient fills
 _ROUND = 2  # tiles of the backward pass that share a product of low rank
 _MERGED = 1024  # sums of one program of `merge`
 _PROGRAMS = 1536  # that keep a GPU busy: a route in fewer sequences than that is cut into segments,
@@ -159,7 +160,7 @@ def _forward(call: ScanCall, save: bool) -> tuple[Tensor, Tensor, Tensor]:
         shares.zero_()
     tile, keep = tile_for(FORWARD, call.states), tile_for(BACKWARD, call.states)
     with _on(call.x.device):
-        call = _taken(call)
+        call = _taken(call, _FORWARD_RANK)
         segments = _segments(call, tile, max(tile.steps, keep.steps))
         edges = _new_edges(call, segments)
         for ends in (True, False)[segments == 1 :]:
@@ -185,7 +186,7 @@ def _backward(call: ScanCall, saved: Tensor, dy: Tensor | None, dlast: Tensor | 
     tile = tile_for(BACKWARD, call.states)
     blocks = -(-call.channels // tile.channels)
     dx, dB, dC = (torch.empty_like(t) for t in (call.x, call.B, call.C))
-    inside = _rank_inside(call)
+    inside = _rank_inside(call, _BACKWARD_RANK)
     ddt = _new_whole(call) if call.rank and not inside else torch.empty_like(call.dt)
     ddt_shares = _shares(ddt, blocks if inside else 1)
     dx_shares = _shares(dx, call.routes, _rounded(dx)) if call.shared_x else dx
@@ -198,7 +199,7 @@ def _backward(call: ScanCall, saved: Tensor, dy: Tensor | None, dlast: Tensor | 
     if dy is not None and call.merge:
         dy = dy.unsqueeze(2).expand(-1, -1, call.routes, -1)
     with _on(call.x.device):
-        small = _taken(call)
+        small = _taken(call, _BACKWARD_RANK)
         segments = _segments(call, tile, tile.steps * _round(call))
         edges = _new_edges(call, segments)
         rows = (call.batch * segments, call.routes, call.states + 2, call.channels)
@@ -249,9 +250,9 @@ def _new_whole(call: ScanCall) -> Tensor:
     return call.x.new_empty((call.batch, call.tokens, call.routes, call.channels), dtype=torch.float32)
 
 
-def _taken(call: ScanCall) -> ScanCall:
-    """The call as the scan takes it: dt of one state and small rank as it is, else multiplied out."""
-    if not call.rank or _rank_inside(call):
+def _taken(call: ScanCall, most: int) -> ScanCall:
+    """The call as the scan takes it: dt of one state and of such a rank at most as it is, else multiplied out."""
+    if not call.rank or _rank_inside(call, most):
         return call
     dt = _new_whole(call)
     _kernels("low_rank").multiply_out[_low_rank_grid(call)](
@@ -260,9 +261,9 @@ def _taken(call: ScanCall) -> ScanCall:
     return call._replace(dt=dt, dt_weight=None)
 
 
-def _rank_inside(call: ScanCall) -> bool:
+def _rank_inside(call: ScanCall, most: int) -> bool:
     """Whether the scan multiplies a step size of low rank itself, out and back."""
-    return call.states == 1 and 0 < call.rank <= _SMALL_RANK
+    return call.states == 1 and 0 < call.rank <= most
 
 
 def _low_rank_inside(call: ScanCall) -> dict[str, Any]:
@@ -272,7 +273,7 @@ def _low_rank_inside(call: ScanCall) -> dict[str, Any]:
 
 def _round(call: ScanCall) -> int:
     """Tiles of the backward pass whose step sizes are one product, if it multiplies any."""
-    return _ROUND if _rank_inside(call) else 1
+    return _ROUND if _rank_inside(call, _BACKWARD_RANK) else 1
 
 
 def _multiply_back(call: ScanCall, ddt: Tensor) -> tuple[Tensor, Tensor]:
