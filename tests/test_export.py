@@ -322,7 +322,7 @@ def test_the_tool_writes_what_it_can_and_tells_what_not(tmp_path: Path, capsys: 
         ((), "say what to export"),
         (("--model", "vmamba_tiny_s1l9"), "did you mean 'vmamba_tiny_s1l8'"),
         (("--model", "vmamba_tiny_s1l8.in22k"), "Invalid pretrained tag (in22k) for vmamba_tiny_s1l8"),
-        (("--model", "test_vim", "--features", "4"), "--features: feature index 4 is out of range"),
+        (("--model", "test_vim", "--features", "4"), "'out_indices': [4]}: feature index 4 is out of range"),
         (("--model", "test_vim", "--img-size", "1", "2", "3"), "--img-size takes a side, or height and width"),
         (("--checkpoint", "x.pth", "--pretrained"), "are for models without --checkpoint"),
     ],

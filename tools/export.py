@@ -23,7 +23,7 @@ from vision_mamba.export.write import relative
 from vision_mamba.provenance import provenance
 from vision_mamba.text import destination, positive
 from vision_mamba.train import model as models
-from vision_mamba.train.errors import CheckpointError, ConfigError, TrainError
+from vision_mamba.train.errors import ConfigError, TrainError
 from vision_mamba.train.images import digits
 from vision_mamba.train.predict import Classifier, accuracy, load
 
@@ -151,12 +151,7 @@ def chosen(options: argparse.Namespace) -> Classifier:
         arguments |= {"features_only": True, "out_indices": options.features}
     elif options.num_classes:
         arguments |= {"num_classes": options.num_classes}
-    try:
-        model = models.build(options.model, {}, arguments).eval()
-    except AssertionError as error:
-        raise ConfigError(f"--features: {error}.") from error
-    except OSError as error:  # what a download fails with
-        raise CheckpointError(f"--pretrained: the weights of {options.model!r} cannot be had: {error}") from error
+    model = models.build(options.model, {}, arguments).eval()
     config = models.data_config(getattr(model, "model", model), {})
     return Classifier(options.model.split(".")[0], model, [], config, torch.device("cpu"))
 
