@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from vision_mamba.ops.backends import cuda_kernels as kernels
-from vision_mamba.ops.backends import nvrtc, routes_cuda, rows_cuda
+from vision_mamba.ops.backends import few_cuda, nvrtc, routes_cuda, rows_cuda
 
 pytestmark = pytest.mark.skipif(nvrtc.missing() is not None, reason=str(nvrtc.missing()))
 
@@ -33,7 +33,7 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.mark.parametrize(
     "wanted",
-    kernels.SHIPPED + rows_cuda.SHIPPED + routes_cuda.SHIPPED,
+    kernels.SHIPPED + few_cuda.SHIPPED + rows_cuda.SHIPPED + routes_cuda.SHIPPED,
     ids=lambda s: "-".join((s.name, *dict(s.macros).values())),
 )
 def test_nvrtc_compiles_every_shipped_kernel(wanted: nvrtc.Specialisation) -> None:

@@ -197,14 +197,14 @@ def narrow_shared(warps: int, rank: int, tokens: int) -> int:
 
 
 def wide_forward(types: Types, how: Wide) -> Specialisation:
-    return Specialisation("wide_forward", _macros(types, **_wide(how), MERGE=how.merge))
+    return Specialisation("wide_forward", macros(types, **_wide(how), MERGE=how.merge))
 
 
 def wide_backward(types: Types, how: Wide, dx: str, ddt: str) -> Specialisation:
     exact = types[2:4] != ("Bfloat", "Bfloat")  # dB or dC has more digits than one term on the tensor cores
     shape = how.tile.shape
     more = dict(SUB=min(8, 64 // (shape.slots * shape.states)), TWO_TERMS=exact, DX_TYPE=dx, DDT_TYPE=ddt, ADD=how.add)
-    return Specialisation("wide_backward", _macros(types, **_wide(how), **more, SUM_TYPE=sums(*types[2:4])))
+    return Specialisation("wide_backward", macros(types, **_wide(how), **more, SUM_TYPE=sums(*types[2:4])))
 
 
 def sums(B: str, C: str) -> str:
@@ -213,22 +213,22 @@ def sums(B: str, C: str) -> str:
 
 
 def narrow_forward(types: Types, how: Narrow) -> Specialisation:
-    return Specialisation("narrow_forward", _macros(types, **_narrow(types, how, 3)))
+    return Specialisation("narrow_forward", macros(types, **_narrow(types, how, 3)))
 
 
 def narrow_backward(types: Types, how: Narrow, dx: str, ddt: str) -> Specialisation:
-    return Specialisation("narrow_backward", _macros(types, **_narrow(types, how, 2), DX_TYPE=dx, DDT_TYPE=ddt))
+    return Specialisation("narrow_backward", macros(types, **_narrow(types, how, 2), DX_TYPE=dx, DDT_TYPE=ddt))
 
 
 def walk_forward(types: Types, how: Walk) -> Specialisation:
     ahead = 1 if how.rank and how.run > 1 else 2  # one tile more would leave room for a block less
-    return Specialisation("walk_forward", _macros(types, **_walk(how, ahead, WALK_FORWARD)))
+    return Specialisation("walk_forward", macros(types, **_walk(how, ahead, WALK_FORWARD)))
 
 
 def walk_backward(types: Types, how: Walk, dx: str, ddt: str) -> Specialisation:
     few_digits = types[2:4] == ("Bfloat", "Bfloat")  # of dB and dC: one term on the tensor cores is enough
     more = dict(DX_TYPE=dx, DDT_TYPE=ddt, FEW_DIGITS=few_digits)
-    return Specialisation("walk_backward", _macros(types, **_walk(how, 1, walk_held(how.rank)), **more))
+    return Specialisation("walk_backward", macros(types, **_walk(how, 1, walk_held(how.rank)), **more))
 
 
 def finish(types: tuple[str, str, str], states: int, rank: int, run: int) -> Specialisation:
@@ -236,13 +236,13 @@ def finish(types: tuple[str, str, str], states: int, rank: int, run: int) -> Spe
     ddt = types[0] if states == 1 else "Float"
     return Specialisation(
         "finish",
-        _macros(("Float", *types, "Float"), STATES=states, RANK=rank, RUN=run, DDT_TYPE=ddt, SUM_TYPE=sums(*types[1:])),
+        macros(("Float", *types, "Float"), STATES=states, RANK=rank, RUN=run, DDT_TYPE=ddt, SUM_TYPE=sums(*types[1:])),
     )
 
 
 def merge(part: str, out: str, run: int, add: bool = False) -> Specialisation:
     """`add`: to what is there."""
-    return Specialisation("merge", _macros((part, "Float", "Float", "Float", out), RUN=run, ADD=add))
+    return Specialisation("merge", macros((part, "Float", "Float", "Float", out), RUN=run, ADD=add))
 
 
 def on_tensor_cores(rank: int, dt: str) -> bool:
@@ -271,7 +271,7 @@ def _walk(how: Walk, ahead: int, held: int) -> dict[str, Any]:
     return sizes | dict(MIN_BLOCKS=held // how.warps, SOFTPLUS=True)
 
 
-def _macros(types: Types, **more: Any) -> tuple[tuple[str, str], ...]:
+def macros(types: Types, **more: Any) -> tuple[tuple[str, str], ...]:
     names = ("X_TYPE", "DT_TYPE", "B_TYPE", "C_TYPE", "Y_TYPE")
     values = {key: str(value).lower() if isinstance(value, bool) else str(value) for key, value in more.items()}
     return (*zip(names, types, strict=True), *values.items())
