@@ -46,6 +46,11 @@ class Constants:
             self._of_graphs[place] = tensor
         return tensor
 
+    def made(self, device: torch.device, *key: Any) -> Tensor | None:
+        """The tensor if it is there; the device has an index if it is a GPU."""
+        place = (device, *key)
+        return self._kept.get(place, self._of_graphs.get(place))
+
 
 def capturing() -> bool:
     """Whether what is launched on the current CUDA stream goes into a graph."""

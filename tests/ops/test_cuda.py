@@ -46,6 +46,15 @@ def tuned() -> list[Case]:
     return found
 
 
+@pytest.fixture
+def many_sequences(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No sequences are few, so that small scans go the way of large ones."""
+    monkeypatch.setattr(cuda.few, "takes", lambda *_: False)
+    monkeypatch.setattr(cuda, "_forward_plans", {})
+    monkeypatch.setattr(autograd.operator, "known", Known(10, 5))
+    monkeypatch.setattr(cuda, "_backward_plans", {})
+
+
 @functools.cache
 def expected(case: Case) -> dict[str, Tensor]:
     # In float64 on the GPU, where the reference's small steps cost least.
@@ -54,7 +63,7 @@ def expected(case: Case) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("case", cases.options() + cases.shapes() + cases.types() + cases.layouts() + tuned(), ids=str)
-def test_matches_the_reference(case: Case, poisoned: None) -> None:
+def test_matches_the_reference(case: Case, poisoned: None, many_sequences: None) -> None:
     found = run(make_call(case, device="cuda"), "cuda")
     assert found.keys() == expected(case).keys()
     for name, reference in expected(case).items():
@@ -78,7 +87,7 @@ def walked() -> list[Case]:
 
 @pytest.mark.parametrize("pieces", ["whole", "segments", "batch in turn"])
 @pytest.mark.parametrize("case", walked(), ids=str)
-def test_walks(case: Case, pieces: str, poisoned: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_walks(case: Case, pieces: str, poisoned: None, many_sequences: None, monkeypatch: pytest.MonkeyPatch) -> None:
     launched = []
     walks = cuda.kernels.walk_forward
     monkeypatch.setattr(cuda.kernels, "walk_forward", lambda *how: launched.append(how) or walks(*how))
@@ -88,9 +97,6 @@ def test_walks(case: Case, pieces: str, poisoned: None, monkeypatch: pytest.Monk
     if pieces == "batch in turn":
         assert case.batch % 2 == 0
         monkeypatch.setattr(cuda.kernels, "walk_items", lambda *_: 2)
-    monkeypatch.setattr(cuda, "_forward_plans", {})
-    monkeypatch.setattr(autograd.operator, "known", Known(10, 5))
-    monkeypatch.setattr(cuda, "_backward_plans", {})
     found = run(make_call(case, device="cuda"), "cuda")
     assert launched
     for name, reference in expected(case).items():
@@ -108,7 +114,14 @@ SHORT, LONG = "Bfloat", "Float"  # sums in shared memory
 )
 @pytest.mark.parametrize("case", [c for c in walked() if c.merge and c.tokens < 3000], ids=str)
 def test_walks_that_add_up_routes(
-    case: Case, per_lane: int, turns: int, stages: int, sums: str, poisoned: None, monkeypatch: pytest.MonkeyPatch
+    case: Case,
+    per_lane: int,
+    turns: int,
+    stages: int,
+    sums: str,
+    poisoned: None,
+    many_sequences: None,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     kernels, launched = cuda.kernels, []
     how = kernels.Merged(per_lane, turns, stages, 8, rank=case.rank, sums=LONG if case.dtypes[0] != BF16 else sums)
@@ -120,9 +133,6 @@ def test_walks_that_add_up_routes(
     monkeypatch.setattr(kernels, "fills", lambda *_: True)
     monkeypatch.setattr(kernels, "merged", lambda types, tokens, routes, *_: how._replace(routes=routes))
     monkeypatch.setattr(kernels, "wide_segments", lambda *_: (1, 0))
-    monkeypatch.setattr(cuda, "_forward_plans", {})
-    monkeypatch.setattr(autograd.operator, "known", Known(10, 5))
-    monkeypatch.setattr(cuda, "_backward_plans", {})
     found = run(make_call(case, device="cuda"), "cuda")
     assert launched
     for name, reference in expected(case).items():
@@ -143,11 +153,8 @@ def many() -> list[Case]:
 
 
 @pytest.mark.parametrize("case", many(), ids=str)
-def test_routes_in_one_piece(case: Case, poisoned: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_routes_in_one_piece(case: Case, poisoned: None, many_sequences: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cuda.kernels, "wide_segments", lambda *_: (1, 0))
-    monkeypatch.setattr(cuda, "_forward_plans", {})
-    monkeypatch.setattr(autograd.operator, "known", Known(10, 5))
-    monkeypatch.setattr(cuda, "_backward_plans", {})
     found = run(make_call(case, device="cuda"), "cuda")
     for name, reference in expected(case).items():
         assert_close(name, found[name], reference)
@@ -169,7 +176,13 @@ def plentiful() -> list[Case]:
 @pytest.mark.parametrize(("many", "lean"), [(False, False), (True, False), (True, True)], ids=["few", "many", "lean"])
 @pytest.mark.parametrize("case", plentiful(), ids=str)
 def test_blocks_of_many_sequences(
-    case: Case, many: bool, lean: bool, routes: str, poisoned: None, monkeypatch: pytest.MonkeyPatch
+    case: Case,
+    many: bool,
+    lean: bool,
+    routes: str,
+    poisoned: None,
+    many_sequences: None,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(cuda, "_forward_tile", lambda call, _: cuda.kernels.forward_tiles(call.states, call.rank)[many])
     monkeypatch.setattr(cuda, "_in_turn", lambda *_: routes == "in turn")
@@ -179,9 +192,6 @@ def test_blocks_of_many_sequences(
         monkeypatch.setattr(cuda, "_multiprocessors", lambda _: 1)
     tiles = (case.grid[0] * case.grid[1] + 15) // 16
     monkeypatch.setattr(cuda.kernels, "wide_segments", lambda *_: (tiles, 1) if routes == "in segments" else (1, tiles))
-    monkeypatch.setattr(cuda, "_forward_plans", {})
-    monkeypatch.setattr(autograd.operator, "known", Known(10, 5))
-    monkeypatch.setattr(cuda, "_backward_plans", {})
     found = run(make_call(case, device="cuda"), "cuda")
     for name, reference in expected(case).items():
         assert_close(name, found[name], reference)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from vision_mamba.constants import Constants
 from vision_mamba.ops.backends import cuda_kernels as kernels
+from vision_mamba.ops.backends import few_cuda as few
 from vision_mamba.ops.backends import nvrtc
 from vision_mamba.ops.backends.cuda_kernels import TYPES, vector
 from vision_mamba.ops.backends.launch import Launch, Plans, maker, on, room_for
@@ -51,6 +52,9 @@ def _refuses(call: ScanCall) -> str | None:
 
 
 def _new_saved(call: ScanCall) -> Tensor:
+    if _may_be_few(call):
+        segments = (call.steps + few.SEGMENT - 1) // few.SEGMENT
+        return call.x.new_empty((call.batch, call.routes, segments, call.states, call.channels), dtype=torch.float32)
     states = 1 << (call.states - 1).bit_length()  # as many as lanes hold
     if states == 1 and not _may_walk(call):
         _, pieces = _narrow_chunk(call)
@@ -181,14 +185,15 @@ def _backward(asked: ScanCall, saved: Tensor, dy: Tensor | None, dlast: Tensor |
         call = _prepared(asked)
         batch, tokens, routes, channels, states = call.batch, call.tokens, call.routes, call.channels, call.states
         dy = None if dy is None else dy.to(call.y_dtype)
-        as_it_lies = states > 1 and _tokens_first(call)  # where rows of x are read number by number, so are those of dy
+        # Where rows of x are read number by number, so are those of dy.
+        as_it_lies = _few(call) or (states > 1 and _tokens_first(call))
         aligned = dy is None or (dy.stride(-1) == 1 and dy.data_ptr() % 16 == 0 and (states > 1 or vector(8, dy)))
         if dy is not None and not aligned and not as_it_lies:
             dy = dy.contiguous()
         dlast = None if dlast is None else dlast.to(torch.float32).contiguous()
         dx = torch.empty_like(call.x)
         complete = visits_all(asked)
-        key = (_key(call, complete), None if dy is None else dy.stride())
+        key = (_key(call, complete), None if dy is None else (dy.stride(), dy.data_ptr() & 15))
         plan = _backward_plans.get(key)
         if plan is None:
             plan = _backward_plans[key] = _plan_backward(call, complete, dy, dx, device)
@@ -258,10 +263,12 @@ def _key(call: ScanCall, complete: bool) -> tuple[Any, ...]:
     """All that a plan depends on."""
     tensors = tuple((t.dtype, t.shape, t.stride(), t.data_ptr() & 15) for t in (call.x, call.dt, call.B, call.C))
     flags = (call.dt_softplus, call.merge, call.out_dtype, call.rank, call.A.shape, call.steps)
-    return (call.x.device.index, tensors, flags, complete)
+    return (call.x.device.index, tensors, flags, complete, _is_in_order(call))
 
 
 def _plan_forward(call: ScanCall, complete: bool, y: Tensor, device: int) -> _Plan:
+    if _few(call):
+        return _plan_few_forward(call, complete, y, device)
     if call.states > 1:
         return _plan_wide_forward(call, complete, y, device)
     walk = _walk(call, complete)
@@ -280,6 +287,65 @@ def _plan_forward(call: ScanCall, complete: bool, y: Tensor, device: int) -> _Pl
     return _narrow_plan(kernel, call, fields, merging, parts, device)
 
 
+def _plan_few_forward(call: ScanCall, complete: bool, y: Tensor, device: int) -> _Plan:
+    how, view, parts = _few_way(call, complete, call.merge, False, y, device)
+    specialisation = few.forward((*_types(call), TYPES[view.dtype]), how)
+    return _few_plan(specialisation, how, call, _sizes(call) | _strides("y", view), parts, device)
+
+
+def _plan_few_backward(call: ScanCall, complete: bool, dy: Tensor | None, dx: Tensor, device: int) -> _Plan:
+    seen, ddt = _seen(call, dy), _ddt_like(call)
+    more = [t for t in (seen, None if call.rank else ddt) if t is not None]
+    how, view, parts = _few_way(call, complete, call.shared_x, True, dx, device, *more)
+    fields = _sizes(call) | _strides("dx", view) | _strides("ddt", ddt)
+    if seen is not None:
+        fields |= _strides("dy", seen)
+    x, dt, B, C = _types(call)
+    ddt_type = "Float" if call.rank and call.states > 1 else dt
+    types = (x, dt, B, C, TYPES[call.y_dtype])
+    specialisation = few.backward(types, how, TYPES[view.dtype], ddt_type, kernels.sums(B, C))
+    return _few_plan(specialisation, how, call, fields, parts, device)
+
+
+def _few_way(
+    call: ScanCall, complete: bool, wanted: bool, back: bool, result: Tensor, device: int, *more: Tensor
+) -> tuple[few.Few, Tensor, torch.dtype | None]:
+    """How few sequences are taken, and the result or the routes' shares of it: in the cluster routes are added up, if
+    that is `wanted`, where all visit every token and its shared memory holds their shares."""
+
+    def chosen(merge: bool, out: Tensor) -> few.Few | None:
+        ways = few.options(call, merge, _capability(device) >= (9, 0), _is_in_order(call), back, out, *more)
+        return few.choose(call, ways, back, _multiprocessors(device), nvrtc.shared_limit(device))
+
+    together = wanted and call.routes > 1
+    how = chosen(True, result) if together and complete else None
+    if how is not None:
+        return how, result.unsqueeze(2).expand(-1, -1, call.routes, -1), None
+    parts = None
+    if together:
+        parts = _parts_type(result)
+        view = torch.empty(_parts(call, call.routes), dtype=parts, device="meta").transpose(1, 2)
+    else:
+        view = result.unsqueeze(2) if wanted else result
+    how = chosen(False, view)
+    assert how is not None, "_few has seen to it"
+    return how, view, parts
+
+
+def _few_plan(
+    wanted: nvrtc.Specialisation,
+    how: few.Few,
+    call: ScanCall,
+    fields: dict[str, int],
+    parts: torch.dtype | None,
+    device: int,
+) -> _Plan:
+    grid, more = how.clusters(call) * how.cluster, how.sum_shared(call.tokens)
+    fields |= dict(segments=(call.steps + few.SEGMENT - 1) // few.SEGMENT)
+    launch = Launch.of(wanted, device, grid, _HEADER, fields, 32 * how.warps, more)
+    return _Plan(launch, how.merge, parts, segments=how.span, groups=few.tiles(call))
+
+
 def _plan_wide_forward(call: ScanCall, complete: bool, y: Tensor, device: int) -> _Plan:
     tile = _forward_tile(call, device)
     parts, merging, view = _merging(call, call.merge, y, device, apart=True)
@@ -293,6 +359,8 @@ def _plan_wide_forward(call: ScanCall, complete: bool, y: Tensor, device: int) -
 
 
 def _plan_backward(call: ScanCall, complete: bool, dy: Tensor | None, dx: Tensor, device: int) -> _Plan:
+    if _few(call):
+        return _plan_few_backward(call, complete, dy, dx, device)
     walk = _walk(call, complete)
     tile = kernels.backward_tile(call.states, nvrtc.shared_limit(device))
     parts, merging, view = _merging(call, call.shared_x, dx, device, apart=walk is not None)
@@ -303,13 +371,9 @@ def _plan_backward(call: ScanCall, complete: bool, dy: Tensor | None, dx: Tensor
             parts, view = None, dx.unsqueeze(2).expand(-1, -1, call.routes, -1)
         else:
             view = torch.empty(_parts(call, apart - 1), dtype=parts, device="meta").transpose(1, 2)
-    seen = None if dy is None else dy.unsqueeze(2).expand(-1, -1, call.routes, -1) if call.merge else dy
+    seen, ddt = _seen(call, dy), _ddt_like(call)
     products = call.rank > 0 and _rank_in_kernel(call)
     ddt_type = TYPES[torch.float32 if call.rank and not products else call.dt.dtype]
-    if call.rank:
-        ddt = call.dt.new_empty((call.batch, call.tokens, call.routes, call.channels), device="meta")
-    else:
-        ddt = torch.empty_like(call.dt, device="meta")
     fields = _sizes(call) | _strides("dx", view) | _strides("ddt", ddt)
     if seen is not None:
         fields |= _strides("dy", seen)
@@ -334,6 +398,18 @@ def _plan_backward(call: ScanCall, complete: bool, dy: Tensor | None, dx: Tensor
     return _wide_plan(wanted, wide, call, fields, parts, apart or call.routes, turns, device)._replace(
         first=apart > 1, middle=wide.every > 1 and not (copies and _capability(device) >= (8, 0))
     )
+
+
+def _seen(call: ScanCall, dy: Tensor | None) -> Tensor | None:
+    """The gradient that comes in as each route sees it, (B, L, K, D)."""
+    return None if dy is None else dy.unsqueeze(2).expand(-1, -1, call.routes, -1) if call.merge else dy
+
+
+def _ddt_like(call: ScanCall) -> Tensor:
+    """A gradient of whole step sizes, without memory."""
+    if call.rank:
+        return call.dt.new_empty((call.batch, call.tokens, call.routes, call.channels), device="meta")
+    return torch.empty_like(call.dt, device="meta")
 
 
 def _apart(call: ScanCall, tile: kernels.Tile, device: int) -> int:
@@ -382,6 +458,23 @@ def _wide(call: ScanCall, tile: kernels.Tile, copies: bool, *across: Tensor | No
         copies=copies,
         every=_every(call),
     )
+
+
+def _may_be_few(call: ScanCall) -> bool:
+    """Whether time is split over clusters of blocks, as far as sizes and types tell."""
+    low = 0 < call.rank <= kernels.MAX_RANK  # beyond, it is multiplied out
+    fits = not low or (call.rank % 2 == 0 and kernels.on_tensor_cores(call.rank, TYPES.get(call.dt.dtype, "")))
+    return fits and few.takes(call.states, call.batch * call.routes * call.channels, call.steps)
+
+
+def _few(call: ScanCall) -> bool:
+    """The same for what is known of a call's layout and device, alike in both passes."""
+    if not _may_be_few(call):
+        return False
+    device = call.x.device.index
+    if call.rank and not (_capability(device) >= (8, 0) and vector(2, call.dt)):
+        return False
+    return few.fits(call, nvrtc.shared_limit(device))
 
 
 def _may_walk(call: ScanCall) -> bool:
@@ -458,10 +551,14 @@ def _merging(
         return None, False, result.unsqueeze(2)
     if call.states == 1 and not apart and _sum_fits(call, result, device):
         return None, True, result.unsqueeze(2)
-    # Not in float16, where a share can overflow though the sum does not.
-    parts = result.dtype if result.dtype == torch.bfloat16 else torch.float32
+    parts = _parts_type(result)
     first = (call.states > 1 or apart) and _first(parts, result)
     return parts, False, torch.empty(_parts(call, call.routes - first), dtype=parts, device="meta").transpose(1, 2)
+
+
+def _parts_type(result: Tensor) -> torch.dtype:
+    """Of the routes' shares of a result: not float16, where a share can overflow though the sum does not."""
+    return torch.bfloat16 if result.dtype == torch.bfloat16 else torch.float32
 
 
 def _first(parts: torch.dtype | None, result: Tensor) -> bool:
@@ -663,6 +760,11 @@ def _prepared(call: ScanCall) -> ScanCall:
 
 def _fits(parameter: Tensor) -> bool:
     return parameter.dtype == torch.float32 and parameter.is_contiguous()
+
+
+def _is_in_order(call: ScanCall) -> bool:
+    """Of a prepared call."""
+    return call.indices is _in_order.made(call.x.device, call.routes, call.tokens)
 
 
 def _make_in_order(device: torch.device, routes: int, tokens: int) -> Tensor:

@@ -1,0 +1,346 @@
+// few.cuh: what both passes share where sequences are few: a cluster of blocks takes them, see few_forward.cuh.
+#pragma once
+#include "single.cuh"
+
+constexpr int kStates = STATES;
+constexpr int kRun = 2;            // channels of a lane
+constexpr int kSteps = 8;          // of a segment
+constexpr int kWarps = WARPS;      // of a block
+constexpr int kCluster = CLUSTER;  // blocks
+constexpr int kRoutes = ROUTES;    // of a cluster
+constexpr bool kMerge = MERGE;
+constexpr bool kVector = VECTOR;   // x, dt, y: channels are neighbours, runs of a lane aligned
+constexpr bool kAlong = ALONG;     // of all tensors tokens are neighbours, eights aligned, in the order of the route
+constexpr bool kTable = TABLE;     // a route is not simply all tokens in their order
+constexpr int kRowRun = ROW_RUN;   // neighbouring states of B and C that are read together
+constexpr int kSegments = 8;
+constexpr int kWarpSteps = kSegments * kSteps;
+constexpr int kChannels = 4 * kRun;
+constexpr int kElements = kStates * kChannels;  // states of a cluster
+constexpr int kRouteWarps = kCluster * kWarps / kRoutes;
+constexpr int kPart = kRouteWarps < kWarps ? kRouteWarps : kWarps;  // warps of a route in a block
+constexpr int kSpan = kRouteWarps / kPart;                          // blocks of a route
+constexpr int kOwn = kWarpSteps / 32;                               // steps whose tokens, B and C a lane fetches
+constexpr bool kOne = kStates == 1;
+constexpr bool kHold = kStates <= 4;  // decays are kept from one look at a segment to the next
+constexpr int kProducts = kSteps / 2;
+constexpr int kDepth = (kRank + 15) / 16;
+static_assert(kCluster * kWarps % kRoutes == 0 && kRouteWarps % kPart == 0 && kWarps % kPart == 0);
+static_assert(!kAlong || kRank == 0);
+
+template <class T> struct alignas(16) Row { T at[8]; };
+
+// What belongs to the steps of a warp.
+struct Steps {
+    int tokens[2][kSegments][8];  // of this round and the next in turn: -1 = a padding step, -2 = past the end
+    Row<B_TYPE> B[kStates][kSegments];
+    Row<C_TYPE> C[kStates][kSegments];
+};
+
+// The cluster.
+DEVICE int cluster_rank() {
+    int rank = 0;
+#if CLUSTER > 1
+    asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+#endif
+    return rank;
+}
+DEVICE void cluster_arrive() {
+#if CLUSTER > 1
+    asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+#endif
+}
+DEVICE void cluster_begin() {  // the same, where nothing was written yet
+#if CLUSTER > 1
+    asm volatile("barrier.cluster.arrive.relaxed.aligned;");
+#endif
+}
+DEVICE void cluster_wait() {
+#if CLUSTER > 1
+    asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+#endif
+}
+// Write to the shared memory of a block of the cluster, where it has what is `at` here.
+DEVICE void send(float* at, int rank, float a, float b, bool wanted = true) {
+#if CLUSTER > 1
+    asm volatile("{\n\t.reg .pred w;\n\t.reg .u32 to;\n\tsetp.ne.s32 w, %4, 0;\n\tmapa.shared::cluster.u32 to, %0, %1;\n\t"
+                 "@w st.shared::cluster.v2.f32 [to], {%2, %3};\n\t}"
+                 ::"r"((unsigned)__cvta_generic_to_shared(at)), "r"(rank), "f"(a), "f"(b), "r"((int)wanted) : "memory");
+#else
+    if (wanted) *(float2*)at = make_float2(a, b);
+#endif
+}
+// A tensor as one lane reads it, at (b, k) and its channels. Steps off the route read token 0, so that no load waits for a
+// branch; what they read is zeroed.
+struct Place {
+    unsigned long long base;
+    unsigned step, stride;  // bytes between tokens and between channels
+    int valid;              // channels of the lane that are there
+
+    DEVICE const char* at(int token) const { return (const char*)(base + (unsigned long long)(unsigned)max(token, 0) * step); }
+};
+template <class T>
+DEVICE Place place_of(const void* data, long long batch, long long b, long long route, long long k, long long l, long long d,
+                      int first, int valid) {
+    const long long lane = valid > 0 ? first * d : 0;
+    return {(unsigned long long)data + (batch * b + route * k + lane) * (long long)sizeof(T), (unsigned)(l * sizeof(T)),
+            (unsigned)(d * sizeof(T)), valid};
+}
+// `there`: whether it counts; it is read in any case. Of V neighbours only those up to `last` are there.
+template <class T, int V, bool kWhole>
+DEVICE void read(Pack<T, V>& pack, const char* at, unsigned stride, int last, bool there) {
+    pack.clear();
+    if constexpr (kWhole) {
+        load<true>(pack, (const T*)at, 1, V);
+    } else {
+#pragma unroll
+        for (int j = 0; j < V; ++j) {
+            const char* element = at + min(j, last) * (unsigned long long)stride;
+            unsigned word;
+            if constexpr (sizeof(T) == 4) word = __ldg((const unsigned*)element);
+            else word = __ldg((const unsigned short*)element);
+            if (j > last) word = 0;
+            if constexpr (sizeof(T) == 4) pack.words[j] = word;
+            else pack.words[j / 2] |= word << j % 2 * 16;
+        }
+    }
+#pragma unroll
+    for (int i = 0; i < Pack<T, V>::kWords; ++i) pack.words[i] = there ? pack.words[i] : 0;
+}
+
+// A lane's channels of its segment.
+template <class T> struct Values {
+    Pack<T, kAlong ? 8 : kRun> at[kAlong ? kRun : kSteps];
+
+    DEVICE float get(int t, int j) const { return kAlong ? at[kAlong ? j : 0].get(t) : at[kAlong ? 0 : t].get(j); }
+    DEVICE void fetch(const Place& place, const int* tokens) {
+        if constexpr (kAlong) {
+#pragma unroll
+            for (int j = 0; j < kRun; ++j) {
+                const char* from = place.at(tokens[0]) + (j < place.valid ? j : 0) * (unsigned long long)place.stride;
+                read<T, 8, true>(at[j], from, 0, 0, tokens[0] >= 0 && j < place.valid);
+            }
+        } else {
+#pragma unroll
+            for (int t = 0; t < kSteps; ++t) {
+                read<T, kRun, kVector>(at[t], place.at(tokens[t]), place.stride, max(place.valid, 1) - 1,
+                                       tokens[t] >= 0 && place.valid > 0);
+            }
+        }
+    }
+};
+
+DEVICE void read_tokens(int* to, const int* row) {
+    const int4 low = *(const int4*)row, high = *(const int4*)(row + 4);
+    const int all[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
+#pragma unroll
+    for (int t = 0; t < kSteps; ++t) to[t] = all[t];
+}
+template <class T> DEVICE Pack<T, 8> read_row(const Row<T>& row) {
+    Pack<T, 8> pack;
+#pragma unroll
+    for (int i = 0; i < Pack<T, 8>::kWords; i += 4) {
+        const uint4 four = ((const uint4*)&row)[i / 4];
+        pack.words[i] = four.x, pack.words[i + 1] = four.y, pack.words[i + 2] = four.z, pack.words[i + 3] = four.w;
+    }
+    return pack;
+}
+
+// The steps that a lane fetches for its warp, lane + 32 i: their tokens, and B and C there.
+struct OwnSteps {
+    int lane, token[kOwn];
+    Pack<B_TYPE, 1> B[kOne ? kOwn : 1];
+    Pack<C_TYPE, 1> C[kOne ? kOwn : 1];
+
+    DEVICE void fetch_tokens(const int* table, int start, int steps) {
+#pragma unroll
+        for (int i = 0; i < kOwn; ++i) {
+            const int step = start + lane + 32 * i;
+            if constexpr (kTable) token[i] = step < steps ? __ldg(table + step) : -2;
+            else token[i] = step < steps ? step : -2;
+        }
+    }
+    DEVICE void put_tokens(Steps& shelf, int turn) const {
+#pragma unroll
+        for (int i = 0; i < kOwn; ++i) {
+            const int step = lane + 32 * i;
+            shelf.tokens[turn][step / kSteps][step % kSteps] = token[i];
+        }
+    }
+    // One state: B and C come a round ahead.
+    DEVICE void fetch_rows(const Place& at_B, const Place& at_C) {
+        if constexpr (kOne) {
+#pragma unroll
+            for (int i = 0; i < kOwn; ++i) {
+                read<B_TYPE, 1, false>(B[i], at_B.at(token[i]), 0, 0, token[i] >= 0);
+                read<C_TYPE, 1, false>(C[i], at_C.at(token[i]), 0, 0, token[i] >= 0);
+            }
+        }
+    }
+    DEVICE void put_rows(Steps& shelf) const {
+        if constexpr (kOne) {
+#pragma unroll
+            for (int i = 0; i < kOwn; ++i) {
+                const int step = lane + 32 * i;
+                put(shelf.B[0][step / kSteps], step % kSteps, B[i].words[0]);
+                put(shelf.C[0][step / kSteps], step % kSteps, C[i].words[0]);
+            }
+        }
+    }
+    template <class T> static DEVICE void put(Row<T>& row, int t, unsigned word) {
+        if constexpr (sizeof(T) == 4) row.at[t].bits = word;
+        else row.at[t].bits = (unsigned short)word;
+    }
+};
+// Several states: a warp's rows of B, or of C, onto the shelf.
+template <class T> DEVICE void stage_rows(Row<T> (*rows)[kSegments], const Place& from, const Steps& shelf, int turn, int lane) {
+    if constexpr (kAlong) {
+#pragma unroll 4
+        for (int i = lane; i < kStates * kSegments; i += 32) {
+            const int n = i / kSegments, token = shelf.tokens[turn][i % kSegments][0];
+            Pack<T, 8> pack;
+            read<T, 8, true>(pack, from.at(token) + n * (unsigned long long)from.stride, 0, 0, token >= 0);
+#pragma unroll
+            for (int w = 0; w < Pack<T, 8>::kWords; w += 4) {
+                ((uint4*)&rows[n][i % kSegments])[w / 4] =
+                    make_uint4(pack.words[w], pack.words[w + 1], pack.words[w + 2], pack.words[w + 3]);
+            }
+        }
+    } else {
+#pragma unroll
+        for (int i = 0; i < kOwn; ++i) {
+            const int step = lane + 32 * i;
+            const int segment = step / kSteps, t = step % kSteps, token = shelf.tokens[turn][segment][t];
+            const char* at = from.at(token);
+#pragma unroll 4
+            for (int n = 0; n < kStates; n += kRowRun) {
+                Pack<T, kRowRun> pack;
+                read<T, kRowRun, (kRowRun > 1)>(pack, at + n * (unsigned long long)from.stride, 0, 0, token >= 0);
+#pragma unroll
+                for (int k = 0; k < kRowRun; ++k) {
+                    unsigned word = pack.words[k * (int)sizeof(T) / 4];
+                    if (sizeof(T) == 2 && k % 2) word >>= 16;
+                    OwnSteps::put(rows[n + k][segment], t, word);
+                }
+            }
+        }
+    }
+}
+
+// A low-rank step size on the tensor cores: of columns what the lane holds of A in `multiply_add`, rows are the segments at
+// step 2 i, then at step 2 i + 1; of weights what it holds of B. Columns of the product are channels, so the result lies
+// where it is needed.
+struct Ranks {
+    unsigned words[kRank ? kProducts : 1][kRank ? kDepth : 1][4];
+
+    DEVICE void fetch(const Place& dt, const int* tokens, int lane) {
+        if constexpr (kRank > 0) {
+#pragma unroll
+            for (int t = 0; t < kSteps; ++t) {
+                const char* at = dt.at(tokens[t]);
+#pragma unroll
+                for (int word = 0; word < 2 * kDepth; ++word) {
+                    // Beyond the last column any number will do: its weight is 0.
+                    const int over = 8 * word + 8 <= kRank ? 0 : max(8 * word + 2 * (lane & 3) - (kRank - 2), 0);
+                    const unsigned two = 8 * word < kRank ? __ldg((const unsigned*)(at + 16 * word - 2 * over)) : 0;
+                    words[t / 2][word / 2][word % 2 * 2 + t % 2] = tokens[t] >= 0 ? two : 0;
+                }
+            }
+        }
+    }
+};
+struct Weights {
+    unsigned high[kRank ? kDepth : 1][2], low[kRank ? kDepth : 1][2];
+
+    DEVICE void read(const Params& p, long long route, int from, int lane) {
+        if constexpr (kRank > 0) {
+            const int channel = from + lane / 4;
+#pragma unroll
+            for (int d = 0; d < kDepth; ++d) {
+#pragma unroll
+                for (int i = 0; i < 2; ++i) {
+                    const int rank = 16 * d + 8 * i + 2 * (lane & 3);
+                    float2 v = {0.f, 0.f};
+                    if (channel < (int)p.channels && rank < kRank) {  // the rank is even
+                        const float* at = p.dt_weight + (route * p.channels + channel) * kRank + rank;
+                        v = make_float2(__ldg(at), __ldg(at + 1));
+                    }
+                    split(v.x * kPerUnit, v.y * kPerUnit, high[d][i], low[d][i]);
+                }
+            }
+        }
+    }
+    DEVICE void step_sizes(float (*s)[kRun], const float* bias, const Ranks& ranks) const {
+        if constexpr (kRank > 0) {
+#pragma unroll
+            for (int i = 0; i < kProducts; ++i) {
+                float d[4] = {bias[0], bias[1], bias[0], bias[1]};
+#pragma unroll
+                for (int k = 0; k < kDepth; ++k) {
+                    multiply_add(d, ranks.words[i][k], high[k]);
+                    multiply_add(d, ranks.words[i][k], low[k]);
+                }
+                s[2 * i][0] = d[0], s[2 * i][1] = d[1], s[2 * i + 1][0] = d[2], s[2 * i + 1][1] = d[3];
+            }
+        }
+    }
+};
+
+// Add a lane's channels of a segment to what is summed up over routes.
+DEVICE void push(float4* all, const float (*values)[kRun], const int* tokens, int route, int quad, int length) {
+    const int slots = (length + kCluster - 1) / kCluster;
+    float* sum = (float*)all + route * slots * kChannels + kRun * quad;
+#pragma unroll
+    for (int t = 0; t < kSteps; ++t) {
+        const int token = max(tokens[t], 0), owner = (unsigned)token % kCluster;
+        float* to = sum + (unsigned)token / kCluster * kChannels;
+        send(to, owner, values[t][0], values[t][1], tokens[t] >= 0);
+    }
+}
+// Write the sum over routes of the block's tokens.
+template <class T>
+DEVICE void write_sum(const float4* sum, T* out, long long token_stride, long long stride, int rank, int length, int valid) {
+    constexpr int kPieces = kChannels / 4;
+    const int slots = (length + kCluster - 1) / kCluster;
+    for (int i = threadIdx.x; i < slots * kPieces; i += 32 * kWarps) {
+        const int token = i / kPieces * kCluster + rank, piece = i % kPieces * 4;
+        if (token >= length) break;
+        float v[4] = {0.f, 0.f, 0.f, 0.f};
+#pragma unroll
+        for (int k = 0; k < kRoutes; ++k) {
+            const float4 one = sum[k * slots * kPieces + i];
+            v[0] += one.x, v[1] += one.y, v[2] += one.z, v[3] += one.w;
+        }
+        Pack<T, 4> packed;
+        packed.set(v);
+        store<MERGE_VECTOR>(packed, out + token * token_stride + piece * stride, (int)stride, valid - piece);
+    }
+}
+// Write a lane's channels of a segment where they belong.
+template <class T> DEVICE void write_steps(const Place& place, const int* tokens, const float (*values)[kRun], int stride, int valid) {
+    if constexpr (kAlong) {
+        if (tokens[0] < 0) return;
+#pragma unroll
+        for (int j = 0; j < kRun; ++j) {
+            Pack<T, 8> packed;
+            float row[8];
+#pragma unroll
+            for (int t = 0; t < kSteps; ++t) row[t] = values[t][j];
+            packed.set(row);
+            if (j < valid) store<true>(packed, (T*)(place.at(tokens[0]) + j * (unsigned long long)place.stride), 1, 8);
+        }
+    } else {
+#pragma unroll
+        for (int t = 0; t < kSteps; ++t) {
+            Pack<T, kRun> packed;
+            packed.set(values[t]);
+            if (tokens[t] >= 0) store<kVector>(packed, (T*)place.at(tokens[t]), stride, valid);
+        }
+    }
+}
+
+#if CLUSTER > 1
+#define IN_CLUSTERS __cluster_dims__(CLUSTER, 1, 1)
+#else
+#define IN_CLUSTERS
+#endif

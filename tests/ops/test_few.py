@@ -1,0 +1,126 @@
+"""Few sequences: every way to share out their steps against the float64 reference on a GPU, and the choice of one."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.cases import BF16, F16, F32, Case, make_call, run
+from tests.ops.test_cuda import expected
+from tests.tolerances import assert_close
+from vision_mamba.ops import autograd
+from vision_mamba.ops.backends import cuda, nvrtc
+from vision_mamba.ops.backends import few_cuda as few
+from vision_mamba.ops.known import Known
+
+HALF = (BF16,) * 4
+ONE = Case(channels=24, states=1, order="cross", rank=6, dtypes=HALF, grid=(14, 14), batch=1, state=True)
+SEVERAL = Case(channels=10, states=4, dtypes=HALF, grid=(1, 200), shared_x=False, merge=False, layout="channels_first")
+
+
+def few_cases() -> list[Case]:
+    """Odd lengths, types, layouts, padding steps, partial routes, more than one round, numbers of states."""
+    found = [
+        Case(channels=channels, states=states, order="cross", rank=rank, dtypes=HALF, grid=grid, state=grid[0] % 2 == 1)
+        for grid in ((1, 1), (5, 7), (28, 28))
+        for channels, rank in ((96, 0), (20, 6), (8, 48))
+        for states in (1, 16)
+    ]
+    mixed = ((F32, F32, F32, F32), (F16, F16, F16, F16), (F16, BF16, F32, F16), (BF16, F32, F16, F32))
+    found += [
+        Case(channels=30, states=s, order="cross", grid=(9, 11), dtypes=t, state=True) for t in mixed for s in (1, 5)
+    ]
+    found += [
+        Case(channels=12, states=states, grid=(1, length), shared_x=False, merge=False, dtypes=(dtype,) * 4,
+             layout="channels_first", state=True)
+        for states, dtype in ((1, F32), (4, BF16), (16, F16), (64, BF16))
+        for length in (197, 1024)
+    ]  # fmt: skip
+    found += [Case(channels=160, states=s, routes=3, grid=(1, 33), skip=False, bias=False, dtypes=HALF) for s in (1, 8)]
+    found += [Case(channels=40, states=s, order="local_2", grid=(9, 11), dtypes=HALF, softplus=False) for s in (1, 2)]
+    return [*found, Case(channels=16, states=1, order="cross", grid=(130, 131), rank=4, dtypes=HALF, batch=1)]
+
+
+def anew(monkeypatch: pytest.MonkeyPatch) -> list[few.Few]:
+    """All sequences are few, and plans are made for this test alone; returns what they launch."""
+    monkeypatch.setattr(few, "takes", lambda *_: True)
+    monkeypatch.setattr(cuda, "_forward_plans", {})
+    monkeypatch.setattr(cuda, "_backward_plans", {})
+    monkeypatch.setattr(autograd.operator, "known", Known(10, 5))
+    launched, forward, backward = list[few.Few](), few.forward, few.backward
+    monkeypatch.setattr(few, "forward", lambda types, how: launched.append(how) or forward(types, how))
+    monkeypatch.setattr(few, "backward", lambda types, how, *more: launched.append(how) or backward(types, how, *more))
+    return launched
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", few_cases(), ids=str)
+def test_few_match_the_reference(case: Case, poisoned: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    launched = anew(monkeypatch)
+    found = run(make_call(case, device="cuda"), "cuda")
+    assert len(launched) == 2
+    for name, reference in expected(case).items():
+        assert_close(name, found[name], reference)
+    again = run(make_call(case, device="cuda"), "cuda")
+    assert all(torch.equal(again[name], tensor) for name, tensor in found.items())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("cluster", few._CLUSTERS)
+@pytest.mark.parametrize("warps", [*few._WARPS, few._MANY_WARPS])
+@pytest.mark.parametrize("case", [ONE, SEVERAL], ids=str)
+def test_every_way(case: Case, warps: int, cluster: int, poisoned: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    if cluster > 1 and torch.cuda.get_device_capability() < (9, 0):
+        pytest.skip("blocks are joined from compute capability 9.0 on")
+
+    def choose(call, ways, back, processors, limit):
+        wanted = warps if call.states == 1 and not back else min(warps, few._WARPS[-1])
+        return next((how for how in ways if (how.warps, how.cluster) == (wanted, cluster)), None)
+
+    launched = anew(monkeypatch)
+    monkeypatch.setattr(few, "choose", choose)
+    found = run(make_call(case, device="cuda"), "cuda")
+    assert [how.cluster for how in launched] == [cluster, cluster]
+    for name, reference in expected(case).items():
+        assert_close(name, found[name], reference)
+
+
+def published() -> list[tuple[Case, bool]]:
+    vmamba = ((56, 96, 6), (28, 192, 12), (14, 384, 24), (7, 768, 48))
+    found = [
+        Case(channels=channels, states=1, order="cross", rank=rank, dtypes=HALF, grid=(side, side), batch=1)
+        for side, channels, rank in vmamba
+    ]
+    vim = Case(channels=768, states=16, order="bidirectional", rank=24, dtypes=HALF, grid=(1, 197), batch=1)
+    return [(case, back) for case in (*found, vim) for back in (False, True)]
+
+
+@pytest.mark.parametrize("joined", [False, True], ids=["blocks alone", "clusters"])
+@pytest.mark.parametrize(("case", "back"), published(), ids=str)
+def test_a_choice_fits(case: Case, back: bool, joined: bool) -> None:
+    """Of published models' layers at batch 1: within a block's shared memory, in few rounds."""
+    call, limit = make_call(case), (227 if joined else 163) * 1024
+    merge = joined or case.tokens < 1000  # a block alone has no room for the sum over a large map
+    ways = list(few.options(call, merge, joined, False, back, call.new_output()))
+    assert len(set(ways)) == len(ways) and all(way.possible() for way in ways)
+    how = few.choose(call, iter(ways), back, 132, limit)
+    assert how is not None and how.shared(call, back) <= limit and (joined or how.cluster == 1)
+    assert -(-call.steps // (64 * how.route_warps)) <= (4 if joined else 13)
+    assert few.choose(call, iter(ways), back, 132, 1024) is None
+
+
+def test_what_is_few() -> None:
+    assert few.takes(1, 4 * 96, 3136) and few.takes(16, 2 * 768, 197)  # VMamba-T's first stage and Vim-S at batch 1
+    assert not few.takes(1, 8 * 4 * 96, 3136) and not few.takes(16, 8 * 2 * 768, 197)  # and at batch 8
+    assert not few.takes(1, 1, 65536) and not few.takes(64, 1, 1)
+
+
+@pytest.mark.skipif(nvrtc.missing() is not None, reason=str(nvrtc.missing()))
+@pytest.mark.parametrize("back", [False, True], ids=["forward", "backward"])
+def test_nvrtc_compiles_clusters(back: bool) -> None:
+    call = make_call(ONE)
+    (how,) = (h for h in few.options(call, True, True, False, back, call.x) if (h.warps, h.cluster) == (8, 8))
+    types = ("Bfloat",) * 5
+    wanted = few.backward(types, how, "Bfloat", "Bfloat", "Bfloat") if back else few.forward(types, how)
+    code, report = nvrtc.compile_source(wanted, 90)
+    assert code[:4] == b"\x7fELF" and " 0 bytes spill stores" in report
