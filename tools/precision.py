@@ -18,7 +18,7 @@ import itertools
 import json
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -63,7 +63,7 @@ def rate(step: int, steps: int) -> float:
     return float(SETTING["lr"] * share)
 
 
-def captured(passes: Callable[[], Tensor], parameters: list[Tensor]) -> Callable[[], Tensor]:
+def captured(passes: Callable[[], Tensor], parameters: Sequence[Tensor]) -> Callable[[], Tensor]:
     """Forward and backward pass as a CUDA graph, which leaves the gradients where the first replay does."""
 
     def afresh() -> Tensor:
