@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 
 import pytest
 import torch
@@ -108,11 +109,17 @@ def test_walks(case: Case, pieces: str, poisoned: None, many_sequences: None, mo
 SHORT, LONG = "Bfloat", "Float"  # sums in shared memory
 
 
+MERGED = [(1, 1, 2, SHORT), (1, 1, 1, LONG), (2, 1, 2, SHORT), (2, 1, 3, LONG), (1, 2, 1, SHORT), (2, 2, 2, LONG)]
+
+
 @pytest.mark.parametrize(
-    ("per_lane", "turns", "stages", "sums"),
-    [(1, 1, 2, SHORT), (1, 1, 1, LONG), (2, 1, 2, SHORT), (2, 1, 3, LONG), (1, 2, 1, SHORT), (2, 2, 2, LONG)],
+    ("case", "per_lane", "turns", "stages", "sums"),
+    [
+        pytest.param(case, *way, id=f"{case}-{'-'.join(map(str, way))}")
+        for case, way in itertools.product(walked(), MERGED)
+        if case.merge and case.tokens < 3000 and case.channels % (32 * way[0]) == 0  # a warp's channels divide them
+    ],
 )
-@pytest.mark.parametrize("case", [c for c in walked() if c.merge and c.tokens < 3000], ids=str)
 def test_walks_that_add_up_routes(
     case: Case,
     per_lane: int,
@@ -125,8 +132,6 @@ def test_walks_that_add_up_routes(
 ) -> None:
     kernels, launched = cuda.kernels, []
     how = kernels.Merged(per_lane, turns, stages, 8, rank=case.rank, sums=LONG if case.dtypes[0] != BF16 else sums)
-    if case.channels % (32 * how.run):
-        pytest.skip("a warp's channels do not divide these")
     walks = kernels.walk_merged
     monkeypatch.setattr(kernels, "walk_merged", lambda *how: launched.append(how) or walks(*how))
     monkeypatch.setattr(kernels, "walks", lambda *_: True)
