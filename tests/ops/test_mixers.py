@@ -12,6 +12,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._dynamo.backends.debugging import aot_eager
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from tests.tolerances import relative_rms
 from vision_mamba import ops
@@ -20,7 +22,7 @@ from vision_mamba.layers.local import LocalMamba
 from vision_mamba.layers.noncausal import MapAttention, NonCausalSSD
 from vision_mamba.layers.norm import LayerNorm, RMSNorm
 from vision_mamba.models import vim, vmamba, vssd
-from vision_mamba.ops import conv, fused, mixers, norm
+from vision_mamba.ops import compiled, conv, fused, mixers, norm
 from vision_mamba.ops.backends import mixers_cuda, routes_cuda, rows_cuda, sums_cuda
 from vision_mamba.ops.backends.sums_cuda import Parts
 from vision_mamba.ops.fused import Kernels
@@ -167,7 +169,7 @@ def stand_ins(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
 
     def attention_forward(tensors: fused.Tensors, options: dict[str, Any], keep: bool) -> Any:
         results, (y, z, *parameters) = kernels["ROUTE_ATTENTION"].forward(tensors, options, keep)
-        return results, (y, z, y.new_empty(0), *parameters)
+        return results, (y, z, y.float().sum(1), *parameters)
 
     def attention_backward(kept: Any, options: Any, grads: Any, dz: Tensor | None = None) -> Any:
         y, z, _, *parameters = kept
@@ -189,8 +191,9 @@ def stand_ins(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     def norm_forward(tensors: fused.Tensors, options: dict[str, Any], keep: bool) -> Any:
         x, branch, weight, bias = tensors
         found = norm.plain_normed(*tensors, **options)
-        total, marker = (x, None) if branch is None else (x + branch, branch.new_empty(0))
-        return (found if options["stream"] else (found,)), (total, weight, bias, marker)
+        found = found if options["stream"] else (found,)
+        total, marker = (x, None) if branch is None else (found[1], branch.new_empty(0))
+        return found, (total, weight, bias, marker)
 
     def in_parts(gradients: Any) -> list[Parts | None]:
         return [None if grad is None else Parts(torch.stack([grad / 4, grad * 3 / 4])) for grad in gradients]
@@ -249,8 +252,10 @@ def stand_ins(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     for function, kernel in ((norm._fused, of_norms), (conv._fused_map, kernels["CONV_MAP"])):
         monkeypatch.setattr(function.joined, "_kernels", kernel)
     for layers in (ss2d, bimamba, local, noncausal, vim, vmamba, vssd):
-        monkeypatch.setattr(layers, "eager_on_gpu", lambda x: True)
+        monkeypatch.setattr(layers, "eager_on_gpu", lambda x: True, raising=False)
+        monkeypatch.setattr(layers, "chains_on_gpu", lambda x: True, raising=False)
     monkeypatch.setattr(fused, "_by_kernels", lambda tensors: True)
+    monkeypatch.setattr(compiled, "goes_into_graphs", lambda x: True)
     ran: list[str] = []
 
     def forward(name: str, *given: Any) -> Any:
@@ -263,6 +268,10 @@ def stand_ins(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
         kernels[chain.name] = chain._make_kernels()
         monkeypatch.setattr(chain, "_kernels", kernels[chain.name]._replace(forward=partial(forward, chain.name)))
         monkeypatch.setattr(chain, "_accepted", Guards())
+        if chain.operator is not None:
+            kernel = chain._kernels
+            monkeypatch.setattr(chain.operator, "kernels", lambda kernel=kernel: kernel)
+    compiled._accepted.cache_clear()
     yield ran
 
 
@@ -277,6 +286,37 @@ def test_is_what_the_layers_are(
     for result, other in zip(run(mixer, x), expected, strict=True):
         assert relative_rms(result, other) < 1e-6
     assert ran == (CHAINS[name] * 2 if name in CHAINS else ran[:1]) and ran
+
+
+def graphs_of(model: nn.Module) -> tuple[Any, list[list[str]]]:
+    """A compiled model, and a list that fills with the operators of ours in its graphs."""
+    torch._dynamo.reset()
+    compiled._accepted.cache_clear()
+    graphs: list[list[str]] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[Any]) -> Any:
+        targets = [str(node.target) for node in graph.graph.nodes]
+        graphs.append([target.split(".")[1] for target in targets if target.startswith("vision_mamba.")])
+        return aot_eager(graph, inputs)
+
+    return torch.compile(model, fullgraph=True, backend=backend), graphs
+
+
+@pytest.mark.parametrize(("name", "much"), [("vmamba_blocks", None), ("vim_blocks", 0)])
+def test_compiled_is_what_the_layers_are(
+    name: str, much: int | None, stand_ins: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mixers_cuda, "MUCH", mixers_cuda.MUCH if much is None else much)
+    mixer, x = make(name)
+    model, graphs = graphs_of(mixer)
+    for batch in (2, 3, 4):  # from the second on for any
+        x = torch.randn(batch, *x.shape[1:])
+        for result, other in zip(run(model, x), run(mixer, x), strict=True):
+            assert relative_rms(result, other) < 1e-6
+    assert graphs == [CHAINS[name] * 2] * 2
+    with torch.no_grad():
+        assert relative_rms(model(x), mixer(x)) < 1e-6
+    torch._dynamo.reset()
 
 
 def test_layers_that_were_touched_run_one_by_one(stand_ins: list[str]) -> None:
@@ -349,7 +389,7 @@ def test_weights_are_cast_and_decays_made_at_once() -> None:
         assert torch.equal(mixers_cuda.decays_of(log.view(2, 2, 3)), A.view(2, 2, 3))
         assert torch.equal(mixers_cuda.halved(weight, torch.float16), weight.half())  # another type than that of x
     assert mixers_cuda.halved(weight, x.dtype).data_ptr() != first.data_ptr()
-    assert not first.requires_grad and not mixers_cuda._ahead.found
+    assert not first.requires_grad and not mixers_cuda.cast_ahead.found
 
 
 @pytest.mark.parametrize("name", ["vmamba_blocks", "vmamba_blocks_alone", "vim_blocks"])
@@ -387,3 +427,66 @@ def test_on_gpu(name: str, much: int | None, monkeypatch: pytest.MonkeyPatch) ->
         for results in (half, one_by_one)
     )
     assert fmean(joined) <= 1.5 * fmean(apart) + 1e-3
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("half", [None, torch.bfloat16])
+@pytest.mark.parametrize("name, much", [(name, None) for name in MIXERS] + [(name, 0) for name in LARGE])
+def test_compiled_on_gpu(
+    name: str, much: int | None, half: torch.dtype | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mixers_cuda, "MUCH", mixers_cuda.MUCH if much is None else much)
+    mixer, x = make(name)
+    mixer, x = mixer.cuda(), x.cuda()
+    with ops.use_backend("eager"):
+        exact = run(mixer.double(), x.double())
+    mixer = mixer.float()
+    model, graphs = graphs_of(mixer)
+    with torch.autocast("cuda", half or torch.bfloat16, enabled=half is not None):
+        x = x if half is None else x.to(half)
+        expected, found = run(mixer, x), run(model, x)
+    if name in CHAINS:
+        assert graphs[0] == CHAINS[name] * 2 or "m2" in name or "vssd" in name
+    elif "localmamba" not in name:
+        assert graphs[0] == ["scan_map" if "ss2d" in name else "scan_both_ways"]
+    joined, other = (
+        [relative_rms(result, wanted) for result, wanted in zip(results, exact, strict=True)]
+        for results in (found, expected)
+    )
+    assert fmean(joined) <= 1.1 * fmean(other) + 1e-5
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("half", [None, torch.bfloat16])
+@pytest.mark.parametrize("name, much", [(name, None) for name in MIXERS] + [(name, 0) for name in LARGE])
+def test_compilers_are_told_what_chains_give(
+    name: str, much: int | None, half: torch.dtype | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mixers_cuda, "MUCH", mixers_cuda.MUCH if much is None else much)
+    mixer, x = make(name)
+    mixer, x = mixer.cuda(), x.cuda()
+
+    def watched(chain: fused.Joined, kernels: Kernels) -> Kernels:
+        operator = chain.operator
+        assert operator is not None
+
+        def forward(tensors: fused.Tensors, options: dict[str, Any], keep: bool) -> Any:
+            promised, given = [], [None if t is None else t.detach() for t in tensors]
+            mode = FakeTensorMode()
+            fakes = [None if t is None else mode.from_tensor(t) for t in given]
+            with torch.no_grad():
+                found = operator.forward_op(given, half, **options)
+                with mode:
+                    promised = operator.forward_op(fakes, half, **options)
+            for a, b in zip(found, promised, strict=True):
+                assert (a.shape, a.stride(), a.dtype) == (b.shape, b.stride(), b.dtype)
+                assert a.data_ptr() % 16 == 0
+            return kernels.forward(tensors, options, keep)
+
+        return kernels._replace(forward=forward)
+
+    for chain in vars(mixers).values():
+        if isinstance(chain, fused.Joined) and chain.operator is not None:
+            monkeypatch.setattr(chain, "_kernels", watched(chain, chain._make_kernels()))
+    with torch.autocast("cuda", half or torch.bfloat16, enabled=half is not None):
+        run(mixer, x if half is None else x.to(half))

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from vision_mamba import scans
 from vision_mamba.layers.init import init_a_log_, init_dt_bias_, init_dt_weight_
-from vision_mamba.layers.joined import eager_on_gpu, is_product, norm_linear
+from vision_mamba.layers.joined import chains_on_gpu, is_product, norm_linear
 from vision_mamba.layers.norm import RMSNorm
 from vision_mamba.layers.scan import SelectiveScan
 from vision_mamba.ops import mixers
@@ -173,7 +173,7 @@ class BiMamba(RouteMamba):
 
     def _joined(self, xz: Tensor) -> Tensor | None:
         """All behind in_proj as one, where that can be."""
-        if not (eager_on_gpu(xz) and self._usual()):
+        if not (chains_on_gpu(xz) and self._usual()):
             return None
         return mixers.scan_both_ways(xz, *self._behind(xz), scale=self.scale)
 

@@ -19,12 +19,18 @@ from torch.nn.modules import module as of_modules
 from vision_mamba import ops
 from vision_mamba.layers.norm import LayerNorm, RMSNorm
 from vision_mamba.ops import mixers
+from vision_mamba.ops.compiled import goes_into_graphs
 
 
 def eager_on_gpu(x: object) -> bool:
     """Whether this is a tensor on a GPU, and nobody traces or compiles what is done to it."""
     watched = torch.compiler.is_compiling() or torch.jit.is_tracing()
     return isinstance(x, Tensor) and x.is_cuda and not watched and not of_modules._has_any_global_hook()
+
+
+def chains_on_gpu(x: object) -> bool:
+    """The same where torch.compile may trace: it takes chains of layers as they are."""
+    return goes_into_graphs(x) or eager_on_gpu(x)
 
 
 def untouched(module: object, *kinds: type[nn.Module]) -> bool:
@@ -133,7 +139,7 @@ def run(blocks: Iterable[nn.Module], x: Tensor, *given: Any) -> Tensor:
 
 
 def _ahead(x: Tensor, blocks: list[Any]) -> AbstractContextManager[None]:
-    if not blocks:
+    if not blocks or torch.compiler.is_compiling():
         return nullcontext()
     weights, logs = zip(*[block.ahead() for block in blocks], strict=True)
     return mixers.ahead(x, list(chain(*weights)), list(chain(*logs)))

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from vision_mamba import scans
 from vision_mamba.layers.bimamba import RouteMamba
 from vision_mamba.layers.init import init_in_float32_
-from vision_mamba.layers.joined import eager_on_gpu, is_product, untouched
+from vision_mamba.layers.joined import chains_on_gpu, is_product, untouched
 from vision_mamba.layers.scan import SelectiveScan
 from vision_mamba.layers.tokens import CLASS_TOKENS, class_place
 from vision_mamba.ops import mixers
@@ -194,7 +194,7 @@ class LocalMamba(RouteMamba):
     def _joined(self, xz: Tensor, table: Tensor) -> Tensor | None:
         """All behind in_proj as one, where that can be."""
         attn, out = self.attn, self.out_proj
-        if not eager_on_gpu(xz) or self.norm_columns or self.scan.exportable or not attn.is_usual():
+        if not chains_on_gpu(xz) or self.norm_columns or self.scan.exportable or not attn.is_usual():
             return None
         if not is_product(out):
             return None

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from vision_mamba import scans
 from vision_mamba.layers.init import init_a_log_, init_dt_bias_, init_dt_weight_
-from vision_mamba.layers.joined import eager_on_gpu, is_centred, is_product, untouched
+from vision_mamba.layers.joined import chains_on_gpu, is_centred, is_product, untouched
 from vision_mamba.layers.local import RouteAttention
 from vision_mamba.layers.norm import LayerNorm, before_product
 from vision_mamba.layers.scan import DualScan, SelectiveScan
@@ -183,7 +183,7 @@ class SS2D(nn.Module):
     def _joined(self, x: Tensor) -> Tensor | None:
         """All behind in_proj as one, where that can be."""
         usual = not self.norm_columns and self.scale == 1.0
-        if not usual or not isinstance(self.scan, SelectiveScan) or self.scan.exportable or not eager_on_gpu(x):
+        if not usual or not isinstance(self.scan, SelectiveScan) or self.scan.exportable or not chains_on_gpu(x):
             return None
         conv, norm, out, attn = self.conv2d, self.out_norm, self.out_proj, self.attn
         attention: tuple[Tensor | None, ...] = (None,) * 6

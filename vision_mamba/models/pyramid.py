@@ -10,7 +10,7 @@ from timm.models import checkpoint_seq
 from timm.models._input import update_model_input_size
 from torch import Tensor, nn
 
-from vision_mamba.layers.joined import eager_on_gpu, run, untouched
+from vision_mamba.layers.joined import chains_on_gpu, run, untouched
 from vision_mamba.models.builder import build
 from vision_mamba.models.taps import in_asked_order, take_indices
 
@@ -28,7 +28,7 @@ class Stage(nn.Module):
         if not torch.jit.is_scripting():
             if self.grad_checkpointing:
                 return checkpoint_seq(self.blocks, x)
-            if eager_on_gpu(x) and untouched(self.blocks, nn.Sequential):
+            if chains_on_gpu(x) and untouched(self.blocks, nn.Sequential):
                 return run(self.blocks, x)
         return self.blocks(x)
 

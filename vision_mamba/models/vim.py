@@ -37,7 +37,7 @@ from torch import Tensor, nn
 from vision_mamba.layers.bimamba import BiMamba
 from vision_mamba.layers.embed import PatchGrid, StridedPatchEmbed
 from vision_mamba.layers.init import init_in_float32_
-from vision_mamba.layers.joined import eager_on_gpu, is_product, is_usual_norm, run, untouched
+from vision_mamba.layers.joined import chains_on_gpu, is_product, is_usual_norm, run, untouched
 from vision_mamba.layers.local import LocalMamba
 from vision_mamba.layers.norm import NORMS, RMSNorm, before_product
 from vision_mamba.layers.tokens import CLASS_TOKENS, class_first, insert_class, resample_pos_embed, rotation
@@ -84,7 +84,7 @@ class Block(nn.Module):
     def joins(self, x: Tensor) -> bool:
         """Whether the norm runs with what is before and behind it; see `layers.joined`."""
         usual = untouched(self, Block) and is_usual_norm(self.norm)
-        return eager_on_gpu(x) and usual and untouched(self.mixer, BiMamba) and is_product(self.mixer.in_proj)
+        return chains_on_gpu(x) and usual and untouched(self.mixer, BiMamba) and is_product(self.mixer.in_proj)
 
     def ahead(self) -> tuple[list[Tensor], list[Tensor]]:
         mixer: Any = self.mixer
@@ -419,7 +419,7 @@ class VisionMamba(nn.Module):
                 for block in self.blocks:
                     x = checkpoint(block, x, height, width, turns)
                 return x
-            if eager_on_gpu(x):
+            if chains_on_gpu(x):
                 return run(self.blocks, x, height, width, turns)
         for block in self.blocks:
             x = block(x, height, width, turns)

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from vision_mamba.layers import SS2D, SSD2D
 from vision_mamba.layers.efficient import InvertedBlock, ScanBesideConv
 from vision_mamba.layers.joined import (
-    eager_on_gpu,
+    chains_on_gpu,
     is_product,
     is_usual_mlp,
     is_usual_norm,
@@ -89,7 +89,7 @@ class VMambaBlock(nn.Module):
         """Whether the norms run with what is before and behind them; see `layers.joined`."""
         mixer = untouched(self.ss2d, SS2D, SSD2D) and is_product(self.ss2d.in_proj)
         mlp = self.mlp is None or (is_usual_mlp(self.mlp) and is_usual_norm(self.norm2))
-        return eager_on_gpu(x) and untouched(self, VMambaBlock) and mixer and mlp and is_usual_norm(self.norm1)
+        return chains_on_gpu(x) and untouched(self, VMambaBlock) and mixer and mlp and is_usual_norm(self.norm1)
 
     def ahead(self) -> tuple[list[Tensor], list[Tensor]]:
         mixer: Any = self.ss2d

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from vision_mamba.layers.joined import (
     conv_beside,
-    eager_on_gpu,
+    chains_on_gpu,
     is_centred,
     is_product,
     is_usual_mlp,
@@ -87,7 +87,7 @@ class VSSDBlock(nn.Module):
         """Whether the norms run with what is before and behind them; see `layers.joined`."""
         usual = untouched(self, VSSDBlock) and is_usual_norm(self.norm1) and is_usual_norm(self.norm2)
         convs = is_centred(self.cpe1) and is_centred(self.cpe2)
-        return eager_on_gpu(x) and usual and convs and is_usual_mlp(self.mlp)
+        return chains_on_gpu(x) and usual and convs and is_usual_mlp(self.mlp)
 
     def ahead(self) -> tuple[list[Tensor], list[Tensor]]:
         mixer: Any = self.mixer

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from vision_mamba.ops.compiled import ChainOperator, traced
 from vision_mamba.ops.known import Guards
 from vision_mamba.ops.operator import _as_in_memory
 from vision_mamba.ops.registry import forced
@@ -50,14 +51,17 @@ class Joined:
     Args:
         name: what errors call it.
         kernels: makes its kernels, when first needed.
+        operator: runs them in the graphs of torch.compile.
     """
 
-    def __init__(self, name: str, kernels: Callable[[], Kernels]) -> None:
-        self.name, self._make_kernels = name, kernels
+    def __init__(self, name: str, kernels: Callable[[], Kernels], operator: ChainOperator | None = None) -> None:
+        self.name, self._make_kernels, self.operator = name, kernels, operator
         self._kernels: Kernels | None = None
         self._accepted = Guards()
 
     def __call__(self, *tensors: Tensor | None, **options: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return None if self.operator is None else traced(self.operator, tensors, options)
         if not _by_kernels(tensors):
             return None
         if self._kernels is None:
@@ -110,8 +114,9 @@ class Fused:
         self.plain, self.compiled = plain, compiled or plain
 
     def __call__(self, *tensors: Tensor | None, **options: Any) -> Any:
-        if torch.compiler.is_compiling() and tensors[0] is not None and tensors[0].is_cuda:
-            return self.compiled(*tensors, **options)
+        if torch.compiler.is_compiling():
+            on_gpu = tensors[0] is not None and tensors[0].is_cuda
+            return (self.compiled if on_gpu else self.plain)(*tensors, **options)
         found = self.joined(*tensors, **options)
         return self.plain(*tensors, **options) if found is None else found
 
@@ -119,7 +124,7 @@ class Fused:
 def _by_kernels(tensors: Tensors) -> bool:
     """Whether these begin with a tensor on a GPU, and nobody but autograd is watching."""
     first = tensors[0]
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or first is None or not first.is_cuda:
+    if torch.jit.is_tracing() or first is None or not first.is_cuda:
         return False
     return (
         forced() in (None, "cuda")

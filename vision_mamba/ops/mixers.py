@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
+from vision_mamba.ops.compiled import ChainOperator, Shapes
 from vision_mamba.ops.fused import Joined, Kernels
 
 
@@ -22,6 +23,18 @@ def _kernels(name: str) -> Any:
     return make
 
 
+def _chain(name: str, options: str, stream: bool) -> Joined:
+    """A chain by its name and the schema of its options, eager and in compilers' graphs."""
+
+    def shapes() -> Shapes:
+        from vision_mamba.ops.backends import mixers_shapes
+
+        return getattr(mixers_shapes, name.upper())
+
+    kernels = _kernels(name.upper())
+    return Joined(name, kernels, ChainOperator(name, options, stream, kernels, shapes))
+
+
 def ahead(x: Tensor, weights: list[Tensor], logs: list[Tensor]) -> AbstractContextManager[None]:
     """While it lasts, chains behind x find these weights in the type of their products, and A = -exp(log) of these
     logarithms, all made at once."""
@@ -32,20 +45,20 @@ def ahead(x: Tensor, weights: list[Tensor], logs: list[Tensor]) -> AbstractConte
 
 #: Of a stream x and a branch or None: linear(norm(x + branch)), and x + branch. Of the norm it keeps the sum alone. The
 #: product's channels may be filled up by zeros to a multiple of a step: other widths take far longer.
-norm_linear = Joined("norm_linear", _kernels("NORM_LINEAR"))
+norm_linear = _chain("norm_linear", "float eps, bool rms, int step=1", True)
 
 #: Of a stream x and a branch or None: fc2(gelu(fc1(norm(x + branch)))), and x + branch. It keeps the sum, and what
 #: fc1 gives.
-norm_mlp = Joined("norm_mlp", _kernels("NORM_MLP"))
+norm_mlp = _chain("norm_mlp", "float eps, bool rms", True)
 
 #: VMamba's mixer behind its first projection: with u = `conv_map`(x) and columns (r_k, B_k, C_k) = X_k u,
 #: out_proj(norm(sum_k scan_k(u, W_k r_k + b_k, A_k, B_k, C_k, D_k))). Of maps it keeps x, u and the sum. The norm's
 #: result may be gated, and the sum may be `layers.local.RouteAttention`'s, which has the routes' results kept too.
-scan_map = Joined("scan_map", _kernels("SCAN_MAP"))
+scan_map = _chain("scan_map", "float eps, ScalarType out_dtype, bool gate, float? attention_eps=None", False)
 
 #: Vim's mixer behind its first projection, of which x and z are the halves: with u = `conv_both_ways`(x) and columns as
 #: above, scale * out_proj(gated(sum_k scan_k(...), z)). Of sequences it keeps x, z and the sum.
-scan_both_ways = Joined("scan_both_ways", _kernels("SCAN_BOTH_WAYS"))
+scan_both_ways = _chain("scan_both_ways", "float scale", False)
 
 #: LocalVim's mixer behind its first projection, of which x and z are the halves: with u_k the causal convolution of x
 #: along route k and columns as above, scale * out_proj(attention(silu(z) scan_k(...) of all k)), where no route has
@@ -54,4 +67,4 @@ scan_routes = Joined("scan_routes", _kernels("SCAN_ROUTES"))
 
 #: `norm_linear` and `scan_both_ways` one after the other. Of sequences it keeps the stream and the sum over the routes:
 #: x and z take a product to compute again, and more memory than anything else that a layer could keep.
-norm_both_ways = Joined("norm_both_ways", _kernels("NORM_BOTH_WAYS"))
+norm_both_ways = _chain("norm_both_ways", "float eps, bool rms, float scale", True)

@@ -60,14 +60,14 @@ class _Ahead(threading.local):
         self.found: dict[int, Tensor] = {}
 
 
-_ahead = _Ahead()
+cast_ahead = _Ahead()
 
 
 @contextlib.contextmanager
 def ahead(x: Tensor, weights: list[Tensor], logs: list[Tensor]) -> Iterator[None]:
     """Cast weights to the type of products behind x, and make A of its logarithms, all at once for the layers that run
     within: one by one they are many small kernels."""
-    before, dtype = _ahead.found, _product_type(x)
+    before, dtype = cast_ahead.found, _product_type(x)
     with torch.no_grad():
         wide = [weight for weight in weights if weight.dtype != dtype]
         halves = [torch.empty_like(weight, dtype=dtype) for weight in wide]
@@ -78,15 +78,15 @@ def ahead(x: Tensor, weights: list[Tensor], logs: list[Tensor]) -> Iterator[None
         if logs:
             torch._foreach_neg_(decays)
     made = zip([*wide, *logs], [*halves, *decays], strict=True)
-    _ahead.found = before | {parameter.data_ptr(): found for parameter, found in made}
+    cast_ahead.found = before | {parameter.data_ptr(): found for parameter, found in made}
     try:
         yield
     finally:
-        _ahead.found = before
+        cast_ahead.found = before
 
 
 def _made_ahead(parameter: Tensor, dtype: torch.dtype) -> Tensor | None:
-    found = _ahead.found.get(parameter.data_ptr())
+    found = cast_ahead.found.get(parameter.data_ptr())
     if found is None or found.dtype != dtype or found.numel() != parameter.numel():
         return None
     return found.view(parameter.shape)
