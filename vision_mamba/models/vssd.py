@@ -18,8 +18,8 @@ from timm.models import generate_default_cfgs, register_model, register_model_de
 from torch import Tensor, nn
 
 from vision_mamba.layers.joined import (
-    conv_beside,
     chains_on_gpu,
+    conv_beside,
     is_centred,
     is_product,
     is_usual_mlp,

@@ -1,8 +1,8 @@
 """Chains of layers as operators, which torch.compile puts into its graphs as they are.
 
 A chain is three operators of torch.library, like a scan: `vision_mamba::<name>` is what compilers see first; where a
-gradient is wanted it becomes `<name>_forward`, which also gives what is kept, and `<name>_backward`. An operator may not
-give back what it was given: in place of that stands a tensor without elements, whose size says what it stands for.
+gradient is wanted it becomes `<name>_forward`, which also gives what is kept, and `<name>_backward`. An operator may
+not give back what it was given: in place of that stands a tensor without elements, whose size says what is meant.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ class ChainOperator:
     Args:
         name: of the operator.
         options: their schema.
-        stream: whether the second of the results is the sum of the first two tensors, of which the second may be absent.
+        stream: whether the second of the results is the sum of the first two tensors; the second may be absent.
         kernels: makes its kernels, when first needed.
         shapes: the same of its shapes.
     """
@@ -104,7 +104,7 @@ class ChainOperator:
 
     # What the operators do.
 
-    def _run(self, tensors: Tensors, half: torch.dtype | None, **options: Any) -> list[Tensor]:
+    def _run(self, tensors: Tensors, half: torch.dtype | None, **options: Any) -> Tensors:
         return self._results(tensors, self._computed(tensors, half, options, False)[0])
 
     def _forward(self, tensors: Tensors, half: torch.dtype | None, **options: Any) -> list[Tensor]:
@@ -117,7 +117,7 @@ class ChainOperator:
         dense = {id(grad): _aligned(grad.contiguous()) for grad in found if grad is not None}
         return _packed((), [None if grad is None else dense[id(grad)] for grad in found])
 
-    def _fake_run(self, tensors: Tensors, half: torch.dtype | None, **options: Any) -> list[Tensor]:
+    def _fake_run(self, tensors: Tensors, half: torch.dtype | None, **options: Any) -> Tensors:
         return self._results(tensors, self.shapes().forward(tensors, options, _products(tensors, half))[0])
 
     def _fake_forward(self, tensors: Tensors, half: torch.dtype | None, **options: Any) -> list[Tensor]:
@@ -135,7 +135,7 @@ class ChainOperator:
 
     def _results(self, tensors: Tensors, results: Tensors) -> Tensors:
         """Of the results those that are made."""
-        return results[: self.count(tensors)]
+        return list(results[: self.count(tensors)])
 
     def count(self, tensors: Tensors) -> int:
         return 2 if self.stream and tensors[1] is not None else 1

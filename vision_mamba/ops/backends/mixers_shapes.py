@@ -1,13 +1,12 @@
 """What the chains of mixers_cuda and local_cuda give, without computing it: for compilers, which plan ahead with it.
 
-Each function makes uninitialised tensors of the sizes, strides and types that its chain has, in the same order, and gives
-back as they are those that its chain gives back.
+Each function makes uninitialised tensors of the sizes, strides and types that its chain gives, in the same order, and
+gives back as they are those that its chain gives back.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -124,25 +123,24 @@ def _without_table(tensors: Tensors) -> Tensors:
 SCAN_MAP = Shapes(_map, _like_map)
 
 
-def _behind(batch: Any, length: Any, tensors: Tensors, half: torch.dtype) -> tuple[Tensor, Tensors, Tensors, Tensors]:
-    """Of what is behind x and z, where each route has its own columns: the result; columns and the routes' results, one
-    of a route; what the scan keeps; weights."""
+def _behind(xz: Tensor, tensors: Tensors) -> tuple[Tensor, Tensor, Tensor, Tensors, Tensors]:
+    """Of what is behind x and z, where each route has its own columns: the result, the columns, results of the routes,
+    what the scan keeps, weights."""
     weight, _, given, *of_scan = tensors[:8]
     out_weight = tensors[-1]
     assert weight is not None and given is not None and out_weight is not None
-    routes, channels = weight.shape[:2]
-    projection = _filled(given, half, 8)
-    u = weight.new_empty((batch, length, routes, channels), dtype=half)
-    columns = u.new_empty((batch, length, *projection.shape[:2]))
+    projection = _filled(given, xz.dtype, 8)
+    u = xz.new_empty((*xz.shape[:2], *weight.shape[:2]))
+    columns = xz.new_empty((*xz.shape[:2], *projection.shape[:2]))
     saved = _scan(u, columns, of_scan, None, False)
-    out = u.new_empty((batch, length, len(out_weight)))
-    return out, (columns, u), saved, (projection, _cast(out_weight, half))
+    out = xz.new_empty((*xz.shape[:2], len(out_weight)))
+    return out, columns, u, saved, (projection, _cast(out_weight, xz.dtype))
 
 
 def _both_ways(tensors: Tensors, options: Options, half: torch.dtype) -> tuple[Tensors, Tensors]:
     xz, *others = tensors
     assert xz is not None
-    out, (columns, u), saved, weights = _behind(*xz.shape[:2], others, xz.dtype)
+    out, columns, _, saved, weights = _behind(xz, others)
     y = xz.new_empty((*xz.shape[:2], xz.shape[2] // 2))
     return (out,), (xz, columns, y, *saved, *weights, *others)
 
@@ -170,7 +168,7 @@ NORM_BOTH_WAYS = Shapes(_norm_both_ways, _like_norm_both_ways)
 def _routes(tensors: Tensors, options: Options, half: torch.dtype) -> tuple[Tensors, Tensors]:
     xz, *others = tensors
     assert xz is not None
-    out, (columns, y), saved, weights = _behind(*xz.shape[:2], others, xz.dtype)
+    out, columns, y, saved, weights = _behind(xz, others)
     g = xz.new_empty((*xz.shape[:2], xz.shape[2] // 2))
     sums = xz.new_empty((len(xz), y.shape[2], y.shape[3]), dtype=torch.float32)
     return (out,), (xz, columns, y, sums, g, *saved, *weights, *others)
