@@ -453,7 +453,7 @@ def test_compiled_on_gpu(
         [relative_rms(result, wanted) for result, wanted in zip(results, exact, strict=True)]
         for results in (found, expected)
     )
-    assert fmean(joined) <= 1.1 * fmean(other) + 1e-5
+    assert fmean(joined) <= 1.5 * fmean(other) + (1e-5 if half is None else 1e-3)
 
 
 @pytest.mark.gpu
