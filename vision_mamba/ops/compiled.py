@@ -16,6 +16,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
 from torch.fx.experimental.symbolic_shapes import has_static_value
+from torch.nn import Parameter
 
 from vision_mamba.ops.operator import _aligned, _watched, library
 from vision_mamba.ops.registry import forced
@@ -179,22 +180,27 @@ def _products(tensors: Tensors, half: torch.dtype | None) -> torch.dtype:
 
 def _packed(given: Tensors, found: Tensors) -> list[Tensor]:
     """With stand-ins for None, for what was given, and for what comes twice."""
-    places = {id(tensor): place for place, tensor in enumerate(given) if tensor is not None}
+    places = {id(tensor): place for place, tensor in enumerate(given, 1)}
+    places[id(None)] = 0
+    made = next(tensor for tensor in found if tensor is not None)
     packed = []
-    for place, tensor in enumerate(found, len(given)):
-        if tensor is None:
-            packed.append(_stand_in(given, found, 0))
-        elif id(tensor) in places:
-            packed.append(_stand_in(given, found, 1 + places[id(tensor)]))
-        else:
-            places[id(tensor)] = place
-            packed.append(tensor)
+    for place, tensor in enumerate(found, len(given) + 1):
+        number = places.setdefault(id(tensor), place)
+        packed.append(tensor if number == place else _stand_in(number, place, made))
     return packed
 
 
-def _stand_in(given: Tensors, found: Tensors, number: int) -> Tensor:
-    like = next(tensor for tensor in (*given, *found) if tensor is not None)
+def _stand_in(number: int, place: int, like: Tensor) -> Tensor:
+    if type(like) is Tensor:  # no compiler's
+        return _kept_stand_in(number, place, like.device)
     return like.new_empty((0, 0, number), dtype=torch.uint8)
+
+
+@functools.cache
+def _kept_stand_in(number: int, place: int, device: torch.device) -> Tensor:
+    """One for each place, for all calls: it has no memory."""
+    with torch.inference_mode(False):
+        return torch.empty((0, 0, number), dtype=torch.uint8, device=device)
 
 
 def _unpacked(given: Tensors, packed: Sequence[Tensor]) -> list[Tensor | None]:
@@ -220,7 +226,7 @@ def traced(chain: ChainOperator, tensors: Tensors, options: Options) -> Any:
         return None
     half = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else None
     for tensor in tensors:
-        if tensor is not None and not _is_known(tensor):
+        if tensor is not None and not (type(tensor) in (Tensor, Parameter) and _is_known(tensor)):
             return None
     kinds = tuple([None if tensor is None else _kind(tensor) for tensor in tensors])
     if not _taken(chain.name, kinds, half, tuple(options.items())):
