@@ -216,8 +216,13 @@ def _unpacked(given: Tensors, packed: Sequence[Tensor]) -> list[Tensor | None]:
 
 def goes_into_graphs(x: object) -> bool:
     """Whether this is a tensor on a GPU, and torch.compile traces what is done to it, not for an exporter."""
-    traces = torch.compiler.is_dynamo_compiling() and not torch.compiler.is_exporting()
-    return traces and isinstance(x, Tensor) and x.is_cuda
+    return torch.compiler.is_dynamo_compiling() and isinstance(x, Tensor) and x.is_cuda and not _exports()
+
+
+@torch.compiler.assume_constant_result
+def _exports() -> bool:
+    """Run by torch.compile as it traces: traced, torch's own function would be true before torch 2.12 or so."""
+    return torch.compiler.is_exporting()
 
 
 def traced(chain: ChainOperator, tensors: Tensors, options: Options) -> Any:
