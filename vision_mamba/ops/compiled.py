@@ -183,10 +183,10 @@ def _packed(given: Tensors, found: Tensors) -> list[Tensor]:
     places = {id(tensor): place for place, tensor in enumerate(given, 1)}
     places[id(None)] = 0
     made = next(tensor for tensor in found if tensor is not None)
-    packed = []
+    packed: list[Tensor] = []
     for place, tensor in enumerate(found, len(given) + 1):
         number = places.setdefault(id(tensor), place)
-        packed.append(tensor if number == place else _stand_in(number, place, made))
+        packed.append(_stand_in(number, place, made) if tensor is None or number < place else tensor)
     return packed
 
 
