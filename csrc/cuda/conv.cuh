@@ -11,6 +11,8 @@ constexpr int kRing = 7;
 constexpr int kWays = WAYS, kBefore = BEFORE;
 constexpr bool kAhead = AHEAD;
 constexpr bool kRoutes = ROUTES;  // steps are tokens by a table, which names each one once a route
+// From one token to the next; what is known when the kernel is compiled takes no instruction.
+constexpr int kChannels = CHANNELS, kXStep = X_STEP, kDxStep = DX_STEP;
 
 // How far before its token the first tap of a way lies, and how far behind it the last.
 DEVICE constexpr int before(int way) { return way == 0 ? kBefore : 0; }
@@ -24,7 +26,7 @@ struct Taps {
         for (int k = 0; k < kWays; ++k) {
 #pragma unroll
             for (int j = 0; j < kRun; ++j) {
-                const long long at = (k + route) * p.channels + channel + j;
+                const long long at = (k + route) * kChannels + channel + j;
                 bias[k][j] = p.bias[at];
                 Pack<Float, 4> taps;
                 load<true>(taps, (const Float*)p.weight + at * 4, 1, 4);
@@ -57,7 +59,8 @@ struct Place {
     }
 };
 DEVICE Place place_of(const Rows& p) {
-    const long long runs = p.channels / kRun, i = blockIdx.x * 128ll + threadIdx.x, piece = i / runs;
+    constexpr int runs = kChannels / kRun;
+    const long long i = blockIdx.x * 128ll + threadIdx.x, piece = i / runs;
     const long long sequence = piece / p.chunks, routes = kRoutes ? p.routes : 1;
     return {(int)(i % runs) * kRun, (int)(piece % p.chunks), (int)(sequence % routes), sequence / routes,
             sequence < p.batch * routes};

@@ -16,8 +16,8 @@ extern "C" __global__ void __launch_bounds__(128) conv_backward(const __grid_con
     if (!place.there) return;
     const int length = (int)p.tokens, from = place.chunk * (int)p.chunk_steps, to = min(from + (int)p.chunk_steps, length);
     const X_TYPE* x = (const X_TYPE*)p.x + place.batch * p.x_b + place.channel;
-    const X_TYPE* dy = (const X_TYPE*)p.dy + (place.batch * length * results(p) + place.route) * p.channels + place.channel;
-    X_TYPE* dx = (X_TYPE*)p.dx + place.batch * p.dx_b + place.route * p.channels + place.channel;
+    const X_TYPE* dy = (const X_TYPE*)p.dy + (place.batch * length * results(p) + place.route) * kChannels + place.channel;
+    X_TYPE* dx = (X_TYPE*)p.dx + place.batch * p.dx_b + place.route * kChannels + place.channel;
     Taps taps;
     taps.read(p, place.route, place.channel);
     // Step t is entry (t - from + 3) mod 7 of both rings.
@@ -31,7 +31,7 @@ extern "C" __global__ void __launch_bounds__(128) conv_backward(const __grid_con
     for (int i = -3; i < 3; ++i) {
         const int step = from - 3 + i;
         const bool exists = step >= 0 && step < length;
-        const Pack<X_TYPE, kRun> pack = read(x, p.x_l, place.token(p, step, exists), exists);
+        const Pack<X_TYPE, kRun> pack = read(x, kXStep, place.token(p, step, exists), exists);
 #pragma unroll
         for (int j = 0; j < kRun; ++j) ring[(i + kRing) % kRing][j] = pack.get(j);
     }
@@ -40,15 +40,26 @@ extern "C" __global__ void __launch_bounds__(128) conv_backward(const __grid_con
         Pack<X_TYPE, kRun> x[kRing], dy[kWays][kRing];
     } now, next;
     const auto fetch = [&](Seven& seven, int first) {
+        if (!kRoutes && first >= from && first + kRing <= to && first + kRing + 3 <= length) {  // nearly always, as forward
+            const X_TYPE* x_at = x + (first + 3) * (long long)kXStep;
+            const X_TYPE* dy_at = dy + first * (long long)(kWays * kChannels);
+#pragma unroll
+            for (int i = 0; i < kRing; ++i) {
+                seven.x[i] = read(x_at, kXStep, i, true);
+#pragma unroll
+                for (int k = 0; k < kWays; ++k) seven.dy[k][i] = read(dy_at, kChannels, i * kWays + k, true);
+            }
+            return;
+        }
 #pragma unroll
         for (int i = 0; i < kRing; ++i) {
             const int step = first + i;
             const bool exists = step + 3 >= 0 && step + 3 < length && first < to + 3;
-            seven.x[i] = read(x, p.x_l, place.token(p, step + 3, exists), exists);
+            seven.x[i] = read(x, kXStep, place.token(p, step + 3, exists), exists);
 #pragma unroll
             for (int k = 0; k < kWays; ++k) {
                 const bool reaches = step >= max(from - behind(k), 0) && step < min(to + before(k), length);
-                seven.dy[k][i] = read(dy + k * p.channels, results(p) * p.channels, place.token(p, step, reaches), reaches);
+                seven.dy[k][i] = read(dy + k * kChannels, results(p) * kChannels, place.token(p, step, reaches), reaches);
             }
         }
     };
@@ -84,18 +95,18 @@ extern "C" __global__ void __launch_bounds__(128) conv_backward(const __grid_con
             if (step - 3 >= from && step - 3 < to) {
                 Pack<X_TYPE, kRun> pack;
                 pack.set(whole);
-                store<true>(pack, dx + place.token(p, step - 3) * p.dx_l, 1, kRun);
+                store<true>(pack, dx + place.token(p, step - 3) * (long long)kDxStep, 1, kRun);
             }
 #pragma unroll
             for (int j = 0; j < kRun; ++j) whole[j] = 0.f;
         }
     }
     const long long sequence = kRoutes ? place.batch * p.routes + place.route : place.batch;
-    float* parts = p.parts + (sequence * p.chunks + place.chunk) * 5 * kWays * p.channels + place.channel;
+    float* parts = p.parts + (sequence * p.chunks + place.chunk) * 5 * kWays * kChannels + place.channel;
 #pragma unroll
     for (int i = 0; i < 5 * kWays; ++i) {
         Pack<Float, kRun> pack;
         pack.set(sums[i / 5][i % 5]);
-        store<true>(pack, (Float*)parts + i * p.channels, 1, kRun);
+        store<true>(pack, (Float*)parts + i * kChannels, 1, kRun);
     }
 }

@@ -10,7 +10,7 @@ extern "C" __global__ void __launch_bounds__(128) conv_forward(const __grid_cons
     if (!place.there) return;
     const int length = (int)p.tokens, from = place.chunk * (int)p.chunk_steps, to = min(from + (int)p.chunk_steps, length);
     const X_TYPE* x = (const X_TYPE*)p.x + place.batch * p.x_b + place.channel;
-    X_TYPE* y = (X_TYPE*)p.y + (place.batch * length * results(p) + place.route) * p.channels + place.channel;
+    X_TYPE* y = (X_TYPE*)p.y + (place.batch * length * results(p) + place.route) * kChannels + place.channel;
     Taps taps;
     taps.read(p, place.route, place.channel);
     float ring[kRing][kRun];  // step t is entry (t - from) mod 7
@@ -18,18 +18,23 @@ extern "C" __global__ void __launch_bounds__(128) conv_forward(const __grid_cons
     for (int i = -3; i < 3; ++i) {
         const int step = from + i;
         const bool exists = step >= 0 && step < length;
-        const Pack<X_TYPE, kRun> pack = read(x, p.x_l, place.token(p, step, exists), exists);
+        const Pack<X_TYPE, kRun> pack = read(x, kXStep, place.token(p, step, exists), exists);
 #pragma unroll
         for (int j = 0; j < kRun; ++j) ring[(i + kRing) % kRing][j] = pack.get(j);
     }
     // The next seven are read while seven are worked on.
     Pack<X_TYPE, kRun> ahead[kRing], next[kRing];
     const auto fetch = [&](Pack<X_TYPE, kRun>* tokens, int first) {
+        if (!kRoutes && first < to && first + kRing + 3 <= length) {  // nearly always, and without a question for each
+#pragma unroll
+            for (int i = 0; i < kRing; ++i) tokens[i] = read(x + (first + 3) * (long long)kXStep, kXStep, i, true);
+            return;
+        }
 #pragma unroll
         for (int i = 0; i < kRing; ++i) {
             const int step = first + i + 3;
             const bool exists = step < length && first < to;
-            tokens[i] = read(x, p.x_l, place.token(p, step, exists), exists);
+            tokens[i] = read(x, kXStep, place.token(p, step, exists), exists);
         }
     };
     if constexpr (kAhead) fetch(next, from);
@@ -60,7 +65,7 @@ extern "C" __global__ void __launch_bounds__(128) conv_forward(const __grid_cons
                 for (int k = 0; k < kWays; ++k) {
                     Pack<X_TYPE, kRun> pack;
                     pack.set(out[k]);
-                    store<true>(pack, y + (results(p) * token + k) * p.channels, 1, kRun);
+                    store<true>(pack, y + (results(p) * token + k) * kChannels, 1, kRun);
                 }
             }
         }

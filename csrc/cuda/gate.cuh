@@ -1,4 +1,4 @@
-// gate.cuh: y = x silu(z), or, with BACKWARD, dx and dz from dy, and y again where it is wanted. Rows of x, z and dz may lie
+// gate.cuh: y = x silu(z), or, with BACKWARD, dx and dz from dy, and y again where it is wanted, times SCALE. Rows of x, z and dz may lie
 // further apart than they are long. Forwards x may come in SHARES that are added up first; the sum, rounded to their type,
 // is written too where it is wanted.
 // Grid: one thread = kRun neighbouring channels of a row.
@@ -6,6 +6,7 @@
 
 constexpr bool kBackward = BACKWARD;
 constexpr int kShares = SHARES;
+constexpr float kScale = SCALE;  // of what a gate gives, forwards and again
 
 extern "C" __device__ int launch_shape[2] = {256, 0};
 
@@ -25,7 +26,7 @@ extern "C" __global__ void __launch_bounds__(256) gate(const __grid_constant__ R
         for (int j = 0; j < kRun; ++j) {
             const float v = z.get(j), s = sigmoid(v);
             out[0][j] = dy.get(j) * v * s, out[1][j] = dy.get(j) * x.get(j) * silu_slope(v, s);
-            again[j] = x.get(j) * v * s;
+            again[j] = kScale * x.get(j) * v * s;
         }
         Pack<X_TYPE, kRun> dx;
         Pack<B_TYPE, kRun> dz;
@@ -53,7 +54,7 @@ extern "C" __global__ void __launch_bounds__(256) gate(const __grid_constant__ R
             if (p.total) store<true>(x, (X_TYPE*)p.total + i * kRun, 1, kRun);
         }
 #pragma unroll
-        for (int j = 0; j < kRun; ++j) out[0][j] = x.get(j) * z.get(j) * sigmoid(z.get(j));
+        for (int j = 0; j < kRun; ++j) out[0][j] = kScale * x.get(j) * z.get(j) * sigmoid(z.get(j));
         y.set(out[0]);
         store<true>(y, (Y_TYPE*)p.y + i * kRun, 1, kRun);
     }

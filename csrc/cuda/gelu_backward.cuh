@@ -12,17 +12,6 @@ constexpr int kRows = kThreads / kColumns;
 constexpr int kAhead = 2;  // rows that a thread reads before it computes
 extern "C" __device__ int launch_shape[2] = {kThreads, 0};
 
-// P(v) to 1e-7 and P'(v): Abramowitz and Stegun 7.1.26, whose exponential is that of the density.
-DEVICE void normal(float v, float& below, float& density) {
-    const float e = ex2(v * v * (-0.5f * kLog2e)), t = reciprocal(fmaf(fabsf(v), 0.23164190f, 1.f));
-    float tail = fmaf(t, 0.53070271f, -0.72657601f);
-    tail = fmaf(t, tail, 0.71070687f);
-    tail = fmaf(t, tail, -0.14224837f);
-    tail = fmaf(t, tail, 0.12741480f) * t * e;
-    below = v < 0.f ? tail : 1.f - tail;
-    density = e * 0.39894228f;
-}
-
 extern "C" __global__ void __launch_bounds__(kThreads) gelu_backward(const __grid_constant__ Rows p) {
     __shared__ float sums[kRows][kColumns * kRun];
     const int runs = (int)p.channels / kRun, tiles = (runs + kColumns - 1) / kColumns;

@@ -1,10 +1,9 @@
-// norm_forward.cuh: y = (v - mean) / sqrt(var + epsilon) * weight + bias of each row v = x, x + shift, x + branch, or the sum
-// of x's shares; these two are rounded to x's type, and written out too, the last where it is wanted.
+// norm_forward.cuh: y = (v - mean) / sqrt(var + epsilon) * weight + bias of each row v = x, x + shift, or x + branch,
+// which is rounded to x's type, and written out too.
 // Grid: blocks of kThreads / kLanes rows.
 #include "norm.cuh"
 
 constexpr int kThreads = 128;
-constexpr int kShares = SHARES;  // that x comes in, a row's side by side
 extern "C" __device__ int launch_shape[2] = {kThreads, 0};
 
 extern "C" __global__ void __launch_bounds__(kThreads) norm_forward(const __grid_constant__ Rows p) {
@@ -12,17 +11,7 @@ extern "C" __global__ void __launch_bounds__(kThreads) norm_forward(const __grid
     const long long row = (long long)blockIdx.x * (kThreads / kLanes) + threadIdx.x / kLanes;
     const bool there = row < p.batch;
     Row v;
-    v.read<X_TYPE>(p.x, row * kShares, there, lane);
-    if constexpr (kShares > 1) {
-#pragma unroll
-        for (int k = 1; k < kShares; ++k) {
-            Row share;
-            share.read<X_TYPE>(p.x, row * kShares + k, there, lane);
-            v.each([&](int i, int j, float& a) { a += share.at[i][j]; });
-        }
-        v.each([&](int, int, float& a) { a = widen(narrow<X_TYPE>(a)); });
-        if (p.total) v.write<X_TYPE>(p.total, row, there, lane);
-    }
+    v.read<X_TYPE>(p.x, row, there, lane);
     if constexpr (kBranch) {
         Row branch;
         branch.read<B_TYPE>(p.branch, row, there, lane);

@@ -52,6 +52,17 @@ DEVICE float sigmoid(float v) { return reciprocal(1.f + ex2(-v * kLog2e)); }
 // Derivative of v sigmoid(v), from s = sigmoid(v).
 DEVICE float silu_slope(float v, float s) { return s * fmaf(v, 1.f - s, 1.f); }
 
+// Of the normal distribution P(v) to 1e-7 and P'(v): Abramowitz and Stegun 7.1.26, whose exponential is that of the density.
+DEVICE void normal(float v, float& below, float& density) {
+    const float e = ex2(v * v * (-0.5f * kLog2e)), t = reciprocal(fmaf(fabsf(v), 0.23164190f, 1.f));
+    float tail = fmaf(t, 0.53070271f, -0.72657601f);
+    tail = fmaf(t, tail, 0.71070687f);
+    tail = fmaf(t, tail, -0.14224837f);
+    tail = fmaf(t, tail, 0.12741480f) * t * e;
+    below = v < 0.f ? tail : 1.f - tail;
+    density = e * 0.39894228f;
+}
+
 // The sum of v over kLanes neighbouring lanes, in each of them.
 template <int kLanes> DEVICE float sum_lanes(float v) {
 #pragma unroll

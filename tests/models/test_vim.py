@@ -158,6 +158,20 @@ def test_the_fixtures_would_show_a_class_token_one_step_off(place: int, monkeypa
         assert difference(model(image), expected) > 100 * LOGITS
 
 
+@pytest.mark.parametrize("class_token", ["middle", "head", "double"])
+def test_a_head_of_the_class_token_needs_no_other(class_token: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    model = VisionMamba(32, 8, embed_dim=16, depth=2, num_classes=3, class_token=class_token)
+    images = torch.randn(2, 3, 24, 40)
+    expected = model.forward_head(model.forward_features(images))
+    normed: list[int] = []
+    given = model._class_features
+    monkeypatch.setattr(vim, "eager_on_gpu", lambda x: True)
+    monkeypatch.setattr(model, "_class_features", lambda x: normed.append(given(x).shape[1]) or given(x))
+    assert torch.equal(model(images), expected)
+    assert normed == [model.num_prefix_tokens]
+
+
 @pytest.mark.parametrize(
     ("name", "parameters"),
     [

@@ -20,6 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from tests import golden
 from tests.tolerances import LOGITS
+from vision_mamba.models import pyramid, vmamba
 from vision_mamba.models.vmamba import VMamba, checkpoint_filter_fn, to_published
 
 # Parameters, and giga multiply-adds at 224 px as published, which count the scan's 9 N operations a step as many, and
@@ -336,6 +337,23 @@ def test_every_tensor_between_blocks_is_contiguous_channels_last() -> None:
         for layer in (stage.downsample, *stage.blocks):
             assert x.is_contiguous() and x.shape[0] == 2
             x = layer(x)
+
+
+def test_stages_hand_on_what_is_still_to_be_added(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    model, images = timm.create_model("test_vmamba", num_classes=3).eval(), torch.randn(1, 3, 64, 32)
+    expected = model(images)
+    sums: list[torch.Size] = []
+    given = pyramid.product_sum
+    for module in (pyramid, vmamba):
+        monkeypatch.setattr(module, "eager_on_gpu", lambda x: True)
+    monkeypatch.setattr(pyramid, "product_sum", lambda x, branch: sums.append(x.shape) or given(x, branch))
+    torch.testing.assert_close(model(images), expected)
+    assert [shape[1:3] for shape in sums] == [(16, 8), (8, 4), (4, 2)]
+    sums.clear()
+    model.stages[0].register_forward_hook(lambda *_: None)
+    torch.testing.assert_close(model(images), expected)
+    assert [shape[1:3] for shape in sums] == [(8, 4), (4, 2)], "a hook waits for the first stage's own result"
 
 
 def test_sums_of_routes_cannot_overflow_in_half_precision() -> None:

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from tests.ops import fused_cases
+from tests.tolerances import assert_close
 from vision_mamba import ops
 from vision_mamba.ops import conv
 from vision_mamba.ops.fused import Fused
@@ -18,6 +19,16 @@ from vision_mamba.ops.fused import Fused
 @pytest.mark.parametrize("name", [*fused_cases.CASES, *fused_cases.LARGE])
 def test_on_gpu(name: str) -> None:
     fused_cases.check((fused_cases.CASES | fused_cases.LARGE)[name](), "cuda")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(3, 7, 1000), (5, 33), (2, 6)])
+def test_on_gpu_gelu(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    from vision_mamba.ops.backends import rows_cuda
+
+    h = (3 * torch.randn(shape, device="cuda")).to(dtype)
+    assert_close("gelu", rows_cuda.gelu_forward(h), F.gelu(h.double()))
 
 
 @pytest.mark.gpu

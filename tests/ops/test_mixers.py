@@ -49,6 +49,7 @@ MIXERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     ),
     "bimamba": (lambda: BiMamba(32, d_state=4), (2, 11, 32)),
     "bimamba_sum": (lambda: BiMamba(16, d_conv=3, average=False), (1, 3, 16)),
+    "bimamba_of_words": (lambda: BiMamba(16, d_state=8, dt_rank=8), (2, 5, 16)),
     "vmamba_blocks": (lambda: Blocks(vmamba.VMambaBlock(16, SS2D, LayerNorm, nn.GELU), 2), (2, 3, 4, 16)),
     "vmamba_blocks_alone": (
         lambda: Blocks(vmamba.VMambaBlock(16, SS2D, norms(RMSNorm), nn.GELU, 0.0), 2),
@@ -73,8 +74,8 @@ CHAINS |= dict(vmamba_blocks_alone=["norm_linear", "scan_map"], m2_blocks=["norm
 CHAINS |= dict(vssd_blocks=["norm_linear", "norm_mlp"], vssd_blocks_of_attention=["norm_mlp"])
 
 
-#: Those that go another way where there is much of them: step sizes are multiplied out, or routes added up by the norm.
-LARGE = ("localmamba", "bimamba", "bimamba_sum", "vim_blocks", "ss2d", "vmamba_blocks", "ss2d_gated")
+#: Those that go another way where there is much of them: step sizes are multiplied out.
+LARGE = ("localmamba", "bimamba", "bimamba_sum", "bimamba_of_words", "vim_blocks")
 
 
 class OnGrid(nn.Module):
@@ -218,18 +219,14 @@ def stand_ins(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
         found, *others = kernels["CONV_MAP"].backward(kept, options, grads)
         return dx.copy_(found), in_parts(others)
 
-    def gate_backward(y: Tensor, z: Tensor, dout: Tensor, dz: Tensor, again: Tensor) -> Tensor:
+    def gate_backward(y: Tensor, z: Tensor, dout: Tensor, dz: Tensor, again: Tensor, scale: float = 1.0) -> Tensor:
         dy, found = kernels["GATED"].backward((y, z), {}, (dout,))
         dz.copy_(found)
-        again.copy_(conv.plain_gated(y, z))
+        again.copy_(scale * conv.plain_gated(y, z))
         return dy
 
-    def gated_sum(shares: Tensor, z: Tensor, keep: bool) -> tuple[Tensor, Tensor]:
-        return conv.plain_gated(shares.sum(2), z), shares.sum(2)
-
-    def normed_sum(shares: Tensor, weight: Any, bias: Any, options: Any, keep: bool) -> tuple[Tensor, Tensor]:
-        y = shares.sum(2)
-        return norm.plain_normed(y, None, weight, bias, **options), y
+    def gated_sum(shares: Tensor, z: Tensor, keep: bool, scale: float) -> tuple[Tensor, Tensor]:
+        return scale * conv.plain_gated(shares.sum(2), z), shares.sum(2)
 
     def conv_parts(kept: Any, options: Any, grads: Any, dx: Tensor) -> Any:
         found, *others = kernels["CONV_BOTH_WAYS"].backward(kept, options, grads)
@@ -245,7 +242,8 @@ def stand_ins(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
             (dh,) = torch.autograd.grad(a, h, dy)
         return a.detach(), dh, Parts(dh)
 
-    stand_ins = (norm_parts, map_parts, gate_backward, gated_sum, normed_sum, conv_parts, row_parts, gelu_backward)
+    stand_ins = (norm_parts, map_parts, gate_backward, gated_sum, conv_parts, row_parts, gelu_backward)
+    monkeypatch.setattr(rows_cuda, "gelu_forward", F.gelu)
     for function in stand_ins:
         monkeypatch.setattr(rows_cuda, function.__name__, function)
     monkeypatch.setattr(sums_cuda, "sum_parts", lambda parts: [part.sum(0) for part in parts])

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ LABELS = {"tokens": "tokens L", "states": "states N", "channels": "channels D"}
 STYLES = {"fwd": "-", "bwd": "--", "fwdbwd": ":"}
 
 
-def draw(records: list[dict[str, Any]], axes: list[str], out: Path) -> None:
+def draw(records: list[dict[str, Any]], axes: list[str], out: Path, passes: Sequence[str] = ("fwd", "bwd")) -> None:
     """One panel an axis, one line an implementation and pass, both scales logarithmic: linear cost has slope 1."""
     import matplotlib
 
@@ -32,13 +33,13 @@ def draw(records: list[dict[str, Any]], axes: list[str], out: Path) -> None:
     for panel, axis in zip(panels[0], axes, strict=True):
         lines: dict[tuple[str, str], dict[int, float]] = {}
         for record in latest(records):
-            if record["case"].startswith(f"grow_{axis}_"):
+            if record["case"].startswith(f"grow_{axis}_") and record["pass"] in passes:
                 line = lines.setdefault((record["backend"], record["pass"]), {})
                 line[record["shape"].get(axis) or record["shape"]["width"]] = record["ms"][1]
         if not lines:
             raise SystemExit(f"plot: no record is of a case grow_{axis}_*; make some with tools/bench/run.py.")
-        colours = {name: f"C{i}" for i, name in enumerate(dict.fromkeys(name for name, _ in lines))}
-        for (name, which), points in lines.items():
+        colours = {name: f"C{i}" for i, name in enumerate(sorted({name for name, _ in lines}))}
+        for (name, which), points in sorted(lines.items(), key=lambda line: (passes.index(line[0][1]), line[0][0])):
             sizes = sorted(points)
             style = dict(color=colours[name], linestyle=STYLES[which], marker="o", markersize=3)
             panel.plot(sizes, [points[size] for size in sizes], label=f"{name}, {which}", **style)
@@ -58,9 +59,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("file", type=Path, help="a file of one JSON line a figure")
     parser.add_argument("--axes", nargs="+", choices=LABELS, default=["tokens", "states"], help="one panel for each")
+    parser.add_argument("--passes", nargs="+", choices=STYLES, default=["fwd", "bwd"], help="lines of each panel")
     parser.add_argument("--out", type=Path, required=True, help="the picture, PNG or SVG")
     chosen = parser.parse_args()
-    draw([json.loads(line) for line in chosen.file.read_text().splitlines()], chosen.axes, chosen.out)
+    draw([json.loads(line) for line in chosen.file.read_text().splitlines()], chosen.axes, chosen.out, chosen.passes)
     return 0
 
 

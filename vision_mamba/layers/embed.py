@@ -107,19 +107,18 @@ class StridedPatchEmbed(PatchGrid):
         rows, columns = self.dynamic_feat_size((height, width))
         lower = (rows - 1) * self.stride[0] + self.patch_size[0] - height
         right = (columns - 1) * self.stride[1] + self.patch_size[1] - width
-        x = F.pad(x, (0, right, 0, lower))
         if not torch.jit.is_scripting():  # noqa: SIM102 - TorchScript would look into both sides of an "and"
             if self._is_product(x):
-                return self._product(x)
-        return self.proj(x).permute(0, 2, 3, 1)
+                return self._product(F.pad(x, (0, right, 0, lower)) if right or lower else x)  # which copies
+        return self.proj(F.pad(x, (0, right, 0, lower))).permute(0, 2, 3, 1)
 
     def _is_product(self, x: Tensor) -> bool:
         """Whether patches that do not overlap go through one matrix product, which on GPUs is several times faster."""
         return eager_on_gpu(x) and untouched(self.proj, nn.Conv2d) and self.stride == self.patch_size
 
     def _product(self, x: Tensor) -> Tensor:
-        if torch.is_autocast_enabled(x.device.type):
-            x = x.to(torch.get_autocast_dtype(x.device.type))  # before they are moved
+        half = torch.is_autocast_enabled(x.device.type)
+        dtype = torch.get_autocast_dtype(x.device.type) if half else x.dtype
         x = x.unflatten(2, (-1, self.patch_size[0])).unflatten(4, (-1, self.patch_size[1]))
-        x = x.permute(0, 2, 4, 1, 3, 5).flatten(3)  # (B, grid height, grid width, in_chans * patch)
-        return F.linear(x, self.proj.weight.flatten(1), self.proj.bias)
+        x = x.permute(0, 2, 4, 1, 3, 5).to(dtype, memory_format=torch.contiguous_format)  # cast as they are moved
+        return F.linear(x.flatten(3), self.proj.weight.flatten(1), self.proj.bias)  # of in_chans * patch

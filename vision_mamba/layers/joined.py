@@ -125,6 +125,12 @@ def norm_mlp(x: Tensor, branch: Tensor | None, norm: Any, mlp: Any) -> tuple[Ten
 
 def run(blocks: Iterable[nn.Module], x: Tensor, *given: Any) -> Tensor:
     """Blocks one after the other, joined where they can be."""
+    x, branch = stream(blocks, x, *given)
+    return x if branch is None else x + branch
+
+
+def stream(blocks: Iterable[nn.Module], x: Tensor, *given: Any) -> tuple[Tensor, Tensor | None]:
+    """The same, of which the last sum is left to who reads it."""
     branch: Tensor | None = None
     every: list[Any] = list(blocks)
     joining = [hasattr(block, "join") and block.joins(x) for block in every]
@@ -135,7 +141,13 @@ def run(blocks: Iterable[nn.Module], x: Tensor, *given: Any) -> Tensor:
             else:
                 x = block(x if branch is None else x + branch, *given)
                 branch = None
-    return x if branch is None else x + branch
+    return x, branch
+
+
+def product_sum(x: Tensor, branch: Tensor) -> Tensor:
+    """x + branch for a product or a convolution, in whose type it may be already."""
+    found = mixers.product_sum(x, branch)
+    return x + branch if found is None else found
 
 
 def _ahead(x: Tensor, blocks: list[Any]) -> AbstractContextManager[None]:

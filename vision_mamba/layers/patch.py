@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from timm.layers import ConvNormAct, LayerNorm, register_notrace_function
 from torch import Tensor, nn
 
-from vision_mamba.layers.joined import conv_norm, eager_on_gpu, is_usual_conv_norm
+from vision_mamba.layers.joined import conv_norm, eager_on_gpu, is_usual_conv_norm, untouched
 from vision_mamba.layers.norm import before_product
 
 Norm = Callable[..., nn.Module]
@@ -176,6 +176,10 @@ class ConvDownsample(nn.Module):
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         self.conv = nn.Conv2d(dim, dim_out, kernel_size, stride=2, padding=(kernel_size - 1) // 2, bias=bias, **dd)
         self.norm = norm_layer(dim_out, **dd)
+
+    def multiplies_first(self) -> bool:
+        """Whether its convolution is all that reads what it is given."""
+        return untouched(self, ConvDownsample) and untouched(self.conv, nn.Conv2d)
 
     def forward(self, x: Tensor) -> Tensor:
         x = x.permute(0, 3, 1, 2)

@@ -64,7 +64,8 @@ def insert_class(patches: Tensor, token: Tensor, class_token: str) -> Tensor:
     if class_token == "double":
         return torch.cat((token[:, :1], patches, token[:, 1:]), 1)
     place = patches.shape[1] // 2
-    return torch.cat((patches[:, :place], token, patches[:, place:]), 1)
+    first, last = patches.split([place, patches.shape[1] - place], 1)
+    return torch.cat((first, token, last), 1)
 
 
 def class_first(tokens: Tensor, class_token: str) -> Tensor:
@@ -75,6 +76,14 @@ def class_first(tokens: Tensor, class_token: str) -> Tensor:
         return tokens
     place = (tokens.shape[1] - 1) // 2
     return torch.cat((tokens[:, place : place + 1], tokens[:, :place], tokens[:, place + 1 :]), 1)
+
+
+def class_alone(tokens: Tensor, class_token: str) -> Tensor:
+    """The n class tokens among others: (B, M + n, E) -> (B, n, E)."""
+    if class_token == "double":
+        return torch.cat((tokens[:, :1], tokens[:, -1:]), 1)
+    place = (tokens.shape[1] - 1) // 2 if class_token == "middle" else 0
+    return tokens[:, place : place + count_class_tokens(class_token)]
 
 
 @torch.fx.wrap

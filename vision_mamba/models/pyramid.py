@@ -10,7 +10,7 @@ from timm.models import checkpoint_seq
 from timm.models._input import update_model_input_size
 from torch import Tensor, nn
 
-from vision_mamba.layers.joined import chains_on_gpu, run, untouched
+from vision_mamba.layers.joined import chains_on_gpu, eager_on_gpu, product_sum, run, stream, untouched
 from vision_mamba.models.builder import build
 from vision_mamba.models.taps import in_asked_order, take_indices
 
@@ -199,13 +199,31 @@ class Pyramid(nn.Module):
 
     def forward_features(self, x: Tensor) -> Tensor:
         """(B, in_chans, H, W) -> (B, H', W', C), normed."""
-        return self.norm(self.stages(self.stem(x)))
+        x = self.stem(x)
+        if not torch.jit.is_scripting():  # noqa: SIM102 - TorchScript would look into both sides of an "and"
+            if eager_on_gpu(x) and untouched(self.stages, nn.Sequential):
+                return self.norm(_run_stages(self.stages, x))
+        return self.norm(self.stages(x))
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         return self.head(x, pre_logits=True) if pre_logits else self.head(x)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.forward_head(self.forward_features(x))
+
+
+def _run_stages(stages: Iterable[Any], x: Tensor) -> Tensor:
+    """Stages one after the other; the sum that a stage ends in is taken as the next one reads it."""
+    branch: Tensor | None = None
+    for stage in stages:
+        if branch is not None:
+            first = getattr(stage.downsample, "multiplies_first", None)
+            x = product_sum(x, branch) if first is not None and first() else x + branch
+        if untouched(stage, Stage) and untouched(stage.blocks, nn.Sequential) and not stage.grad_checkpointing:
+            x, branch = stream(stage.blocks, stage.downsample(x))
+        else:
+            x, branch = stage(x), None
+    return x if branch is None else x + branch
 
 
 def _init_weights(module: nn.Module, needs_reset: bool) -> None:

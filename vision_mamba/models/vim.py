@@ -37,10 +37,25 @@ from torch import Tensor, nn
 from vision_mamba.layers.bimamba import BiMamba
 from vision_mamba.layers.embed import PatchGrid, StridedPatchEmbed
 from vision_mamba.layers.init import init_in_float32_
-from vision_mamba.layers.joined import chains_on_gpu, is_product, is_usual_norm, run, untouched
+from vision_mamba.layers.joined import (
+    chains_on_gpu,
+    eager_on_gpu,
+    is_product,
+    is_usual_norm,
+    run,
+    stream,
+    untouched,
+)
 from vision_mamba.layers.local import LocalMamba
 from vision_mamba.layers.norm import NORMS, RMSNorm, before_product
-from vision_mamba.layers.tokens import CLASS_TOKENS, class_first, insert_class, resample_pos_embed, rotation
+from vision_mamba.layers.tokens import (
+    CLASS_TOKENS,
+    class_alone,
+    class_first,
+    insert_class,
+    resample_pos_embed,
+    rotation,
+)
 from vision_mamba.models.builder import build
 from vision_mamba.models.checkpoint import require_all_used, unwrap
 from vision_mamba.models.patches import fit_patches, take_out_rotations
@@ -329,14 +344,20 @@ class VisionMamba(nn.Module):
         x = self.patch_embed(x)
         height, width = x.shape[1], x.shape[2]
         x = x.flatten(1, 2)
+        token: Tensor | None = None
         if self.cls_token is not None:
-            x = insert_class(x, self.cls_token.transpose(0, 1).expand(x.shape[0], -1, -1), self.class_token)
+            token = self.cls_token.transpose(0, 1)
         if self.pos_embed is not None:
-            table = self.pos_embed
+            table: Tensor = self.pos_embed
             if self.dynamic_img_size:
                 nominal, quirk = self.patch_embed.grid_size, self.published_quirks
                 table = resample_pos_embed(table, (height, width), nominal, self.class_token, not quirk)
-            x = x + table
+            table, n = class_first(table, self.class_token), self.num_prefix_tokens
+            x = x + table[:, n:]
+            if token is not None:
+                token = token + table[:, :n]
+        if token is not None:
+            x = insert_class(x, token.expand(x.shape[0], -1, -1), self.class_token)
         turns: Tensor | None = None
         if self.rope:
             nominal, quirk = self.patch_embed.grid_size, self.published_quirks
@@ -440,7 +461,22 @@ class VisionMamba(nn.Module):
         x = self.head_drop(x)
         return x if pre_logits else self.head(x)
 
+    def _class_features(self, x: Tensor) -> Tensor:
+        """As forward_features, of the class tokens alone: what no head reads is neither added up nor normed."""
+        x, height, width, turns = self._embed(x)
+        x, branch = stream(self.blocks, x, height, width, turns)
+        x = class_alone(x, self.class_token)
+        return self.norm(x if branch is None else x + class_alone(branch, self.class_token))
+
+    def _reads_class_alone(self, x: Tensor) -> bool:
+        own = "forward_features" in vars(self) or type(self).forward_features is not VisionMamba.forward_features
+        unseen = eager_on_gpu(x) and is_usual_norm(self.norm) and not (own or self.grad_checkpointing)
+        return unseen and self.global_pool == "token"
+
     def forward(self, x: Tensor) -> Tensor:
+        if not torch.jit.is_scripting():  # noqa: SIM102 - TorchScript would look into both sides of an "and"
+            if self._reads_class_alone(x):
+                return self.forward_head(self._class_features(x))
         return self.forward_head(self.forward_features(x))
 
 

@@ -43,6 +43,9 @@ def ahead(x: Tensor, weights: list[Tensor], logs: list[Tensor]) -> AbstractConte
     return mixers_cuda.ahead(x, weights, logs)
 
 
+#: Of a stream x and a branch: x + branch, at once in the type of products under autocast.
+product_sum = Joined("product_sum", _kernels("PRODUCT_SUM"))
+
 #: Of a stream x and a branch or None: linear(norm(x + branch)), and x + branch. Of the norm it keeps the sum alone. The
 #: product's channels may be filled up by zeros to a multiple of a step: other widths take far longer.
 norm_linear = _chain("norm_linear", "float eps, bool rms, int step=1", True)

@@ -29,11 +29,12 @@ def _forward(tensors: Tensors, options: chains.Options, keep: bool) -> tuple[tup
     with without_autocast():
         x, z = xz.chunk(2, -1)
         (u,), _ = routes_cuda.CONV_ROUTES.forward((x, weight, bias, table), {}, keep)
-        projection, out_weight = chains._filled_up(projection, xz.dtype, 8), chains.halved(out_weight, xz.dtype)
+        projection = chains.filled_up(projection, xz.dtype, dt_weight)
+        out_weight = chains.halved(out_weight, xz.dtype)
         columns = chains.columns_of_routes(u, projection)
         of_scan = (A_log, D, dt_weight, dt_bias, table)
-        call = chains._scan_call(u, columns, chains.decays_of(A_log), of_scan, None)
-        y, saved = chains._scan_forward(call._replace(merge=False), keep)
+        call = chains._scan_call(u, columns, chains.decays_of(A_log), of_scan, None, chains.WORD)
+        y, saved = chains._scan_forward(call._replace(merge=False), columns, keep)
         how = dict(eps=options["attention_eps"])
         (g,), (_, _, sums, *_) = routes_cuda.ROUTE_ATTENTION.forward((y, z, *attention), how, keep)
         out = chains._scaled_product(g.flatten(0, 1), out_weight.t(), options["scale"])
@@ -58,10 +59,10 @@ def _backward(kept: Tensors, options: chains.Options, grads: Tensors) -> Tensors
         assert dy is not None
         of_conv = (x, weight, bias, table)
         (u,), _ = routes_cuda.CONV_ROUTES.forward(of_conv, {}, True)
-        call = chains._scan_call(u, columns, A, (*of_scan, table), None)._replace(merge=False)
-        du, dcolumns, dscan = chains._scan_backward(call, (A, states, half), dy, projection.shape[1])
+        call = chains._scan_call(u, columns, A, (*of_scan, table), None, chains.WORD)._replace(merge=False)
+        du, dcolumns, dscan = chains._scan_backward(call, columns, (A, states, half), dy, chains.WORD)
         del dy
-        dprojection = chains.columns_backward(u, du, dcolumns, projection, given)
+        dprojection = chains.columns_backward(u, du, dcolumns, projection, given, call)
         _, *dconv, _ = routes_cuda.conv_backward(of_conv, {}, (du,), dx)
         return dxz, *finished((*dconv, dprojection, *dscan, *dattention, dout_weight), parameters)
 

@@ -9,8 +9,7 @@ from __future__ import annotations
 import contextlib
 import math
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -26,6 +25,7 @@ from vision_mamba.ops.registry import scans
 
 Options = dict[str, Any]
 MUCH = 1 << 22  # inputs of routes beside which one more launch is little
+WORD = 8  # numbers that rows of products are best multiples of
 
 
 def _product_type(x: Tensor) -> torch.dtype:
@@ -169,7 +169,7 @@ def _mlp_forward(tensors: Tensors, options: Options, keep: bool) -> tuple[tuple[
     with without_autocast():
         first, second, offset1, offset2 = (halved(w, n.dtype) for w in (weight1, weight2, bias1, bias2))
         h = F.linear(n, first, offset1)
-        y = F.linear(F.gelu(h), second, offset2)
+        y = F.linear(rows_cuda.gelu_forward(h), second, offset2)
     return (y, total), (h, first, second, *tensors[4:], *of_norm)
 
 
@@ -192,18 +192,54 @@ def _mlp_backward(kept: Tensors, options: Options, grads: Tensors) -> Tensors:
 NORM_MLP = Kernels(_refuses_norm, _mlp_forward, _mlp_backward)
 
 
+# A stream's last sum, where a product reads it.
+
+
+def _refuses_product_sum(tensors: Tensors, options: Options) -> bool:
+    x, branch = tensors
+    assert x is not None and branch is not None
+    return not torch.is_autocast_enabled("cuda") or x.shape != branch.shape
+
+
+def _product_sum_forward(tensors: Tensors, options: Options, keep: bool) -> tuple[tuple[Tensor, ...], Tensors]:
+    x, branch = tensors
+    assert x is not None and branch is not None
+    out = torch.empty_like(x, dtype=_product_type(x))
+    return (torch.add(x, branch, out=out),), (x.new_empty(0), branch.new_empty(0))  # their types are all it needs
+
+
+def _product_sum_backward(kept: Tensors, options: Options, grads: Tensors) -> Tensors:
+    (dout,) = grads
+    return tuple(None if dout is None or like is None else dout.to(like.dtype) for like in kept)
+
+
+PRODUCT_SUM = Kernels(_refuses_product_sum, _product_sum_forward, _product_sum_backward)
+
+
 # What both mixers do with a scan.
 
 
+def _first(rank: int, word: int) -> int:
+    """Where B begins among columns, behind step sizes that are filled up to a multiple of a word."""
+    return rank + -rank % word
+
+
 def _scan_call(
-    u: Tensor, columns: Tensor, A: Tensor, parameters: tuple[Tensor | None, ...], out_dtype: torch.dtype | None
+    u: Tensor,
+    columns: Tensor,
+    A: Tensor,
+    parameters: tuple[Tensor | None, ...],
+    out_dtype: torch.dtype | None,
+    word: int = 1,
 ) -> ScanCall:
-    """Of columns (B, L, K, R + 2 N), or more, A, and its logarithm, D, weight and bias of step sizes, the table."""
+    """Of columns (B, L, K, step sizes filled up, B, C, or more), A, and its logarithm, D, weight and bias of step
+    sizes, the table."""
     _, D, dt_weight, dt_bias, indices = parameters
     assert dt_weight is not None
     rank, states = dt_weight.shape[2], A.shape[2]
-    dt, B, C = columns[..., : rank + 2 * states].split([rank, states, states], -1)
-    return ScanCall(u, dt, A, B, C, D, indices, dt_weight, dt_bias, out_dtype=out_dtype)
+    first = _first(rank, word)
+    B, C = columns[..., first : first + 2 * states].split(states, -1)
+    return ScanCall(u, columns[..., :rank], A, B, C, D, indices, dt_weight, dt_bias, out_dtype=out_dtype)
 
 
 def _multiplies_out(call: ScanCall) -> bool:
@@ -214,46 +250,59 @@ def _multiplies_out(call: ScanCall) -> bool:
     return call.x.numel() >= MUCH
 
 
-def _multiplied_out(call: ScanCall, weight: Tensor) -> ScanCall:
-    return call._replace(dt=_each_route(call.dt, weight.transpose(1, 2)), dt_weight=None)
+def _multiplied_out(call: ScanCall, columns: Tensor, weight: Tensor) -> ScanCall:
+    dt = _each_route(columns[..., : weight.shape[2]], weight.transpose(1, 2))
+    return call._replace(dt=dt, dt_weight=None)
 
 
-def _scan_forward(call: ScanCall, keep: bool) -> tuple[Tensor, Tensors]:
+def _scan_forward(call: ScanCall, columns: Tensor, keep: bool) -> tuple[Tensor, Tensors]:
     """y, and what the backward pass needs of it: A, states, the weight of step sizes that were multiplied out."""
     weight = None
     if _multiplies_out(call):
         assert call.dt_weight is not None
-        weight = halved(call.dt_weight, call.dt.dtype)
-        call = _multiplied_out(call, weight)
+        weight = halved(call.dt_weight, columns.dtype)
+        missing = -weight.shape[2] % WORD
+        weight = F.pad(weight, (0, missing)) if missing else weight
+        call = _multiplied_out(call, columns, weight)
     y, _, states = scans.choose(call, None).forward(call, keep)
     return y, (call.A, states, weight)
 
 
-def _scan_backward(call: ScanCall, saved: Tensors, dy: Tensor, width: int) -> tuple[Tensor, Tensor, tuple[Summed, ...]]:
-    """Gradients of u, of so many columns of a route, and of A's logarithm, D, weight and bias of step sizes, table."""
+def _scan_backward(
+    call: ScanCall, columns: Tensor, saved: Tensors, dy: Tensor, word: int = 1
+) -> tuple[Tensor, Tensor, tuple[Summed, ...]]:
+    """Gradients of u, of the columns, and of A's logarithm, D, weight and bias of step sizes, table."""
     A, states, weight = saved
     assert A is not None and states is not None
-    whole = call if weight is None else _multiplied_out(call, weight)
+    whole = call if weight is None else _multiplied_out(call, columns, weight)
     backend = scans.choose(whole, None)
     assert backend.backward is not None, backend.name
     du, ddt, dA, dB, dC, dD, of_weight, dbias, _ = backend.backward(whole, states, dy, None)
     assert du is not None and ddt is not None and dA is not None and dB is not None and dC is not None
     dweight: Summed = of_weight
     if weight is not None:
-        dweight = _sums_of_routes(ddt, call.dt)
+        dweight = Parts(_sums_of_routes(ddt, columns)[..., : call.rank].unsqueeze(0))  # all columns lie in one piece
         ddt = _each_route(ddt, weight)
-    parts = [ddt, dB, dC]
-    missing = width - sum(part.shape[-1] for part in parts)
-    if missing:
-        parts.append(dC.new_zeros((*dC.shape[:-1], missing)))
+    first = _first(call.rank, word)
+    gaps = first - ddt.shape[-1], columns.shape[-1] - first - 2 * call.states
+    between, behind = (dC.new_zeros((*dC.shape[:-1], gap)) if gap else None for gap in gaps)
+    parts = [part for part in (ddt, between, dB, dC, behind) if part is not None]
     return du, torch.cat(parts, -1), (dA * A, dD, dweight, dbias, None)
 
 
-def _filled_up(projection: Tensor, dtype: torch.dtype, step: int) -> Tensor:
-    """(K, R + 2 N, D) with zeros to a multiple of `step` columns a route: products of other widths are far slower."""
-    missing = -projection.shape[1] % step
+def filled_up(projection: Tensor, dtype: torch.dtype, dt_weight: Tensor | None) -> Tensor:
+    """(K, R + 2 N, D) with rows of zeros behind the R of step sizes and behind all, so that each begins and ends at a
+    multiple of a word: products of other widths are far slower."""
+    assert dt_weight is not None
+    (routes, rows, channels), rank = projection.shape, dt_weight.shape[2]
+    first = _first(rank, WORD)
+    width = _first(first + rows - rank, WORD)
     projection = halved(projection, dtype)
-    return F.pad(projection, (0, 0, 0, missing)) if missing else projection
+    if width == rows:
+        return projection
+    filled = projection.new_zeros((routes, width, channels))
+    filled[:, :rank], filled[:, first : first + rows - rank] = projection[:, :rank], projection[:, rank:]
+    return filled
 
 
 # VMamba's.
@@ -288,32 +337,24 @@ def _map_forward(tensors: Tensors, options: Options, keep: bool) -> tuple[tuple[
     with without_autocast():
         x, z = _halves(xz, options)
         (u,), _ = rows_cuda.CONV_MAP.forward((x, weight, bias), {}, keep)
-        projection = _filled_up(projection, x.dtype, 8 // math.gcd(8, len(projection)))
+        projection = halved(projection, x.dtype)
+        missing = -projection.shape[1] % (WORD // math.gcd(WORD, len(projection)))
+        projection = F.pad(projection, (0, 0, 0, missing)) if missing else projection
         out_weight = halved(out_weight, x.dtype)
         columns = F.linear(u.flatten(1, 2), projection.flatten(0, 1)).unflatten(-1, projection.shape[:2])
         call = _scan_call(u.flatten(1, 2), columns, decays_of(of_scan[0]), of_scan, options["out_dtype"])
-        apart = attention[0] is None and _adds_apart(call)
-        y, saved = _scan_forward(call._replace(merge=attention[0] is None and not apart), keep)
+        y, saved = _scan_forward(call._replace(merge=attention[0] is None), columns, keep)
         of_attention: Tensors = (None, None)
         if attention[0] is not None:
             how = dict(eps=options["attention_eps"])
             (y,), (routes, _, sums, *_) = routes_cuda.ROUTE_ATTENTION.forward((y, None, *attention), how, keep)
             of_attention = routes, sums
-        total: Tensor | None = y
-        if apart:
-            n, total = rows_cuda.normed_sum(y, norm_weight, norm_bias, _out_norm(x, options), keep)
-        else:
-            (n,), _ = rows_cuda.NORM.forward((y, None, norm_weight, norm_bias), _out_norm(x, options), keep)
+        (n,), _ = rows_cuda.NORM.forward((y, None, norm_weight, norm_bias), _out_norm(x, options), keep)
         if z is not None:
             (n,), _ = rows_cuda.GATED.forward((n, z.flatten(1, 2)), {}, keep)
         out = F.linear(n, out_weight)
-    kept = (xz, u, columns, total, *of_attention, *saved, projection, out_weight, *tensors[1:])
+    kept = (xz, u, columns, y, *of_attention, *saved, projection, out_weight, *tensors[1:])
     return (out.unflatten(1, x.shape[1:3]),), kept
-
-
-def _adds_apart(call: ScanCall) -> bool:
-    """Whether the norm adds the routes up: where the kernels would leave that to one more pass."""
-    return call.states == 1 and call.routes > 1 and call.x.numel() >= MUCH
 
 
 def _out_norm(x: Tensor, options: Options) -> Options:
@@ -354,7 +395,7 @@ def _map_backward(kept: Tensors, options: Options, grads: Tensors) -> Tensors:
             dy, dattention = found, tuple(of_means)
         call = _scan_call(u.flatten(1, 2), columns, A, of_scan, options["out_dtype"])
         call = call._replace(merge=routes is None)
-        du, dcolumns, dscan = _scan_backward(call, (A, states, dt_weight), dy, projection.shape[1])
+        du, dcolumns, dscan = _scan_backward(call, columns, (A, states, dt_weight), dy)
         du, dcolumns = du.flatten(0, 1), dcolumns.flatten(2).flatten(0, 1)
         du.addmm_(dcolumns, projection.flatten(0, 1))
         dprojection = _product_of_sums(dcolumns, u.flatten(0, 2)).view(projection.shape)[:, : given.shape[1]]
@@ -383,13 +424,13 @@ def _both_ways_forward(tensors: Tensors, options: Options, keep: bool) -> tuple[
     with without_autocast():
         x, z = xz.chunk(2, -1)
         (u,), _ = rows_cuda.CONV_BOTH_WAYS.forward((x, weight, bias), {}, keep)
-        projection, out_weight = _filled_up(projection, xz.dtype, 8), halved(out_weight, xz.dtype)
+        projection, out_weight = filled_up(projection, xz.dtype, of_scan[2]), halved(out_weight, xz.dtype)
         columns = columns_of_routes(u, projection)
-        call = _scan_call(u, columns, decays_of(of_scan[0]), tuple(of_scan), None)
-        shares, saved = _scan_forward(call._replace(merge=False), keep)
-        g, y = rows_cuda.gated_sum(shares, z, keep)
-        out = _scaled_product(g.flatten(0, 1), out_weight.t(), options["scale"])
-    return (out.unflatten(0, xz.shape[:2]),), (xz, columns, y, *saved, projection, out_weight, *tensors[1:])
+        call = _scan_call(u, columns, decays_of(of_scan[0]), tuple(of_scan), None, WORD)
+        shares, saved = _scan_forward(call._replace(merge=False), columns, keep)
+        g, y = rows_cuda.gated_sum(shares, z, keep, options["scale"])
+        out = F.linear(g, out_weight)
+    return (out,), (xz, columns, y, *saved, projection, out_weight, *tensors[1:])
 
 
 def _by_route(t: Tensor) -> Tensor:
@@ -404,14 +445,13 @@ def _each_route(x: Tensor, matrices: Tensor) -> Tensor:
     return y
 
 
-def _sums_of_routes(left: Tensor, right: Tensor, rows: int | None = None) -> Parts:
-    """(B, L, K, I) and (B, L, K, J) -> (K, I, J), or as many rows, sums over tokens of each route's own products.
+def _sums_of_routes(left: Tensor, right: Tensor) -> Tensor:
+    """(B, L, K, I) and (B, L, K, J) -> a view (K, I, J), sums over tokens of each route's own products.
 
     Of the product of all routes with all only the diagonal is wanted; it is faster than one product a route.
     """
     crossed = _product_of_sums(left.flatten(2).flatten(0, 1), right.flatten(2).flatten(0, 1))
-    crossed = crossed.view(*left.shape[2:], *right.shape[2:])
-    return Parts(crossed.diagonal(dim1=0, dim2=2).permute(2, 0, 1)[:, :rows].unsqueeze(0))
+    return crossed.view(*left.shape[2:], *right.shape[2:]).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
 
 
 def columns_of_routes(u: Tensor, projection: Tensor) -> Tensor:
@@ -419,10 +459,15 @@ def columns_of_routes(u: Tensor, projection: Tensor) -> Tensor:
     return _each_route(u, projection.transpose(1, 2))
 
 
-def columns_backward(u: Tensor, du: Tensor, dcolumns: Tensor, projection: Tensor, given: Tensor) -> Parts:
+def columns_backward(
+    u: Tensor, du: Tensor, dcolumns: Tensor, projection: Tensor, given: Tensor, call: ScanCall
+) -> Summed:
     """Adds to du, the gradient of u, what comes through the columns; returns the gradient of the given projection."""
     _by_route(du).baddbmm_(_by_route(dcolumns), projection)
-    return _sums_of_routes(dcolumns, u, given.shape[1])
+    found, first, rank = _sums_of_routes(dcolumns, u), _first(call.rank, WORD), call.rank
+    if first == rank:
+        return Parts(found[:, : given.shape[1]].unsqueeze(0))
+    return torch.cat((found[:, :rank], found[:, first : first + given.shape[1] - rank]), 1)
 
 
 def _scaled_product(left: Tensor, right: Tensor, scale: float) -> Tensor:
@@ -432,19 +477,15 @@ def _scaled_product(left: Tensor, right: Tensor, scale: float) -> Tensor:
 def _both_ways_backward(kept: Tensors, options: Options, grads: Tensors) -> Tensors:
     xz, *behind = kept
     assert xz is not None
-    x, z = xz.chunk(2, -1)
-    dxz, found = _halves_backward(lambda: x, lambda: z, behind, options, grads[0])
+    dxz, found = _behind_backward(xz, behind, options, grads[0])
     return dxz, *finished(found, behind[_KEPT:])
 
 
-def _halves_backward(
-    x: Callable[[], Tensor],
-    z: Callable[[], Tensor],
-    kept: Sequence[Tensor | None],
-    options: Options,
-    dout: Tensor | None,
+def _behind_backward(
+    xz: Tensor, kept: Sequence[Tensor | None], options: Options, dout: Tensor | None
 ) -> tuple[Tensor, list[Summed]]:
-    """A backward pass of functions that give x and z, each when it is needed: one is gone before the other is made."""
+    """Gradients of x and z, and of all parameters behind them."""
+    x, z = xz.chunk(2, -1)
     columns, y, A, states, dt_weight, projection, out_weight, *parameters = kept
     weight, bias, given, *of_scan, _ = parameters
     assert given is not None and A is not None
@@ -457,13 +498,13 @@ def _halves_backward(
         dout = dout.flatten(0, 1).contiguous()
         dg = _scaled_product(dout, out_weight, scale).view(y.shape)
         g = torch.empty_like(dg)
-        dy = rows_cuda.gate_backward(y, z(), dg, dz, again=g)
-        dout_weight = _product_of_sums(dout, g.flatten(0, 1)) * scale
+        dy = rows_cuda.gate_backward(y, z, dg, dz, again=g, scale=scale)
+        dout_weight = _product_of_sums(dout, g.flatten(0, 1))
         del g, dg
-        (u,), of_conv = rows_cuda.CONV_BOTH_WAYS.forward((x(), weight, bias), {}, True)
-        call = _scan_call(u, columns, A, tuple(of_scan), None)
-        du, dcolumns, dscan = _scan_backward(call, (A, states, dt_weight), dy, projection.shape[1])
-        dprojection = columns_backward(u, du, dcolumns, projection, given)
+        (u,), of_conv = rows_cuda.CONV_BOTH_WAYS.forward((x, weight, bias), {}, True)
+        call = _scan_call(u, columns, A, tuple(of_scan), None, WORD)
+        du, dcolumns, dscan = _scan_backward(call, columns, (A, states, dt_weight), dy, WORD)
+        dprojection = columns_backward(u, du, dcolumns, projection, given, call)
         _, dconv = rows_cuda.conv_parts(of_conv, {}, (du,), dx)
     return dxz, [*dconv, dprojection, *dscan, dout_weight]
 
@@ -484,9 +525,14 @@ def _refuses_norm_both_ways(tensors: Tensors, options: Options) -> bool:
 
 
 def _norm_both_ways_forward(tensors: Tensors, options: Options, keep: bool) -> tuple[tuple[Tensor, ...], Tensors]:
-    (xz, total), of_linear = _linear_forward(tensors[:5], options, keep)
-    (out,), kept = _both_ways_forward((xz, *tensors[5:]), options, keep)
-    return (out, total), (*of_linear, *kept[1:])
+    x, _, _, _, weight, *behind = tensors
+    assert x is not None and weight is not None
+    (n, total), of_norm = rows_cuda.NORM.forward(tensors[:4], _norm(x, options), keep)
+    with without_autocast():
+        matrix = halved(weight, n.dtype)
+        xz = F.linear(n, matrix)
+    (out,), kept = _both_ways_forward((xz, *behind), options, keep)
+    return (out, total), (matrix, weight, *of_norm, *kept[1:])
 
 
 def _norm_both_ways_backward(kept: Tensors, options: Options, grads: Tensors) -> Tensors:
@@ -498,8 +544,7 @@ def _norm_both_ways_backward(kept: Tensors, options: Options, grads: Tensors) ->
     with without_autocast():
         how = dict(eps=options["eps"], rms=options["rms"], out_dtype=matrix.dtype, stream=True)
         (n, _), _ = rows_cuda.NORM.forward((x, None, *of_its_norm), how, False)
-        of_x, of_z = matrix.chunk(2)
-        dxz, found = _halves_backward(partial(F.linear, n, of_x), partial(F.linear, n, of_z), behind, options, dout)
+        dxz, found = _behind_backward(F.linear(n, matrix), behind, options, dout)
         dxz = dxz.flatten(0, 1)
         dweight = _product_of_sums(dxz, n.flatten(0, 1))
         del n

@@ -17,16 +17,17 @@ from vision_mamba.ops.compiled import Options, Shapes, Tensors
 from vision_mamba.ops.registry import scans
 
 
-def _cast(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    return weight if weight.dtype == dtype else torch.empty_like(weight, dtype=dtype)
+def _cast(weight: Tensor, dtype: torch.dtype, axis: int = -1, size: int | None = None) -> Tensor:
+    """Of another type, and filled up along one axis."""
+    if size is None or size == weight.shape[axis]:
+        return weight if weight.dtype == dtype else torch.empty_like(weight, dtype=dtype)
+    sizes = list(weight.shape)
+    sizes[axis] = size
+    return weight.new_empty(sizes, dtype=dtype)
 
 
-def _filled(weight: Tensor, dtype: torch.dtype, step: int) -> Tensor:
-    """With so many more of what its last axis but one counts that they are a multiple of `step`."""
-    missing = -weight.shape[-2] % step
-    if not missing:
-        return _cast(weight, dtype)
-    return weight.new_empty((*weight.shape[:-2], weight.shape[-2] + missing, weight.shape[-1]), dtype=dtype)
+def _up(size: int, step: int) -> int:
+    return size + -size % step
 
 
 def _stream(x: Tensor, branch: Tensor | None, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensors]:
@@ -49,7 +50,7 @@ def _linear(tensors: Tensors, options: Options, half: torch.dtype) -> tuple[Tens
     x, branch, norm_weight, norm_bias, weight = tensors
     assert x is not None and norm_weight is not None and weight is not None
     total, of_norm = _stream(x, branch, norm_weight, norm_bias)
-    matrix = _filled(weight, half, options.get("step", 1))
+    matrix = _cast(weight, half, 0, _up(len(weight), options.get("step", 1)))
     return (x.new_empty((*x.shape[:-1], len(matrix)), dtype=half), total), (matrix, weight, *of_norm)
 
 
@@ -81,14 +82,16 @@ def _of_scan(call: ScanCall) -> Tensors:
     weight = None
     if chains._multiplies_out(call):
         assert call.dt_weight is not None
-        weight = _cast(call.dt_weight, call.dt.dtype)
+        weight = _cast(call.dt_weight, call.dt.dtype, 2, _up(call.rank, chains.WORD))
         call = call._replace(dt=call.dt.new_empty((*call.dt.shape[:3], call.channels)), dt_weight=None)
     return call.A, scans.choose(call, None).new_saved(call), weight
 
 
-def _scan(u: Tensor, columns: Tensor, of_scan: Tensors, out_dtype: torch.dtype | None, merge: bool) -> Tensors:
+def _scan(
+    u: Tensor, columns: Tensor, of_scan: Tensors, out_dtype: torch.dtype | None, merge: bool, word: int = 1
+) -> Tensors:
     A = torch.empty_like(of_scan[0], dtype=torch.float32)  # type: ignore[arg-type]
-    return _of_scan(chains._scan_call(u, columns, A, tuple(of_scan), out_dtype)._replace(merge=merge))
+    return _of_scan(chains._scan_call(u, columns, A, tuple(of_scan), out_dtype, word)._replace(merge=merge))
 
 
 def _map(tensors: Tensors, options: Options, half: torch.dtype) -> tuple[Tensors, Tensors]:
@@ -97,7 +100,7 @@ def _map(tensors: Tensors, options: Options, half: torch.dtype) -> tuple[Tensors
     of_scan, attention = middle[:5], middle[5:]
     batch, height, width, channels = xz.shape
     channels = channels // 2 if options["gate"] else channels
-    projection = _filled(given, xz.dtype, 8 // math.gcd(8, len(given)))
+    projection = _cast(given, xz.dtype, 1, _up(given.shape[1], chains.WORD // math.gcd(chains.WORD, len(given))))
     u = xz.new_empty((batch, height, width, channels))
     columns = xz.new_empty((batch, height * width, *projection.shape[:2]))
     merge = attention[0] is None
@@ -129,10 +132,12 @@ def _behind(xz: Tensor, tensors: Tensors) -> tuple[Tensor, Tensor, Tensor, Tenso
     weight, _, given, *of_scan = tensors[:8]
     out_weight = tensors[-1]
     assert weight is not None and given is not None and out_weight is not None
-    projection = _filled(given, xz.dtype, 8)
+    rank = of_scan[2].shape[2]  # type: ignore[union-attr]
+    width = _up(_up(rank, chains.WORD) + given.shape[1] - rank, chains.WORD)
+    projection = _cast(given, xz.dtype, 1, width)
     u = xz.new_empty((*xz.shape[:2], *weight.shape[:2]))
     columns = xz.new_empty((*xz.shape[:2], *projection.shape[:2]))
-    saved = _scan(u, columns, of_scan, None, False)
+    saved = _scan(u, columns, of_scan, None, False, chains.WORD)
     out = xz.new_empty((*xz.shape[:2], len(out_weight)))
     return out, columns, u, saved, (projection, _cast(out_weight, xz.dtype))
 

@@ -48,7 +48,7 @@ _HALF = torch.bfloat16
 
 #: What the published models run under autocast: compiled for every architecture by the tests.
 SHIPPED = (
-    *(rows.convolution(forward, _HALF, 2, 1, routes=True) for forward in (True, False)),
+    *(rows.convolution(forward, _HALF, 2, (768, 768, 2 * 768), 1, routes=True) for forward in (True, False)),
     *(route_sums(_HALF, z, 384, 4, 1e-5, 4) for z in (None, _HALF)),
     *(route_backward(_HALF, z, _HALF, 384, 4, 1e-5, 4) for z in (None, _HALF)),
     *(route_weigh(slopes, _HALF, z, _HALF, 4, 4) for slopes in (True, False) for z in (None, _HALF)),
@@ -74,7 +74,7 @@ def _conv_forward(tensors: Tensors, options: dict[str, Any], keep: bool = True) 
     y = x.new_empty((*x.shape[:2], len(table), x.shape[2]))
     run = rows._run(2, x)
     grid, fields = rows._conv_sizes(x, run, 0, len(table))
-    how = (True, x.dtype, run, 1, rows.TAPS - 1, True)
+    how = (True, x.dtype, run, (x.shape[2], x.stride(1), 0), 1, rows.TAPS - 1, True)
     rows._start(
         rows.convolution, how, grid, fields, x=x, weight=rows._filled(weight), bias=rows._whole(bias), table=table, y=y
     )
@@ -92,7 +92,7 @@ def conv_backward(kept: Tensors, options: dict[str, Any], grads: Tensors, dx: Te
     shares = torch.empty_like(dy)
     fields |= dict(dx_b=shares.stride(0), dx_l=shares.stride(1))
     parts = torch.empty((batch, routes, fields["chunks"], 5, channels), dtype=torch.float32, device=x.device)
-    how = (False, x.dtype, run, 1, rows.TAPS - 1, True)
+    how = (False, x.dtype, run, (channels, x.stride(1), shares.stride(1)), 1, rows.TAPS - 1, True)
     rows._start(
         rows.convolution, how, grid, fields, x=x, weight=rows._filled(weight), bias=rows._whole(bias), table=table,
         dy=dy, dx=shares, parts=parts,

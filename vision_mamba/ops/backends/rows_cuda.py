@@ -49,12 +49,11 @@ def norm(
     run: int,
     again: bool = False,
     shift: bool = False,
-    shares: int = 1,
 ) -> nvrtc.Specialisation:
     """A norm over rows of `width` channels; a backward pass writes the branch's gradient if its type is not x's, and
-    the norm's result `again` if that is wanted. Rows may be shifted first, all alike; or be sums of shares."""
+    the norm's result `again` if that is wanted. Rows may be shifted first, all alike."""
     macros = dict(WIDTH=width, RUN=run, LANES=norm_lanes(width, run), RMS=rms, BRANCH=branch is not None, AGAIN=again)
-    macros |= dict(SHIFT=shift, SHARES=shares)
+    macros |= dict(SHIFT=shift)
     types = dict(X_TYPE=x, B_TYPE=branch or x, Y_TYPE=y)
     return _kernel("norm_forward" if forward else "norm_backward", types, macros | dict(EPSILON=f"{float(eps)!r}f"))
 
@@ -66,20 +65,32 @@ def norm_lanes(width: int, run: int) -> int:
 
 
 def convolution(
-    forward: bool, x: torch.dtype, run: int, ways: int = 2, before: int = TAPS - 1, routes: bool = False
+    forward: bool,
+    x: torch.dtype,
+    run: int,
+    steps: tuple[int, int, int],
+    ways: int = 2,
+    before: int = TAPS - 1,
+    routes: bool = False,
 ) -> nvrtc.Specialisation:
+    """Steps: channels, and how far tokens of x and of its gradient lie apart."""
     macros = dict(RUN=run, WAYS=ways, BEFORE=before, ROUTES=routes, AHEAD=AHEAD[forward])
+    macros |= dict(zip(("CHANNELS", "X_STEP", "DX_STEP"), steps, strict=True))
     return _kernel("conv_forward" if forward else "conv_backward", dict(X_TYPE=x), macros)
 
 
 def gate(
-    forward: bool, y: torch.dtype, z: torch.dtype, out: torch.dtype, run: int, shares: int = 1
+    forward: bool, y: torch.dtype, z: torch.dtype, out: torch.dtype, run: int, shares: int = 1, scale: float = 1.0
 ) -> nvrtc.Specialisation:
-    macros = dict(RUN=run, BACKWARD=not forward, SHARES=shares)
+    macros = dict(RUN=run, BACKWARD=not forward, SHARES=shares, SCALE=f"{float(scale)!r}f")
     return _kernel("gate", dict(X_TYPE=y, B_TYPE=z, Y_TYPE=out), macros)
 
 
-def gelu(h: torch.dtype, dy: torch.dtype, run: int, sums: bool = False) -> nvrtc.Specialisation:
+def gelu(h: torch.dtype, run: int) -> nvrtc.Specialisation:
+    return _kernel("gelu_forward", dict(X_TYPE=h), dict(RUN=run))
+
+
+def gelu_gradients(h: torch.dtype, dy: torch.dtype, run: int, sums: bool = False) -> nvrtc.Specialisation:
     return _kernel("gelu_backward", dict(X_TYPE=h, Y_TYPE=dy), dict(RUN=run, SUMS=sums))
 
 
@@ -96,12 +107,12 @@ SHIPPED = (
     *(norm(forward, _FULL, _HALF, _HALF, 768, False, 1e-5, 4) for forward in (True, False)),
     *(norm(forward, _FULL, None, _HALF, 384, True, 1e-5, 4) for forward in (True, False)),
     *(norm(forward, _HALF, None, _FULL, 768, False, 1e-5, 4, False, True) for forward in (True, False)),
-    norm(True, _HALF, None, _HALF, 96, False, 1e-5, 4, shares=4),
-    *(convolution(forward, _HALF, 2, ways) for forward in (True, False) for ways in (1, 2)),
+    *(convolution(forward, _HALF, 2, (768, 1536, 1536), ways) for forward in (True, False) for ways in (1, 2)),
     *(gate(forward, _HALF, _HALF, _HALF, 8) for forward in (True, False)),
     gate(True, _HALF, _HALF, _HALF, 8, 2),
     *(map_convolution(forward, _HALF, 2, shortcut) for forward in (True, False) for shortcut in (True, False)),
-    *(gelu(_HALF, _HALF, 8, sums) for sums in (True, False)),
+    gelu(_HALF, 8),
+    *(gelu_gradients(_HALF, _HALF, 8, sums) for sums in (True, False)),
 )
 
 
@@ -202,23 +213,6 @@ def _norm_forward(tensors: Tensors, options: dict[str, Any], keep: bool = True) 
     return (y, total), (total, weight, bias, branch.new_empty(0))  # of the branch, backward needs its type
 
 
-def normed_sum(
-    shares: Tensor, weight: Tensor, bias: Tensor | None, options: dict[str, Any], keep: bool
-) -> tuple[Tensor, Tensor | None]:
-    """Of shares (B, L, K, D) of y: its norm, and y if it is to be kept."""
-    y = shares.select(2, 0)
-    total = torch.empty_like(y, memory_format=torch.contiguous_format) if keep else None
-    out = y.new_empty(y.shape, dtype=_norm_type(y, options))
-    width, run, count = shares.shape[3], _run(4, shares, out), shares.shape[2]
-    how = (True, y.dtype, None, out.dtype, width, options["rms"], options["eps"], run, False, False, count)
-    rows, per_block = y.numel() // width, 128 // norm_lanes(width, run)
-    _start(
-        norm, how, (rows + per_block - 1) // per_block, dict(batch=rows), x=shares, weight=_whole(weight),
-        bias=_whole(bias), y=out, total=total,
-    )  # fmt: skip
-    return out, total
-
-
 def norm_backward(kept: Tensors, options: dict[str, Any], grads: Tensors, again: Tensor | None = None) -> Tensors:
     """Writes the norm's result once more to `again`, of the type of its gradient, if that is given."""
     dx, of_branch, parts = norm_parts(kept, options, grads, again)
@@ -304,7 +298,7 @@ def _conv_forward(tensors: Tensors, options: dict[str, Any], keep: bool = True) 
     y = x.new_empty((x.shape[0], x.shape[1], ways, x.shape[2]))
     run = _run(2, x)
     grid, fields = _conv_sizes(x, run, 0)
-    how = (True, x.dtype, run, ways, _before(weight, options))
+    how = (True, x.dtype, run, (x.shape[2], x.stride(1), 0), ways, _before(weight, options))
     _start(convolution, how, grid, fields, x=x, weight=_filled(weight), bias=_whole(bias), y=y)
     return (y,), (x, weight, bias)
 
@@ -335,7 +329,7 @@ def conv_parts(
         dx = torch.empty_like(x, memory_format=torch.contiguous_format)
     fields |= dict(dx_b=dx.stride(0), dx_l=dx.stride(1))
     parts = torch.empty((fields["batch"] * fields["chunks"], ways, 5, x.shape[2]), dtype=torch.float32, device=x.device)
-    how = (False, x.dtype, run, ways, _before(weight, options))
+    how = (False, x.dtype, run, (x.shape[2], x.stride(1), dx.stride(1)), ways, _before(weight, options))
     _start(
         convolution, how, grid, fields, x=x, weight=_filled(weight), bias=_whole(bias), dy=dy, dx=dx,
         parts=parts,
@@ -449,7 +443,16 @@ def map_parts(
     return dx, [Parts(of_weight), None if bias is None else Parts(parts[:, 9])]
 
 
-# What is behind a GELU.
+# GELU.
+
+
+def gelu_forward(h: Tensor) -> Tensor:
+    """gelu(h) of h in one piece. Of float32 it is torch's, which has all digits."""
+    if h.dtype == torch.float32:
+        return F.gelu(h)
+    y, count, run = torch.empty_like(h), h.numel(), _run(16 // h.element_size(), h)
+    _start(gelu, (h.dtype, run), -(-count // (512 * run)), dict(batch=count), x=h, y=y)
+    return y
 
 
 def _gelu_start(h: Tensor, dy: Tensor | None, a: Tensor | None, dh: Tensor | None) -> Parts:
@@ -460,7 +463,9 @@ def _gelu_start(h: Tensor, dy: Tensor | None, a: Tensor | None, dh: Tensor | Non
     blocks = max(1, min(4 * _multiprocessors(h.device.index) // tiles, (rows + 31) // 32))
     parts = torch.empty((blocks, channels), dtype=torch.float32, device=h.device)
     how = (h.dtype, h.dtype if dy is None else dy.dtype, run, dy is None)
-    _start(gelu, how, tiles * blocks, dict(batch=rows, channels=channels), x=h, dy=dy, y=a, dx=dh, parts=parts)
+    _start(
+        gelu_gradients, how, tiles * blocks, dict(batch=rows, channels=channels), x=h, dy=dy, y=a, dx=dh, parts=parts
+    )
     return Parts(parts)
 
 
@@ -506,14 +511,14 @@ def _gate_forward(tensors: Tensors, options: dict[str, Any], keep: bool = True) 
     return (out,), (y, z)
 
 
-def gated_sum(shares: Tensor, z: Tensor, keep: bool) -> tuple[Tensor, Tensor | None]:
-    """Of shares (B, L, K, D) of y: y silu(z), and y if it is to be kept."""
+def gated_sum(shares: Tensor, z: Tensor, keep: bool, scale: float = 1.0) -> tuple[Tensor, Tensor | None]:
+    """Of shares (B, L, K, D) of y: scale y silu(z), and y if it is to be kept."""
     y = shares.select(2, 0)
     total = torch.empty_like(y, memory_format=torch.contiguous_format) if keep else None
     out = y.new_empty(y.shape, dtype=torch.promote_types(y.dtype, z.dtype))
     run = _run(8, shares, z)
     grid, fields = _gate_sizes(y, z, run)
-    how = (True, y.dtype, z.dtype, out.dtype, run, shares.shape[2])
+    how = (True, y.dtype, z.dtype, out.dtype, run, shares.shape[2], scale)
     _start(gate, how, grid, fields, x=shares, z=z, y=out, total=total)
     return out, total
 
@@ -525,13 +530,16 @@ def _gate_backward(kept: Tensors, options: dict[str, Any], grads: Tensors) -> Te
     return gate_backward(y, z, dout.contiguous(), dz), dz
 
 
-def gate_backward(y: Tensor, z: Tensor, dout: Tensor, dz: Tensor, again: Tensor | None = None) -> Tensor:
-    """The gradient of y; that of z goes to `dz`, which may be a part of rows, and y silu(z) once more to `again`."""
+def gate_backward(
+    y: Tensor, z: Tensor, dout: Tensor, dz: Tensor, again: Tensor | None = None, scale: float = 1.0
+) -> Tensor:
+    """The gradient of y, from that of y silu(z), which goes once more, times scale, to `again`; the gradient of z
+    goes to `dz`, which may be a part of rows."""
     dy = torch.empty_like(y, memory_format=torch.contiguous_format)
     run = _run(8, y, z, dout, dz)
     grid, fields = _gate_sizes(y, z, run)
     fields["dz_l"] = dz.stride(1)
-    how = (False, y.dtype, z.dtype, dout.dtype, run)
+    how = (False, y.dtype, z.dtype, dout.dtype, run, 1, scale)
     _start(gate, how, grid, fields, x=y, z=z, dy=dout, dx=dy, dz=dz, y=again)
     return dy
 
