@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 
 import pytest
@@ -118,6 +119,30 @@ def test_every_way(case: Case, how: few.Few, back: bool, poisoned: None, monkeyp
         assert_close(name, found[name], reference)
     again = run(make_call(case, device="cuda"), "cuda")
     assert all(torch.equal(again[name], tensor) for name, tensor in found.items())
+
+
+@pytest.mark.gpu
+def test_a_chain_in_a_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each replay numbers its blocks anew."""
+    launched = anew(monkeypatch)
+    call = make_call(dataclasses.replace(LONG, grid=(1, 4000), state=False), device="cuda")
+    leaves = call._replace(**{n: getattr(call, n).clone().requires_grad_() for n in ("x", "A")})
+    dy = torch.randn_like(call.new_output())
+
+    def both() -> tuple[torch.Tensor, ...]:
+        y, _ = torch.ops.vision_mamba.cross_selective_scan(*leaves, "cuda")
+        return y.detach(), *torch.autograd.grad(y, (leaves.x, leaves.A), dy)
+
+    want = both()
+    assert [how.chain for how in launched] == [True, True]
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = both()
+    for _ in range(3):
+        for tensor in found:
+            tensor.fill_(float("nan"))
+        graph.replay()
+        assert all(torch.equal(*pair) for pair in zip(found, want, strict=True))
 
 
 def published() -> list[tuple[Case, bool]]:
