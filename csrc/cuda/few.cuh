@@ -1,13 +1,15 @@
 // few.cuh: what both passes share where sequences are few: a cluster of blocks takes them, see few_forward.cuh.
 #pragma once
-#include "single.cuh"
+#include "few_cluster.cuh"
 
 constexpr int kStates = STATES;
 constexpr int kRun = 2;            // channels of a lane
-constexpr int kSteps = 8;          // of a segment
+constexpr int kSteps = STEPS;      // of a segment
+constexpr int kSaved = 64;         // steps between two states that are saved
 constexpr int kWarps = WARPS;      // of a block
-constexpr int kCluster = CLUSTER;  // blocks
 constexpr int kRoutes = ROUTES;    // of a cluster
+constexpr bool kOnce = ONCE;       // one round is enough
+constexpr bool kChain = CHAIN;     // a block has one round, and waits for the one before it of its route
 constexpr bool kMerge = MERGE;
 constexpr bool kVector = VECTOR;   // x, dt, y: channels are neighbours, runs of a lane aligned
 constexpr bool kAlong = ALONG;     // of all tensors tokens are neighbours, eights aligned, in the order of the route
@@ -22,54 +24,22 @@ constexpr int kPart = kRouteWarps < kWarps ? kRouteWarps : kWarps;  // warps of 
 constexpr int kSpan = kRouteWarps / kPart;                          // blocks of a route
 constexpr int kOwn = kWarpSteps / 32;                               // steps whose tokens, B and C a lane fetches
 constexpr bool kOne = kStates == 1;
-constexpr bool kHold = kStates <= 4;  // decays are kept from one look at a segment to the next
 constexpr int kProducts = kSteps / 2;
 constexpr int kDepth = (kRank + 15) / 16;
 static_assert(kCluster * kWarps % kRoutes == 0 && kRouteWarps % kPart == 0 && kWarps % kPart == 0);
 static_assert(!kAlong || kRank == 0);
+static_assert(!kChain || (kCluster == 1 && kRoutes == 1 && !kMerge));
 
-template <class T> struct alignas(16) Row { T at[8]; };
+template <class T> struct alignas(kSteps * sizeof(T) < 16 ? 8 : 16) Row { T at[kSteps]; };
 
 // What belongs to the steps of a warp.
 struct Steps {
-    int tokens[2][kSegments][8];  // of this round and the next in turn: -1 = a padding step, -2 = past the end
+    // Of this round and the next in turn: -1 = a padding step, -2 = past the end.
+    alignas(16) int tokens[2][kSegments][kSteps];
     Row<B_TYPE> B[kStates][kSegments];
     Row<C_TYPE> C[kStates][kSegments];
 };
 
-// The cluster.
-DEVICE int cluster_rank() {
-    int rank = 0;
-#if CLUSTER > 1
-    asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
-#endif
-    return rank;
-}
-DEVICE void cluster_arrive() {
-#if CLUSTER > 1
-    asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
-#endif
-}
-DEVICE void cluster_begin() {  // the same, where nothing was written yet
-#if CLUSTER > 1
-    asm volatile("barrier.cluster.arrive.relaxed.aligned;");
-#endif
-}
-DEVICE void cluster_wait() {
-#if CLUSTER > 1
-    asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
-#endif
-}
-// Write to the shared memory of a block of the cluster, where it has what is `at` here.
-DEVICE void send(float* at, int rank, float a, float b, bool wanted = true) {
-#if CLUSTER > 1
-    asm volatile("{\n\t.reg .pred w;\n\t.reg .u32 to;\n\tsetp.ne.s32 w, %4, 0;\n\tmapa.shared::cluster.u32 to, %0, %1;\n\t"
-                 "@w st.shared::cluster.v2.f32 [to], {%2, %3};\n\t}"
-                 ::"r"((unsigned)__cvta_generic_to_shared(at)), "r"(rank), "f"(a), "f"(b), "r"((int)wanted) : "memory");
-#else
-    if (wanted) *(float2*)at = make_float2(a, b);
-#endif
-}
 // A tensor as one lane reads it, at (b, k) and its channels. Steps off the route read token 0, so that no load waits for a
 // branch; what they read is zeroed.
 struct Place {
@@ -110,7 +80,7 @@ DEVICE void read(Pack<T, V>& pack, const char* at, unsigned stride, int last, bo
 
 // A lane's channels of its segment.
 template <class T> struct Values {
-    Pack<T, kAlong ? 8 : kRun> at[kAlong ? kRun : kSteps];
+    Pack<T, kAlong ? kSteps : kRun> at[kAlong ? kRun : kSteps];
 
     DEVICE float get(int t, int j) const { return kAlong ? at[kAlong ? j : 0].get(t) : at[kAlong ? 0 : t].get(j); }
     DEVICE void fetch(const Place& place, const int* tokens) {
@@ -118,7 +88,7 @@ template <class T> struct Values {
 #pragma unroll
             for (int j = 0; j < kRun; ++j) {
                 const char* from = place.at(tokens[0]) + (j < place.valid ? j : 0) * (unsigned long long)place.stride;
-                read<T, 8, true>(at[j], from, 0, 0, tokens[0] >= 0 && j < place.valid);
+                read<T, kSteps, true>(at[j], from, 0, 0, tokens[0] >= 0 && j < place.valid);
             }
         } else {
 #pragma unroll
@@ -131,17 +101,24 @@ template <class T> struct Values {
 };
 
 DEVICE void read_tokens(int* to, const int* row) {
-    const int4 low = *(const int4*)row, high = *(const int4*)(row + 4);
-    const int all[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
 #pragma unroll
-    for (int t = 0; t < kSteps; ++t) to[t] = all[t];
+    for (int t = 0; t < kSteps; t += 4) {
+        const int4 four = *(const int4*)(row + t);
+        to[t] = four.x, to[t + 1] = four.y, to[t + 2] = four.z, to[t + 3] = four.w;
+    }
 }
-template <class T> DEVICE Pack<T, 8> read_row(const Row<T>& row) {
-    Pack<T, 8> pack;
+template <class T> DEVICE Pack<T, kSteps> read_row(const Row<T>& row) {
+    Pack<T, kSteps> pack;
+    constexpr int kWords = Pack<T, kSteps>::kWords;
+    if constexpr (kWords % 4 == 0) {
 #pragma unroll
-    for (int i = 0; i < Pack<T, 8>::kWords; i += 4) {
-        const uint4 four = ((const uint4*)&row)[i / 4];
-        pack.words[i] = four.x, pack.words[i + 1] = four.y, pack.words[i + 2] = four.z, pack.words[i + 3] = four.w;
+        for (int i = 0; i < kWords; i += 4) {
+            const uint4 four = ((const uint4*)&row)[i / 4];
+            pack.words[i] = four.x, pack.words[i + 1] = four.y, pack.words[i + 2] = four.z, pack.words[i + 3] = four.w;
+        }
+    } else {
+        const uint2 two = *(const uint2*)&row;
+        pack.words[0] = two.x, pack.words[1] = two.y;
     }
     return pack;
 }
@@ -198,13 +175,9 @@ template <class T> DEVICE void stage_rows(Row<T> (*rows)[kSegments], const Place
 #pragma unroll 4
         for (int i = lane; i < kStates * kSegments; i += 32) {
             const int n = i / kSegments, token = shelf.tokens[turn][i % kSegments][0];
-            Pack<T, 8> pack;
-            read<T, 8, true>(pack, from.at(token) + n * (unsigned long long)from.stride, 0, 0, token >= 0);
-#pragma unroll
-            for (int w = 0; w < Pack<T, 8>::kWords; w += 4) {
-                ((uint4*)&rows[n][i % kSegments])[w / 4] =
-                    make_uint4(pack.words[w], pack.words[w + 1], pack.words[w + 2], pack.words[w + 3]);
-            }
+            Pack<T, kSteps> pack;
+            read<T, kSteps, true>(pack, from.at(token) + n * (unsigned long long)from.stride, 0, 0, token >= 0);
+            store<true>(pack, (T*)&rows[n][i % kSegments], 1, kSteps);
         }
     } else {
 #pragma unroll
@@ -250,9 +223,10 @@ struct Ranks {
     }
 };
 struct Weights {
+    float2 raw[kRank ? kDepth : 1][2];
     unsigned high[kRank ? kDepth : 1][2], low[kRank ? kDepth : 1][2];
 
-    DEVICE void read(const Params& p, long long route, int from, int lane) {
+    DEVICE void fetch(const Params& p, long long route, int from, int lane) {
         if constexpr (kRank > 0) {
             const int channel = from + lane / 4;
 #pragma unroll
@@ -265,7 +239,18 @@ struct Weights {
                         const float* at = p.dt_weight + (route * p.channels + channel) * kRank + rank;
                         v = make_float2(__ldg(at), __ldg(at + 1));
                     }
-                    split(v.x * kPerUnit, v.y * kPerUnit, high[d][i], low[d][i]);
+                    raw[d][i] = v;
+                }
+            }
+        }
+    }
+    DEVICE void halve() {
+        if constexpr (kRank > 0) {
+#pragma unroll
+            for (int d = 0; d < kDepth; ++d) {
+#pragma unroll
+                for (int i = 0; i < 2; ++i) {
+                    split(raw[d][i].x * kPerUnit, raw[d][i].y * kPerUnit, high[d][i], low[d][i]);
                 }
             }
         }
@@ -287,16 +272,19 @@ struct Weights {
 };
 
 // Add a lane's channels of a segment to what is summed up over routes.
-DEVICE void push(float4* all, const float (*values)[kRun], const int* tokens, int route, int quad, int length) {
+DEVICE void push(float4* all, const float (*values)[kRun], const int* tokens, int route, int quad, int length, int base,
+                 Mail& mail) {
     const int slots = (length + kCluster - 1) / kCluster;
     float* sum = (float*)all + route * slots * kChannels + kRun * quad;
 #pragma unroll
     for (int t = 0; t < kSteps; ++t) {
         const int token = max(tokens[t], 0), owner = (unsigned)token % kCluster;
         float* to = sum + (unsigned)token / kCluster * kChannels;
-        send(to, owner, values[t][0], values[t][1], tokens[t] >= 0);
+        send(to, base + owner, values[t][0], values[t][1], mail, tokens[t] >= 0);
     }
 }
+// Bytes of what is pushed to a block.
+DEVICE int pushed(int length, int rank) { return kRoutes * kChannels * 4 * ((length - rank + kCluster - 1) / kCluster); }
 // Write the sum over routes of the block's tokens.
 template <class T>
 DEVICE void write_sum(const float4* sum, T* out, long long token_stride, long long stride, int rank, int length, int valid) {
@@ -317,17 +305,18 @@ DEVICE void write_sum(const float4* sum, T* out, long long token_stride, long lo
     }
 }
 // Write a lane's channels of a segment where they belong.
-template <class T> DEVICE void write_steps(const Place& place, const int* tokens, const float (*values)[kRun], int stride, int valid) {
+template <class T>
+DEVICE void write_steps(const Place& place, const int* tokens, const float (*values)[kRun], int stride, int valid) {
     if constexpr (kAlong) {
         if (tokens[0] < 0) return;
 #pragma unroll
         for (int j = 0; j < kRun; ++j) {
-            Pack<T, 8> packed;
-            float row[8];
+            Pack<T, kSteps> packed;
+            float row[kSteps];
 #pragma unroll
             for (int t = 0; t < kSteps; ++t) row[t] = values[t][j];
             packed.set(row);
-            if (j < valid) store<true>(packed, (T*)(place.at(tokens[0]) + j * (unsigned long long)place.stride), 1, 8);
+            if (j < valid) store<true>(packed, (T*)(place.at(tokens[0]) + j * (unsigned long long)place.stride), 1, kSteps);
         }
     } else {
 #pragma unroll
@@ -338,9 +327,3 @@ template <class T> DEVICE void write_steps(const Place& place, const int* tokens
         }
     }
 }
-
-#if CLUSTER > 1
-#define IN_CLUSTERS __cluster_dims__(CLUSTER, 1, 1)
-#else
-#define IN_CLUSTERS
-#endif

@@ -3,22 +3,24 @@
 // gradients of states, g -> a g + c, are joined backwards as states are forwards. dB and dC are summed over the cluster's
 // channels and leave as one partial result a cluster; what belongs to a channel, as one for each block of a route.
 #pragma once
-#include "few.cuh"
+#include "few_rows.cuh"
 
+constexpr bool kHold = kStates <= 4;  // decays are kept from one look at a segment to the next
 constexpr int kRankTiles = (kRank + 7) / 8;
 constexpr int kSums = kElements + 2 * kChannels + kRankTiles * 64;  // of dA, dD and the bias, then of the weights
 
-
-struct Shelf : Steps {  // of a warp
-    float start[kElements];                                  // gradients behind the warp
-    alignas(16) float2 behind[kStates][32];                  // those behind a segment, from 0 behind the warp
-    Row<SUM_TYPE> dB[kOne ? 1 : kStates][kOne ? 1 : kSegments], dC[kOne ? 1 : kStates][kOne ? 1 : kSegments];
+struct Shelf : Rows {  // of a warp
+    float start[kElements];                  // gradients behind the warp
+    alignas(16) float2 behind[kStates][32];  // those behind a segment, from 0 behind the warp
+    float first[kElements];                  // states before the warp
 };
 struct alignas(16) BlockMemory {
     float2 totals[2][kWarps][kElements];  // the warps' joined maps (a, c), of two rounds in turn
     float2 shares[kSpan > 1 ? 2 : 1][kSpan][kElements];  // the blocks'
     float carry[2][kWarps / kPart][kElements];           // gradients behind a round
     float sums[kWarps][kSums];
+    float2 number;
+    Mail of_shares[2], of_sum, of_number;
     Shelf shelves[kWarps];
     float4 sum[1];  // (routes, the block's tokens, kChannels)
 };
@@ -41,23 +43,38 @@ few_backward(const __grid_constant__ Params p) {
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
     const int quad = lane & 3, segment = lane >> 2;
     const int channels = (int)p.channels, steps = (int)p.steps;
-    const int rank = cluster_rank(), tiles = (channels + kChannels - 1) / kChannels;
-    const int unit = blockIdx.x / kCluster, tile = unit % tiles, rest = unit / tiles;
+    const int rank = cluster_rank() % kCluster, mate = cluster_rank() / kCluster, base = mate * kCluster;
+    const int groups = (channels + kChannels - 1) / kChannels / kTogether;  // of tiles that are taken together
+    const int round_steps = kRouteWarps * kWarpSteps, chunks = (steps + round_steps - 1) / round_steps;
+    const int rounds = kChain || kOnce ? 1 : chunks;
+    if (JOINED > 1 && threadIdx.x == 0) {
+        open_mail(block.of_sum, kMerge ? pushed((int)p.tokens, rank) : 0);
+        open_mail(block.of_shares[0], kSpan * kElements * 8);
+        open_mail(block.of_shares[1], kSpan * kElements * 8);
+        open_mail(block.of_number, 8);
+        for (int w = 0; w < kWarps; ++w) open_mail(block.shelves[w].mail, kRowBytes);
+        show_mail();
+    }
+    cluster_begin();  // so that no block writes to one that has not begun
+    int unit = blockIdx.x / JOINED, last = chunks - 1;
+    if constexpr (kChain) {
+        const int units = groups * (int)(p.batch * p.routes), turn = take_turn(p.order, block.number, block.of_number);
+        unit = turn % units, last = chunks - 1 - turn / units;
+    }
+    const int group = unit % groups, tile = group * kTogether + mate, rest = unit / groups;
     const int of_routes = (rank * kWarps + warp) / kRouteWarps;  // of the cluster's
     const int place_in_route = (rank * kWarps + warp) % kRouteWarps;
     const int part = warp % kPart, first_warp = warp - part, span = rank % kSpan, in_block = warp / kPart;
     const int route = kMerge ? of_routes : rest % (int)p.routes;
     const long long batch = kMerge ? rest : rest / (int)p.routes, sequence = batch * p.routes + route;
     const int from = tile * kChannels, first = from + kRun * quad, valid = channels - first;
-    const int round_steps = kRouteWarps * kWarpSteps, rounds = (steps + round_steps - 1) / round_steps;
     Shelf& shelf = block.shelves[warp];
     float* own_sums = block.sums[warp];
-    cluster_begin();  // so that no block writes to one that has not begun
 
     OwnSteps own = {lane};
     const int* table = p.indices + (long long)route * steps;
     const int begin = place_in_route * kWarpSteps;
-    own.fetch_tokens(table, begin + (rounds - 1) * round_steps, steps);
+    own.fetch_tokens(table, begin + last * round_steps, steps);
 
     const Place at_x = place_of<X_TYPE>(p.x, batch, p.x_b, route, p.x_k, p.x_l, p.x_d, first, valid);
     Place at_dy = place_of<Y_TYPE>(p.dy, batch, p.dy_b, route, p.dy_k, p.dy_l, p.dy_d, first, valid);
@@ -79,7 +96,8 @@ few_backward(const __grid_constant__ Params p) {
     }
     const float* A_at = p.A + at_channel * kStates;
     Weights weights;
-    weights.read(p, route, from, lane);
+    weights.fetch(p, route, from, lane);
+    weights.halve();
     // The weights once more, as a factor whose depth is channels; and the sums of their gradients.
     unsigned turned_high[kRank ? kRankTiles : 1], turned_low[kRank ? kRankTiles : 1];
     float dweight[kRank ? kRankTiles : 1][2];
@@ -100,16 +118,16 @@ few_backward(const __grid_constant__ Params p) {
         own_sums[e] = 0.f;
         const int channel = from + e % kChannels;
         const bool given = p.dlast_state && channel < channels;
-        if (part == 0) {
+        if (part == 0 && (!kChain || last + 1 == chunks)) {
             block.carry[0][in_block][e] = given ? p.dlast_state[(sequence * channels + channel) * kStates + e / kChannels] : 0.f;
         }
     }
     own.put_tokens(shelf, 0);
     __syncwarp();
-    bool begun = false;  // all blocks of the cluster have
+    bool begun = kChain && kTogether > 1;  // all blocks of the cluster have
 
     for (int round = 0; round < rounds; ++round) {
-        const int turn = round & 1, chunk = rounds - 1 - round;
+        const int turn = round & 1, chunk = last - round;
         const bool more = round + 1 < rounds;
         int tokens[kSteps];
         read_tokens(tokens, shelf.tokens[turn][segment]);
@@ -122,11 +140,12 @@ few_backward(const __grid_constant__ Params p) {
         else dt.fetch(at_dt, tokens);
         x.fetch(at_x, tokens);
         dy.fetch(at_dy, tokens);
-        const int at_segment = (chunk * kRouteWarps + place_in_route) * kSegments + segment;
-        const float* saved = p.saved + (sequence * p.segments + min(at_segment, (int)p.segments - 1)) * kStates * channels + first;
-        float state_ahead[kRun];
-#pragma unroll
-        for (int j = 0; j < kRun; ++j) state_ahead[j] = j < valid ? __ldg(saved + j) : 0.f;
+        const int at_warp = chunk * kRouteWarps + place_in_route, at_segment = at_warp * kSegments + segment;
+        const float* saved = p.saved + (sequence * p.segments + min(at_warp, (int)p.segments - 1)) * kStates * channels + from;
+#pragma unroll 4
+        for (int e = lane; e < kElements; e += 32) {
+            shelf.first[e] = from + e % kChannels < channels ? __ldg(saved + e / kChannels * channels + e % kChannels) : 0.f;
+        }
         own.put_rows(shelf);
         if (more) own.fetch_tokens(table, begin + (chunk - 1) * round_steps, steps);
         if constexpr (!kOne) {
@@ -135,6 +154,7 @@ few_backward(const __grid_constant__ Params p) {
         }
         float s[kSteps][kRun];
         weights.step_sizes(s, bias, ranks);
+        float forward_sums[4][kRun];  // of step sizes over 1, 2, 4 segments up to this one, and over those before it
         float sums[4][kRun];  // of step sizes over 1, 2, 4 segments from this one on, and over those behind it
 #pragma unroll
         for (int j = 0; j < kRun; ++j) {
@@ -146,6 +166,15 @@ few_backward(const __grid_constant__ Params p) {
                 if (tokens[t] == -2) s[t][j] = 0.f;
                 sum += s[t][j];
             }
+            float before = sum;
+#pragma unroll
+            for (int level = 0; level < 3; ++level) {
+                forward_sums[level][j] = before;
+                const float other = __shfl_up_sync(kAll, before, 4 << level);
+                if (lane >= 4 << level) before += other;
+            }
+            forward_sums[3][j] = __shfl_up_sync(kAll, before, 4);
+            if (segment == 0) forward_sums[3][j] = 0.f;
 #pragma unroll
             for (int level = 0; level < 3; ++level) {
                 sums[level][j] = sum;
@@ -207,11 +236,34 @@ few_backward(const __grid_constant__ Params p) {
                         all.y = fmaf(one.x, all.y, one.y), all.x *= one.x;
                     }
 #pragma unroll
-                    for (int i = 0; i < kSpan; ++i) send(&block.shares[turn][span][e].x, rank - span + i, all.x, all.y);
+                    for (int i = 0; i < kSpan; ++i) {
+                        send(&block.shares[turn][span][e], base + rank - span + i, all.x, all.y, block.of_shares[turn]);
+                    }
                 }
             }
-            cluster_arrive();
-            cluster_wait();
+            if (threadIdx.x == 0 && round) expect_mail(block.of_shares[turn ^ 1], kSpan * kElements * 8);
+            await_mail(block.of_shares[turn], round >> 1);
+        }
+        if constexpr (kChain) {
+            const long long link = ((long long)unit * kTogether + mate) * chunks + chunk;
+            unsigned long long* words = (unsigned long long*)p.order + 1 + link * kElements;
+            for (int e = threadIdx.x; e < kElements; e += 32 * kWarps) {
+                float2 all = block.totals[0][kWarps - 1][e];
+#pragma unroll
+                for (int w = kWarps - 2; w >= 0; --w) {
+                    const float2 one = block.totals[0][w][e];
+                    all.y = fmaf(one.x, all.y, one.y), all.x *= one.x;
+                }
+                const float carried = chunk + 1 < chunks ? await_number(words + kElements + e) : block.carry[0][0][e];
+                const float before = fmaf(all.x, carried, all.y);
+                if (chunk) leave_number(words + e, before);
+                block.carry[0][0][e] = carried;
+                const int channel = from + e % kChannels;
+                if (!chunk && p.dinitial_state && channel < channels) {
+                    p.dinitial_state[(sequence * channels + channel) * kStates + e / kChannels] = before;
+                }
+            }
+            __syncthreads();
         }
         for (int e = lane; e < kElements; e += 32) {
             const float carried = block.carry[turn][in_block][e];
@@ -229,7 +281,7 @@ few_backward(const __grid_constant__ Params p) {
                 g = fmaf(one.x, g, one.y);
             }
             shelf.start[e] = g;
-            if (part == 0) {
+            if (!kChain && part == 0) {
                 float before = carried;
                 if constexpr (kSpan > 1) {
 #pragma unroll
@@ -250,6 +302,11 @@ few_backward(const __grid_constant__ Params p) {
         }
         __syncwarp();
 
+        if constexpr (kSumRows) {
+            if (round || !begun) cluster_wait();
+            begun = true;
+        }
+
         // Through the segment forwards for the states, backwards for the gradients.
         float dx[kSteps][kRun], ds[kSteps][kRun];
 #pragma unroll
@@ -265,19 +322,27 @@ few_backward(const __grid_constant__ Params p) {
             float of_rows[2 * kSteps];  // dB and dC of a step, of the next ...
 #pragma unroll
             for (int t = 0; t < 2 * kSteps; ++t) of_rows[t] = 0.f;
-            float begins[kRun];
-#pragma unroll
-            for (int j = 0; j < kRun; ++j) {
-                begins[j] = state_ahead[j];
-                if (n + 1 < kStates) state_ahead[j] = j < valid ? __ldg(saved + (n + 1) * channels + j) : 0.f;
-            }
 #pragma unroll
             for (int j = 0; j < kRun; ++j) {
                 const float An = j < valid ? __ldg(A_at + j * kStates + n) * kDecay : 0.f;
-                float state[kSteps], a[kSteps], h = begins[j], dA = 0.f;
+                // The state before the segment, from that before the warp and what each segment adds.
+                float state[kSteps], a[kSteps], added = 0.f, dA = 0.f;
 #pragma unroll
                 for (int t = 0; t < kSteps; ++t) {
                     a[t] = kHold ? kept[kHold ? n : 0][kHold ? t : 0][j] : decay(s[t][j], An);
+                    added = fmaf(a[t], added, s[t][j] * x.get(t, j) * (B.get(t) * kUnit));
+                }
+#pragma unroll
+                for (int level = 0; level < 3; ++level) {
+                    const float other = __shfl_up_sync(kAll, added, 4 << level);
+                    const float past = decay(forward_sums[level][j], An);
+                    if (lane >= 4 << level) added = fmaf(past, other, added);
+                }
+                added = __shfl_up_sync(kAll, added, 4);
+                if (segment == 0) added = 0.f;
+                float h = fmaf(decay(forward_sums[3][j], An), shelf.first[n * kChannels + kRun * quad + j], added);
+#pragma unroll
+                for (int t = 0; t < kSteps; ++t) {
                     state[t] = h;
                     h = fmaf(a[t], h, s[t][j] * x.get(t, j) * (B.get(t) * kUnit));
                 }
@@ -302,20 +367,22 @@ few_backward(const __grid_constant__ Params p) {
             }
             reduce_scatter<16, 2, 1>(of_rows, lane);
             const int t = owned_from<16, 2, 1>(lane) / 2;  // and the next
-            if constexpr (kOne) {
+            if constexpr (!kRows) {
 #pragma unroll
                 for (int i = 0; i < 2; ++i) {
                     const int step = at_segment * kSteps + t + i;
                     if (step < steps) {
-                        const long long at = ((tile * p.batch + batch) * p.routes + route) * steps + step;
+                        const long long at = ((group * p.batch + batch) * p.routes + route) * steps + step;
                         reinterpret_cast<float2*>(p.dBC)[at] = make_float2(of_rows[2 * i] * kUnit, of_rows[2 * i + 1]);
                     }
                 }
+            } else if constexpr (kSumRows) {
+                leave_rows(shelf, n, segment, t, of_rows, mate, rank);
             } else {
 #pragma unroll
                 for (int i = 0; i < 2; ++i) {
-                    shelf.dB[n][segment].at[t + i] = narrow<SUM_TYPE>(of_rows[2 * i] * kUnit);
-                    shelf.dC[n][segment].at[t + i] = narrow<SUM_TYPE>(of_rows[2 * i + 1]);
+                    shelf.dB[n][segment].at[t + i] = narrow<RowType>(of_rows[2 * i] * kUnit);
+                    shelf.dC[n][segment].at[t + i] = narrow<RowType>(of_rows[2 * i + 1]);
                 }
             }
         }
@@ -333,13 +400,13 @@ few_backward(const __grid_constant__ Params p) {
         }
 
         // What goes out.
-        if constexpr (!kOne) {
+        if constexpr (!kOne && !kSumRows) {
             __syncwarp();
 #pragma unroll
             for (int i = 0; i < kOwn; ++i) {
                 const int step = lane + 32 * i, of = step / kSteps, t = step % kSteps, token = shelf.tokens[turn][of][t];
                 if (token < 0) continue;
-                const long long at = (((batch * p.tokens + token) * p.routes + route) * tiles + tile) * kStates;
+                const long long at = (((batch * p.tokens + token) * p.routes + route) * groups + group) * kStates;
                 constexpr int kMost = 16 / (int)sizeof(SUM_TYPE), kNext = kStates % kMost == 0 ? kMost : kStates % 2 ? 1 : 2;
 #pragma unroll 4
                 for (int n = 0; n < kStates; n += kNext) {
@@ -383,11 +450,15 @@ few_backward(const __grid_constant__ Params p) {
 #pragma unroll
                     for (int j = 0; j < 2; ++j) {
                         const int token = tokens[2 * i + j];
-                        if (token < 0) continue;
                         Pack<DDT_TYPE, 2> packed;
                         packed.set(out + 2 * j);
+                        if constexpr (kSumRows) {
+                            leave_columns(shelf, segment, 2 * i + j, column, packed, mate, rank);
+                            continue;
+                        }
+                        if (token < 0) continue;
                         const long long row = (batch * p.tokens + token) * p.routes + route;
-                        const long long at = kOne ? tile * p.batch * p.tokens * p.routes + row : row * tiles + tile;
+                        const long long at = kOne ? group * p.batch * p.tokens * p.routes + row : row * groups + group;
                         store<kRank % 2 == 0>(packed, (DDT_TYPE*)p.ddt + at * kRank + column, 1, kRank - column);
                     }
                 }
@@ -398,9 +469,16 @@ few_backward(const __grid_constant__ Params p) {
         if constexpr (kMerge) {
             if (!begun) cluster_wait();
             begun = true;
-            push(block.sum, dx, tokens, of_routes, quad, (int)p.tokens);
+            push(block.sum, dx, tokens, of_routes, quad, (int)p.tokens, base, block.of_sum);
         } else {
             write_steps<DX_TYPE>(at_dx, tokens, dx, (int)p.dx_d, valid);
+        }
+        if constexpr (kSumRows) {
+            await_mail(shelf.mail, round);
+            __syncwarp();
+            if (more && lane == 0) expect_mail(shelf.mail, kRowBytes);
+            sum_rows(p, shelf, turn, lane, mate, group, groups, batch, route, at_warp * kWarpSteps);
+            if (more) cluster_begin();  // what was read may be overwritten
         }
         if (more) own.put_tokens(shelf, turn ^ 1);
         __syncwarp();
@@ -421,13 +499,9 @@ few_backward(const __grid_constant__ Params p) {
             for (int i = 0; i < 2; ++i) own_sums[kElements + 2 * kChannels + r * 64 + segment * 8 + 2 * quad + i] = dweight[r][i];
         }
     }
-    if constexpr (kMerge && kCluster > 1) {
-        cluster_arrive();
-        cluster_wait();
-    } else {
-        __syncthreads();
-    }
-    const long long share = (batch * kSpan + span) * p.routes + route;
+    __syncthreads();
+    if constexpr (kMerge) await_mail(block.of_sum, 0);
+    const long long share = (kChain ? batch * chunks + last : batch * kSpan + span) * p.routes + route;
     for (int i = part * 32 + lane; i < kSums; i += 32 * kPart) {
         float total = 0.f;
 #pragma unroll 4
@@ -445,8 +519,9 @@ few_backward(const __grid_constant__ Params p) {
         }
     }
     if constexpr (kMerge) {
-        write_sum<DX_TYPE>(block.sum, (DX_TYPE*)p.dx + batch * p.dx_b + from * p.dx_d, p.dx_l, p.dx_d, rank, (int)p.tokens, channels - from);
-    } else if (kCluster > 1 && !begun) {
+        write_sum<DX_TYPE>(block.sum, (DX_TYPE*)p.dx + batch * p.dx_b + from * p.dx_d, p.dx_l, p.dx_d, rank,
+                           (int)p.tokens, channels - from);
+    } else if (JOINED > 1 && !begun) {
         cluster_wait();
     }
 }

@@ -13,6 +13,9 @@
 #pragma once
 #include "few.cuh"
 
+// Decays are kept from one look at a segment to the next; in a chain they would leave room for fewer warps.
+constexpr bool kHold = kStates <= 4 && !kChain;
+
 struct Shelf : Steps {  // of a warp
     float start[kElements];                        // states before the warp
     float2 before[kOne ? 1 : kStates][32];  // those before a segment, from 0 before the warp
@@ -21,12 +24,14 @@ struct alignas(16) BlockMemory {
     float2 totals[2][kWarps][kElements];  // the warps' joined maps (a, b), of two rounds in turn
     float2 shares[kSpan > 1 ? 2 : 1][kSpan][kElements];  // the blocks'
     float carry[2][kWarps / kPart][kElements];           // states before a round
+    float2 number;
+    Mail of_shares[2], of_sum;
     Shelf shelves[kWarps];
     float4 sum[1];  // (routes, the block's tokens, kChannels)
 };
 extern "C" __device__ int launch_shape[2] = {0, (int)sizeof(BlockMemory)};
 
-extern "C" __global__ void IN_CLUSTERS __launch_bounds__(32 * kWarps)
+extern "C" __global__ void IN_CLUSTERS __launch_bounds__(32 * kWarps, kChain ? 16 / kWarps : 1)
 few_forward(const __grid_constant__ Params p) {
     extern __shared__ __align__(16) char shared[];
     BlockMemory& block = *reinterpret_cast<BlockMemory*>(shared);
@@ -34,21 +39,34 @@ few_forward(const __grid_constant__ Params p) {
     const int quad = lane & 3, segment = lane >> 2;
     const int channels = (int)p.channels, steps = (int)p.steps;
     const int rank = cluster_rank(), tiles = (channels + kChannels - 1) / kChannels;
-    const int unit = blockIdx.x / kCluster, tile = unit % tiles, rest = unit / tiles;
+    int unit = blockIdx.x / kCluster, chunk = 0;
+    if constexpr (kChain) {
+        const int units = tiles * (int)(p.batch * p.routes), turn = take_turn(p.order, block.number, block.of_sum);
+        unit = turn % units, chunk = turn / units;
+    }
+    const int tile = unit % tiles, rest = unit / tiles;
     const int of_routes = (rank * kWarps + warp) / kRouteWarps;  // of the cluster's
     const int place_in_route = (rank * kWarps + warp) % kRouteWarps;
     const int part = warp % kPart, first_warp = warp - part, span = rank % kSpan, in_block = warp / kPart;
     const int route = kMerge ? of_routes : rest % (int)p.routes;
     const long long batch = kMerge ? rest : rest / (int)p.routes, sequence = batch * p.routes + route;
     const int from = tile * kChannels, first = from + kRun * quad, valid = channels - first;
-    const int round_steps = kRouteWarps * kWarpSteps, rounds = (steps + round_steps - 1) / round_steps;
+    const int round_steps = kRouteWarps * kWarpSteps, chunks = (steps + round_steps - 1) / round_steps;
+    const int rounds = kChain || kOnce ? 1 : chunks;
     Shelf& shelf = block.shelves[warp];
-    cluster_begin();  // so that no block writes to one that has not begun
-
     OwnSteps own = {lane};
     const int* table = p.indices + (long long)route * steps;
-    const int begin = place_in_route * kWarpSteps;
+    const int begin = (chunk * kRouteWarps + place_in_route) * kWarpSteps;
     own.fetch_tokens(table, begin, steps);
+    if (!kChain && kCluster > 1) {
+        if (threadIdx.x == 0) {
+            open_mail(block.of_sum, kMerge ? pushed((int)p.tokens, rank) : 0);
+            open_mail(block.of_shares[0], kSpan * kElements * 8);
+            open_mail(block.of_shares[1], kSpan * kElements * 8);
+            show_mail();
+        }
+        cluster_begin();  // so that no block writes to one that has not begun
+    }
 
     const Place at_x = place_of<X_TYPE>(p.x, batch, p.x_b, route, p.x_k, p.x_l, p.x_d, first, valid);
     const Place at_dt = place_of<DT_TYPE>(p.dt, batch, p.dt_b, route, p.dt_k, p.dt_l, p.dt_d, kRank ? 2 * quad : first,
@@ -57,24 +75,18 @@ few_forward(const __grid_constant__ Params p) {
     const Place at_C = place_of<C_TYPE>(p.C, batch, p.C_b, route, p.C_k, p.C_l, p.C_n, 0, 1);
     const Place at_y = place_of<Y_TYPE>(p.y, batch, p.y_b, route, p.y_k, p.y_l, p.y_d, first, valid);
 
-    float A[kRun], D[kRun], bias[kRun];  // A of one state
+    // What is small is asked for first and used last.
+    float small[3 * kRun];
     const long long at_channel = (long long)route * channels + first;
 #pragma unroll
     for (int j = 0; j < kRun; ++j) {
         const bool there = j < valid;
-        A[j] = kOne && there ? p.A[at_channel + j] * kDecay : 0.f;
-        D[j] = there && p.D ? p.D[at_channel + j] : 0.f;
-        bias[j] = there && p.dt_bias ? p.dt_bias[at_channel + j] * kPerUnit : 0.f;
+        small[j] = kOne && there ? __ldg(p.A + at_channel + j) : 0.f;
+        small[kRun + j] = there && p.D ? __ldg(p.D + at_channel + j) : 0.f;
+        small[2 * kRun + j] = there && p.dt_bias ? __ldg(p.dt_bias + at_channel + j) : 0.f;
     }
     Weights weights;
-    weights.read(p, route, from, lane);
-    if (part == 0) {
-        for (int e = lane; e < kElements; e += 32) {  // (N, channels)
-            const int channel = from + e % kChannels;
-            const bool given = p.initial_state && channel < channels;
-            block.carry[0][in_block][e] = given ? p.initial_state[(sequence * channels + channel) * kStates + e / kChannels] : 0.f;
-        }
-    }
+    weights.fetch(p, route, from, lane);
     own.put_tokens(shelf, 0);
     own.fetch_rows(at_B, at_C);
     __syncwarp();
@@ -86,6 +98,19 @@ few_forward(const __grid_constant__ Params p) {
     x.fetch(at_x, tokens);
     if constexpr (kRank > 0) ranks.fetch(at_dt, tokens, lane);
     else dt.fetch(at_dt, tokens);
+    float A[kRun], D[kRun], bias[kRun];  // A of one state
+#pragma unroll
+    for (int j = 0; j < kRun; ++j) {
+        A[j] = small[j] * kDecay, D[j] = small[kRun + j], bias[j] = small[2 * kRun + j] * kPerUnit;
+    }
+    weights.halve();
+    if (part == 0 && (!kChain || chunk == 0)) {
+        for (int e = lane; e < kElements; e += 32) {  // (N, channels)
+            const int channel = from + e % kChannels;
+            const bool given = p.initial_state && channel < channels;
+            block.carry[0][in_block][e] = given ? p.initial_state[(sequence * channels + channel) * kStates + e / kChannels] : 0.f;
+        }
+    }
     bool begun = false;  // all blocks of the cluster have
 
     for (int round = 0; round < rounds; ++round) {
@@ -127,8 +152,8 @@ few_forward(const __grid_constant__ Params p) {
         float held[kHold ? kStates : 1][kHold ? kSteps : 1][kRun];
         float sums[4][kRun];  // of step sizes over 1, 2, 4 segments up to this one, and over those before it
         if constexpr (kOne) {
-            const Pack<B_TYPE, 8> B = read_row(shelf.B[0][segment]);
-            const Pack<C_TYPE, 8> C = read_row(shelf.C[0][segment]);
+            const Pack<B_TYPE, kSteps> B = read_row(shelf.B[0][segment]);
+            const Pack<C_TYPE, kSteps> C = read_row(shelf.C[0][segment]);
             float a[kRun], b[kRun];
 #pragma unroll
             for (int t = 0; t < kSteps; ++t) {
@@ -175,7 +200,7 @@ few_forward(const __grid_constant__ Params p) {
             constexpr int kUnroll = kHold ? kStates : 2;
 #pragma unroll kUnroll
             for (int n = 0; n < kStates; ++n) {
-                const Pack<B_TYPE, 8> B = read_row(shelf.B[n][segment]);
+                const Pack<B_TYPE, kSteps> B = read_row(shelf.B[n][segment]);
                 float ends[kRun];
 #pragma unroll
                 for (int j = 0; j < kRun; ++j) {
@@ -221,16 +246,39 @@ few_forward(const __grid_constant__ Params p) {
                     }
 #pragma unroll
                     for (int i = 0; i < kSpan; ++i) {
-                        send(&block.shares[turn][span][e].x, rank - span + i, all.x, all.y);
+                        send(&block.shares[turn][span][e], rank - span + i, all.x, all.y, block.of_shares[turn]);
                     }
                 }
             } else if (!begun) {
                 cluster_wait();
             }
             begun = true;
-            cluster_arrive();
-            cluster_wait();
+            if (threadIdx.x == 0 && round) expect_mail(block.of_shares[turn ^ 1], kSpan * kElements * 8);
+            await_mail(block.of_shares[turn], round >> 1);
         }
+        if constexpr (kChain) {
+            const long long link = (long long)unit * chunks + chunk;
+            unsigned long long* words = (unsigned long long*)p.order + 1 + link * kElements;
+            for (int e = threadIdx.x; e < kElements; e += 32 * kWarps) {
+                float2 all = block.totals[0][0][e];
+#pragma unroll
+                for (int w = 1; w < kWarps; ++w) {
+                    const float2 one = block.totals[0][w][e];
+                    all.y = fmaf(one.x, all.y, one.y), all.x *= one.x;
+                }
+                const float carried = chunk ? await_number(words - kElements + e) : block.carry[0][0][e];
+                const float behind = fmaf(all.x, carried, all.y);
+                if (chunk + 1 < chunks) leave_number(words + e, behind);
+                block.carry[0][0][e] = carried;
+                const int channel = from + e % kChannels;
+                if (chunk + 1 == chunks && p.last_state && channel < channels) {
+                    p.last_state[(sequence * channels + channel) * kStates + e / kChannels] = behind;
+                }
+            }
+            __syncthreads();
+        }
+        const int at_warp = (chunk + round) * kRouteWarps + place_in_route;
+        const bool saves = p.saved && at_warp * kWarpSteps % kSaved == 0 && at_warp * kWarpSteps < steps;
         for (int e = lane; e < kElements; e += 32) {
             const float carried = block.carry[turn][in_block][e];
             float h = carried;
@@ -247,7 +295,11 @@ few_forward(const __grid_constant__ Params p) {
                 h = fmaf(one.x, h, one.y);
             }
             shelf.start[e] = h;
-            if (part == kPart - 1) {
+            if (const int channel = from + e % kChannels; saves && channel < channels) {
+                const long long at = sequence * p.segments + at_warp * kWarpSteps / kSaved;
+                p.saved[(at * kStates + e / kChannels) * channels + channel] = h;
+            }
+            if (!kChain && part == kPart - 1) {
                 float behind = carried;
                 if constexpr (kSpan > 1) {
 #pragma unroll
@@ -268,15 +320,11 @@ few_forward(const __grid_constant__ Params p) {
         }
         __syncwarp();
 
-        // Results, and the states that are kept for the way back.
-        const int at_segment = (round * kRouteWarps + place_in_route) * kSegments + segment;
-        const bool saves = p.saved && at_segment * kSteps < steps;
-        float* saved = p.saved + (sequence * p.segments + at_segment) * kStates * channels + first;
+        // Results.
         if constexpr (kOne) {
 #pragma unroll
             for (int j = 0; j < kRun; ++j) {
                 const float start = fmaf(before_a[j], shelf.start[kRun * quad + j], before_b[j]);
-                if (saves && j < valid) saved[j] = start;
 #pragma unroll
                 for (int t = 0; t < kSteps; ++t) y[t][j] = fmaf(through[t][j], start, y[t][j]);
             }
@@ -285,15 +333,14 @@ few_forward(const __grid_constant__ Params p) {
             constexpr int kUnroll = kHold ? kStates : 2;
 #pragma unroll kUnroll
             for (int n = 0; n < kStates; ++n) {
-                const Pack<B_TYPE, 8> B = read_row(shelf.B[n][segment]);
-                const Pack<C_TYPE, 8> C = read_row(shelf.C[n][segment]);
+                const Pack<B_TYPE, kSteps> B = read_row(shelf.B[n][segment]);
+                const Pack<C_TYPE, kSteps> C = read_row(shelf.C[n][segment]);
                 const float2 ends = shelf.before[n][lane];
 #pragma unroll
                 for (int j = 0; j < kRun; ++j) {
                     const float An = j < valid ? __ldg(A_at + j * kStates + n) * kDecay : 0.f;
                     float h = fmaf(decay(sums[3][j], An), shelf.start[n * kChannels + kRun * quad + j],
                                    j ? ends.y : ends.x);
-                    if (saves && j < valid) saved[n * channels + j] = h;
 #pragma unroll
                     for (int t = 0; t < kSteps; ++t) {
                         const float a = kHold ? held[kHold ? n : 0][kHold ? t : 0][j] : decay(s[t][j], An);
@@ -307,7 +354,7 @@ few_forward(const __grid_constant__ Params p) {
         if constexpr (kMerge) {
             if (!begun) cluster_wait();
             begun = true;
-            push(block.sum, y, tokens, of_routes, quad, (int)p.tokens);
+            push(block.sum, y, tokens, of_routes, quad, (int)p.tokens, 0, block.of_sum);
         } else {
             write_steps<Y_TYPE>(at_y, tokens, y, (int)p.y_d, valid);
         }
@@ -315,8 +362,7 @@ few_forward(const __grid_constant__ Params p) {
     }
     if constexpr (kMerge) {
         if constexpr (kCluster > 1) {
-            cluster_arrive();
-            cluster_wait();
+            await_mail(block.of_sum, 0);
         } else {
             __syncthreads();
         }

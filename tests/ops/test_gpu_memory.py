@@ -45,9 +45,10 @@ def test_strides_beyond_32_bits(backend: str, states: int) -> None:
     call = make_call(case, device="cuda")
     far = torch.empty(4 * 2**29 + 64, dtype=BF16, device="cuda").as_strided(call.x.shape, (0, 2**29, 1))
     far.copy_(call.x)
-    near = run(call, backend)
+    near, again = run(call, backend), run(call._replace(x=far), backend)
     for name, tensor in run(call._replace(x=far), backend).items():
-        assert torch.equal(tensor, near[name]), name
+        assert torch.equal(tensor, again[name]), name
+        assert_close(name, tensor, near[name])  # other offsets are another kernel, which may round differently
 
 
 @pytest.mark.parametrize(("states", "merge"), [(1, True), (1, False), (16, True)])

@@ -88,10 +88,24 @@ def test_segments(states: int, monkeypatch: pytest.MonkeyPatch, poisoned: None) 
     """A long route in few sequences, as it comes and uncut."""
     case = Case(grid=(1, 700), batch=1, routes=1, channels=21, states=states, state=True, dtypes=(BF16,) * 4)
     call, tile = make_call(case, device=gpu()), triton.tile_for(triton.BACKWARD, states)
-    assert triton._segments(call, tile, tile.steps) == 5
+    assert triton._segments(call, tile, tile.steps) == 30
     assert_matches(run(call, "triton"), case)
     monkeypatch.setattr(triton, "_PROGRAMS", 0)
     assert triton._segments(call, tile, tile.steps) == 1
+    assert_matches(run(call, "triton"), case)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("dtype", "together"), [(F32, 4), (F16, 2), (BF16, 4)], ids=str)
+@pytest.mark.parametrize("order", ["cross", "local_2"])
+def test_routes_in_turn(
+    order: str, dtype: torch.dtype, together: int, monkeypatch: pytest.MonkeyPatch, poisoned: None
+) -> None:
+    """One program adds up the routes that it takes, past padding steps too."""
+    case = Case(grid=(9, 19), batch=3, states=1, routes=4, channels=70, order=order, dtypes=(dtype,) * 4)
+    call = make_call(case, device=gpu())
+    monkeypatch.setattr(triton, "_BUSY", 1)
+    assert triton._together(call, triton.FORWARD[1], 1, call.new_output()) == together
     assert_matches(run(call, "triton"), case)
 
 

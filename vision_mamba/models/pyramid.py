@@ -216,10 +216,11 @@ def _run_stages(stages: Iterable[Any], x: Tensor) -> Tensor:
     """Stages one after the other; the sum that a stage ends in is taken as the next one reads it."""
     branch: Tensor | None = None
     for stage in stages:
+        known = untouched(stage, Stage) and untouched(stage.blocks, nn.Sequential) and not stage.grad_checkpointing
         if branch is not None:
-            first = getattr(stage.downsample, "multiplies_first", None)
+            first = getattr(stage.downsample, "multiplies_first", None) if known else None
             x = product_sum(x, branch) if first is not None and first() else x + branch
-        if untouched(stage, Stage) and untouched(stage.blocks, nn.Sequential) and not stage.grad_checkpointing:
+        if known:
             x, branch = stream(stage.blocks, stage.downsample(x))
         else:
             x, branch = stage(x), None

@@ -53,7 +53,7 @@ def _refuses(call: ScanCall) -> str | None:
 
 def _new_saved(call: ScanCall) -> Tensor:
     if _may_be_few(call):
-        segments = (call.steps + few.SEGMENT - 1) // few.SEGMENT
+        segments = (call.steps + few.SAVED - 1) // few.SAVED
         return call.x.new_empty((call.batch, call.routes, segments, call.states, call.channels), dtype=torch.float32)
     states = 1 << (call.states - 1).bit_length()  # as many as lanes hold
     if states == 1 and not _may_walk(call):
@@ -141,7 +141,8 @@ def _new_runner(call: ScanCall, complete: bool, save: bool) -> Run:
     between = {} if parts is None else dict(y=parts)
     if plan.edges is not None:
         between |= _new_edges(call, plan.segments)
-    wanted = dict(last_state=last if call.return_last_state else None, saved=saved if save else None)
+    order = call.x.new_empty(1 + plan.blocks, dtype=torch.int32) if plan.blocks else None
+    wanted = dict(order=order, last_state=last if call.return_last_state else None, saved=saved if save else None)
     makers = {name: maker(t) for name, t in wanted.items() if t is not None}
     given = [name for name, t in zip(ScanCall._fields, call, strict=True) if isinstance(t, Tensor)]
     # The address of y comes last, where the scan does not look if it writes parts of it alone.
@@ -157,6 +158,8 @@ def _new_runner(call: ScanCall, complete: bool, save: bool) -> Run:
 
     def run(addresses: list[int]) -> tuple[Tensor, Tensor, Tensor]:
         made = [make() for make in new]
+        if order is not None:
+            made[0].zero_()
         y = made[-1]
         room, begins = new_room()
         addresses.extend(begins)
@@ -223,6 +226,8 @@ def _backward(asked: ScanCall, saved: Tensor, dy: Tensor | None, dlast: Tensor |
         dinitial = None if call.initial_state is None else torch.empty_like(call.initial_state)
         parts = dict(dA=dA, dD=per_channel[0], ddt_bias=per_channel[1], ddt_weight=dweight)
         parts |= dict(dBC=dBC) if narrow else dict(dB=dBC[0], dC=dBC[1])
+        # A single share of what has the result's type is the result.
+        done = not narrow and blocks == 1 and call.B.dtype == call.C.dtype == dBC.dtype
         if not complete:
             for tensor in (ddt, *((target,) if not plan.merging else ()), *(() if narrow else (dBC,))):
                 tensor.zero_()
@@ -247,7 +252,10 @@ def _backward(asked: ScanCall, saved: Tensor, dy: Tensor | None, dlast: Tensor |
         del target, addresses  # the routes' shares make room for what follows
 
         found: dict[str, Tensor | None] = dict(x=dx, dt=ddt, initial_state=dinitial)
-        found |= _finish(call, complete, shares, blocks, parts, ddt if products else None)
+        found |= _finish(call, complete, shares, blocks, parts, ddt if products else None, done)
+        if done:
+            found |= dict(B=dBC[0].view(call.B.shape), C=dBC[1].view(call.C.shape))
+        del parts, dA, per_channel, dweight, dBC
         if asked.dt_weight is not None and not products:
             low_rank, weight = asked.dt.to(torch.float32), asked.dt_weight.to(torch.float32)
             found["dt"] = torch.einsum("blkd,kdr->blkr", ddt, weight)
@@ -340,10 +348,10 @@ def _few_plan(
     parts: torch.dtype | None,
     device: int,
 ) -> _Plan:
-    grid, more = how.clusters(call) * how.cluster, how.sum_shared(call.tokens)
-    fields |= dict(segments=(call.steps + few.SEGMENT - 1) // few.SEGMENT)
-    launch = Launch.of(wanted, device, grid, _HEADER, fields, 32 * how.warps, more)
-    return _Plan(launch, how.merge, parts, segments=how.span, groups=few.tiles(call))
+    fields |= dict(segments=(call.steps + few.SAVED - 1) // few.SAVED)
+    launch = Launch.of(wanted, device, how.grid(call), _HEADER, fields, 32 * how.warps, how.sum_shared(call.tokens))
+    groups, shares = few.tiles(call) // how.together, how.rounds(call) if how.chain else how.span
+    return _Plan(launch, how.merge, parts, segments=shares, groups=groups, blocks=max(0, 2 * how.words(call) - 1))
 
 
 def _plan_wide_forward(call: ScanCall, complete: bool, y: Tensor, device: int) -> _Plan:
@@ -677,26 +685,46 @@ _merges: Plans = Plans()
 
 
 def _finish(
-    call: ScanCall, complete: bool, shares: int, tiles: int, parts: dict[str, Tensor | None], ddt: Tensor | None
+    call: ScanCall,
+    complete: bool,
+    shares: int,
+    tiles: int,
+    parts: dict[str, Tensor | None],
+    ddt: Tensor | None,
+    done: bool,
 ) -> dict[str, Tensor | None]:
-    """The sums of what a backward kernel left in parts, in one launch; see csrc/cuda/finish.cuh."""
+    """The sums of what a backward kernel left in parts, in one launch; see csrc/cuda/finish.cuh. `done`: dB and dC are
+    sums already."""
     device, rank = call.x.device.index, 0 if ddt is None else call.rank
     batch, tokens, routes, channels, states = call.batch, call.tokens, call.routes, call.channels, call.states
-    dB, dC = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (call.B, call.C))
-    if not complete and states == 1:
+    dB, dC = (None if done else torch.empty_like(t, memory_format=torch.contiguous_format) for t in (call.B, call.C))
+    if dB is not None and dC is not None and not complete and states == 1:
         dB.zero_(), dC.zero_()
     sum_ddt = None if ddt is None else call.dt.new_empty(call.dt.shape)
     sizes = [routes * channels * width for width in (states, 1, 1, rank)]
     of_channels = call.A.new_empty(sum(sizes))
-    key = (device, call.B.shape, call.steps, channels, rank, call.dt.dtype, dB.dtype, dC.dtype, shares, tiles)
+    key = (
+        device,
+        call.B.shape,
+        call.steps,
+        channels,
+        rank,
+        call.dt.dtype,
+        call.B.dtype,
+        call.C.dtype,
+        shares,
+        tiles,
+        done,
+    )
     launch = _finishes.get(key)
     if launch is None:
         rows = batch * tokens * routes
         run = next(n for n in (8, 4, 2, 1) if (rows * rank if states == 1 else rank) % n == 0)
         state_run = 1 if states == 1 else next(n for n in (4, 2, 1) if states % n == 0)
         of_states = [batch * routes * call.steps] if states == 1 else 2 * [rows * states // state_run]
+        of_states = [] if done else of_states  # they come last
         fields = dict(batch=batch, tokens=tokens, routes=routes, channels=channels, steps=call.steps, tiles=tiles)
-        types = (TYPES[call.dt.dtype], TYPES[dB.dtype], TYPES[dC.dtype])
+        types = (TYPES[call.dt.dtype], TYPES[call.B.dtype], TYPES[call.C.dtype])
         wanted = kernels.finish(types, states, rank, run)
         grid = sum((count + 255) // 256 for count in (sum(sizes), rows * rank // run, *of_states))
         launch = _finishes[key] = Launch.of(wanted, device, grid, _HEADER, fields | dict(shares=shares))

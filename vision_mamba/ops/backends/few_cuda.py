@@ -6,9 +6,11 @@ warp takes 64 steps at a time. More warps leave fewer rounds, as long as the dev
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from vision_mamba.ops.backends import cuda_kernels as kernels
@@ -16,12 +18,16 @@ from vision_mamba.ops.backends.cuda_kernels import Types, vector
 from vision_mamba.ops.backends.nvrtc import Specialisation
 from vision_mamba.ops.call import ScanCall
 
-CHANNELS = 8  # of a cluster
-SEGMENT = 8  # steps, before each of which the state is saved
-_WARP_STEPS = 64
+CHANNELS = 8  # of a cluster, or of each of those that it takes together
+SAVED = 64  # steps between two states that are saved
+_SEGMENTS = 8  # of a warp
+_STEPS = 8  # of a segment
+_FEW_STEPS, _HELD = 4, 4  # of a segment, where a lane goes through it once more with up to so many held states
 _CLUSTERS = (1, 2, 4, 8)  # blocks; more than 8 no device promises
 _WARPS = (1, 2, 4, 8)  # of a block
-_MANY_WARPS = 13  # x 64 steps are a map of 28 x 28, or a quarter of one of 56 x 56; they leave registers for one state
+# Of a block that scans one state forwards, which leaves them registers: 13 x 64 steps are a map of 28 x 28, or a
+# quarter of one of 56 x 56.
+_MORE_WARPS = (7, 13)
 _REGISTERS = 65536  # of a multiprocessor
 
 
@@ -40,6 +46,10 @@ class Few(NamedTuple):
     table: bool  # a table gives their order
     row_run: int  # states of B and C that are read together
     merge_vector: bool  # four channels of what routes are added up into are neighbours and aligned
+    steps: int = 8  # of a segment
+    together: int = 1  # groups of channels of a cluster, whose shares of sums over channels are added up
+    once: bool = False  # one round is enough
+    chain: bool = False  # blocks take one round each, and leave the state to the next one
 
     @property
     def route_warps(self) -> int:
@@ -55,8 +65,24 @@ class Few(NamedTuple):
         whole, part = self.route_warps, min(self.route_warps, self.warps)
         return self.cluster * self.warps % self.routes == 0 and whole % part == 0 and self.warps % part == 0
 
+    @property
+    def warp_steps(self) -> int:
+        return _SEGMENTS * self.steps
+
+    def rounds(self, call: ScanCall) -> int:
+        """As often a route's warps begin anew; of a chain, its blocks."""
+        return -(-call.steps // (self.route_warps * self.warp_steps))
+
     def clusters(self, call: ScanCall) -> int:
-        return call.batch * tiles(call) * (1 if self.merge else call.routes)
+        each = call.batch * tiles(call) // self.together * (1 if self.merge else call.routes)
+        return each * (self.rounds(call) if self.chain else 1)
+
+    def grid(self, call: ScanCall) -> int:
+        return self.clusters(call) * self.cluster * self.together
+
+    def words(self, call: ScanCall) -> int:
+        """Of eight bytes, for the states that blocks leave to each other and for their numbers."""
+        return 1 + self.grid(call) * self.states * CHANNELS if self.chain else 0
 
     def sum_shared(self, tokens: int) -> int:
         """Bytes for the sum over routes."""
@@ -64,20 +90,27 @@ class Few(NamedTuple):
 
     def shared(self, call: ScanCall, back: bool) -> int:
         """Bytes of shared memory that a block takes at most, see BlockMemory."""
-        elements = self.states * CHANNELS
-        rows = _WARP_STEPS * self.states * (call.B.element_size() + call.C.element_size())
-        warp = 512 + rows + 4 * elements + 256 * self.states + 16 * elements + 16
+        elements, steps = self.states * CHANNELS, self.warp_steps
+        rows = steps * self.states * (call.B.element_size() + call.C.element_size())
+        warp = 8 * steps + rows + 4 * elements + 256 * self.states + 16 * elements + 16
         if back:
-            warp += 4 * (elements + 2 * CHANNELS + -(-self.rank // 8) * 64) + (2 * rows if self.states > 1 else 0)
-        return self.warps * (warp + 8 * elements) + 16 * self.span * elements + 64 + self.sum_shared(call.tokens)
+            half = call.B.dtype == call.C.dtype == torch.bfloat16
+            warp += 4 * (2 * elements + 2 * CHANNELS + -(-self.rank // 8) * 64)
+            if self.states > 1 or self.together > 1:
+                warp += 2 * (steps + self.steps) * self.states * (2 if half and self.states > 1 else 4)
+            if self.together > 1:
+                warp += steps * self.rank * (4 if self.states > 1 else call.dt.element_size())
+        return self.warps * (warp + 8 * elements) + 16 * self.span * elements + 80 + self.sum_shared(call.tokens)
 
 
 def takes(states: int, lanes: Any, steps: Any) -> Any:
     """Whether so many sequences of a channel, each of so many steps, are few: within these bounds this was the faster
-    way on an H200, at batch 1 of the published models forwards by a third, at batch 8 it was not. In longer routes the
-    errors of slow states would add up, see csrc/README.md."""
+    way on an H200, at batch 1 of the published models and over one sequence of up to 65,536 steps; at batch 8 it was
+    not."""
     work = lanes * steps
-    return states <= 16 and lanes < 4096 and steps <= 16384 and work < 2**22 and work * states < 2**24
+    if states > 16 or lanes >= 4096:
+        return False
+    return (work < 2**22 and work * states < 2**24) or (lanes <= 512 and work * states <= 2**26)
 
 
 def fits(call: ScanCall, limit: int) -> bool:
@@ -117,42 +150,61 @@ def options(
         more: what else is read or written channel by channel, beside x and dt.
     """
     across = (call.x, out, *more, *(() if call.rank else (call.dt,)))
-    along = in_order and call.rank == 0 and call.steps % SEGMENT == 0 and _along(call.B, call.C, *across)
+    along = in_order and call.rank == 0 and call.steps % 8 == 0 and _along(call.B, call.C, *across)
     row_run = next((n for n in (8, 4, 2) if call.states % n == 0 and vector(n, call.B, call.C)), 1)
-    for cluster in _CLUSTERS if clusters else (1,):
-        for warps in (*_WARPS, _MANY_WARPS) if call.states == 1 and not back else _WARPS:
-            how = Few(
-                call.states, warps, cluster, call.routes if merge else 1, merge, call.rank, call.dt_softplus,
-                vector(2, *across), along, not in_order, row_run, vector(4, out),
-            )  # fmt: skip
+    one = Few(
+        call.states, 1, 1, call.routes if merge else 1, merge, call.rank, call.dt_softplus, vector(2, *across), along,
+        not in_order, row_run, vector(4, out),
+    )  # fmt: skip
+    one_forwards = call.states == 1 and not back
+    lengths = (_FEW_STEPS, _STEPS) if 1 < call.states <= _HELD and not back else (_STEPS,)
+    for cluster, steps in itertools.product(_CLUSTERS if clusters else (1,), lengths):
+        most = _CLUSTERS[-1] // cluster if clusters and back else 1
+        together = (n for n in reversed(_CLUSTERS) if n <= most and tiles(call) % n == 0)
+        for n, warps in itertools.product(together, (*_WARPS, *(_MORE_WARPS if one_forwards else ()))):
+            how = one._replace(warps=warps, cluster=cluster, together=n, steps=steps)
             if how.possible():
-                yield how
+                how = how._replace(once=how.rounds(call) == 1)
+                if merge or how.once:
+                    yield how
+            if not merge and cluster == 1 and warps in _WARPS and steps == _STEPS:
+                yield how._replace(chain=True, once=False)
 
 
 def choose(call: ScanCall, ways: Iterator[Few], back: bool, processors: int, limit: int) -> Few | None:
-    """The way that takes least time by `cycles`, if a block's shared memory is within the limit in any."""
+    """The way that takes least time by `cycles`, if a block's shared memory is within the limit in any; of chains that
+    of the largest blocks."""
     fit = [how for how in ways if how.shared(call, back) <= limit]
+    link = max((how.warps for how in fit if how.chain), default=0)
+    fit = [how for how in fit if not how.chain or how.warps == link]
     return min(fit, key=lambda how: cycles(how, call, back, processors, limit), default=None)
 
 
 def cycles(how: Few, call: ScanCall, back: bool, processors: int, limit: int) -> float:
-    """What a way takes, about, from what a warp executes in a round (counted in machine code) and what it waits for."""
+    """What a way takes, about, from what a warp executes in a round (counted in machine code), what it waits for, and
+    what was measured on an H200."""
     states = how.states
     if states == 1:
-        instructions = 2100 if back else 1100
-    elif states <= 4:
-        instructions = 2000 + 270 * states if back else 1000 + 200 * states
+        instructions = 4200 if back else 1100
+    elif states <= _HELD:
+        instructions = 4000 + 540 * states if back else 1000 + (265 if how.chain else 200) * states
     else:
-        instructions = 2000 + 580 * states if back else 1000 + 265 * states
-    registers = 255 if back else 200 if states > 1 else 128 if how.warps == _MANY_WARPS else 145
+        instructions = 4000 + 1160 * states if back else 1000 + 265 * states
+    registers = 255 if back else 128 if how.chain or how.warps > 8 else 200 if states > 1 else 145
     held = max(1, min(_REGISTERS // (registers * 32 * how.warps), limit // how.shared(call, back)))
-    busiest = -(-how.clusters(call) * how.cluster // processors)  # blocks of the multiprocessor that has most
-    at_once = min(held, busiest)
-    # Four schedulers; one warp alone waits for its own results half of the time.
-    computing = instructions * max(2.0, 1.25 * at_once * how.warps / 4)
-    waiting = 1500 + (700 if how.span > 1 else 0)
-    rounds = -(-call.steps // (how.route_warps * _WARP_STEPS))
-    return -(-busiest // held) * (4000 + (1000 if how.cluster > 1 else 0) + rounds * (computing + waiting))
+    busiest = -(-how.grid(call) // processors)  # blocks of the multiprocessor that has most
+    # Four schedulers; one warp alone waits for its own results half of the time and more.
+    part = 0.6 if how.steps == _FEW_STEPS else 1.0
+    computing = part * instructions * max(2.7 if back else 2.0, 1.35 * min(held, busiest) * how.warps / 4)
+    waiting = 1500 + (500 + 200 * states if how.span > 1 else 0)
+    begin = 4000 + (1800 if how.cluster > 1 else 0)
+    waves = -(-busiest // held)
+    # Going back, shares of sums over channels are added up one after the other; and they take memory.
+    adding = 700 * (tiles(call) // how.together) if back else 0
+    if how.chain:
+        links, one = how.rounds(call), computing + waiting
+        return begin + adding + max(waves * (begin + one), 1000 * links + one)
+    return adding + waves * (begin + how.rounds(call) * (computing + waiting))
 
 
 def _along(*tensors: Tensor) -> bool:

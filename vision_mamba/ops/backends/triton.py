@@ -6,6 +6,7 @@ import contextlib
 import functools
 import importlib
 import importlib.util
+import math
 import os
 import shutil
 from collections.abc import Mapping
@@ -25,14 +26,16 @@ _DEVICES = ("cuda", "xpu")  # torch calls ROCm devices cuda too
 _OLDEST = (7, 0)
 _MAX_RANK = 256
 _INT32 = 2**31
+_MOST_ROWS = 2**30  # of columns of low rank, which are counted in 32 bits
 _LEAST_RANK = 16  # columns of the least product of matrices
-_FORWARD_RANK = 64  # of one state, a step size of a higher rank is multiplied out before a scan,
-_BACKWARD_RANK = 32  # sooner in the backward pass, whose registers the weights' gradient fills
-_ROUND = 2  # tiles of the backward pass that share a product of low rank
+_RANK_INSIDE = 64  # of one state, a step size of a higher rank is multiplied out before the scan
+_CHUNKS = 1024  # of tokens, in programs that multiply back
 _MERGED = 1024  # sums of one program of `merge`
-_PROGRAMS = 1536  # that keep a GPU busy: a route in fewer sequences than that is cut into segments,
-_LEAST_SEGMENTS = 3  # of which fewer cost as much as they gain,
-_SHORTEST_SEGMENT = 128  # and each has at least so many steps
+_PROGRAMS = 1536  # that keep a GPU busy: a route in fewer sequences than that is cut into segments;
+_SEGMENTS = range(5, 33)  # fewer cost as much as they gain, of more the last waits for what the others hand on,
+_SHORTEST_SEGMENT = 16  # and each has at least so many steps
+_BUSY = 2 * _PROGRAMS  # beyond which a program takes several routes in turn,
+_MOST_TOGETHER = 4  # not more, since a sum in bfloat16 is rounded with each
 
 _T = TypeVar("_T")
 
@@ -57,7 +60,7 @@ class Tile(NamedTuple):
 
 
 class Product(NamedTuple):
-    """What one program multiplies: tokens, channels at once, warps."""
+    """What one program multiplies at once: tokens, channels; warps."""
 
     tokens: int
     channels: int
@@ -82,7 +85,7 @@ BACKWARD = {
 }
 
 #: Tiles of the products that make up a step size of low rank, by the rank.
-LOW_RANK = {16: Product(64, 64), 64: Product(64, 32), 256: Product(16, 32)}
+LOW_RANK = {16: Product(32, 128), 64: Product(64, 128, 8), 256: Product(16, 32)}
 
 
 def tile_for(table: Mapping[int, _T], size: int) -> _T:
@@ -130,6 +133,8 @@ def _unavailable(device: torch.device) -> str | None:
 def _refuses(call: ScanCall) -> str | None:
     if call.x.dtype == torch.float64:
         return "float64 is computed by 'eager' and 'reference' alone; convert with .float()."
+    if call.rank and call.batch * call.tokens > _MOST_ROWS:
+        return f"its step size has low rank and {call.batch * call.tokens} tokens, over 2^30; split the batch."
     if call.rank > _MAX_RANK:
         return f"the step size has rank {call.rank}, over {_MAX_RANK}; multiply it out and pass dt whole."
     return None
@@ -154,17 +159,19 @@ def _scan(call: ScanCall) -> ModuleType:
 def _forward(call: ScanCall, save: bool) -> tuple[Tensor, Tensor, Tensor]:
     y, last = call.new_output(), call.new_last_state()
     saved = _new_saved(call) if save else call.x.new_empty(0)
-    shares = _shares(y, call.routes, _rounded(y)) if call.merge else y
-    target = shares.movedim(0, 2) if call.merge else y
-    if not contract.visits_all(call):
-        shares.zero_()
     tile, keep = tile_for(FORWARD, call.states), tile_for(BACKWARD, call.states)
+    segments = _segments(call, tile, max(tile.steps, keep.steps))
+    together = _together(call, tile, segments, y)
+    shares = _shares(y, call.routes // together, _rounded(y)) if call.merge else y
+    target = shares.movedim(0, 2) if call.merge else y
+    partial = not contract.visits_all(call)
+    if partial:
+        shares.zero_()
     with _on(call.x.device):
-        call = _taken(call, _FORWARD_RANK)
-        segments = _segments(call, tile, max(tile.steps, keep.steps))
+        call = _taken(call)
         edges = _new_edges(call, segments)
         for ends in (True, False)[segments == 1 :]:
-            _scan(call).forward[_grid(call, tile, segments - ends)](
+            _scan(call).forward[_grid(call, tile, segments - ends, together)](
                 *_inputs(call),
                 _padded_states(call.initial_state),
                 *edges,
@@ -175,10 +182,11 @@ def _forward(call: ScanCall, save: bool) -> tuple[Tensor, Tensor, Tensor]:
                 *target.stride(),
                 SAVED=keep.steps,
                 ENDS=ends,
+                **(dict(ROUTES=together, WRITTEN=partial and together > 1) if call.states == 1 else {}),
                 **_constants(call, tile, target),
             )
         if call.merge:
-            _merge(shares, y)
+            _merge((shares, y))
     return y, last, saved
 
 
@@ -186,26 +194,22 @@ def _backward(call: ScanCall, saved: Tensor, dy: Tensor | None, dlast: Tensor | 
     tile = tile_for(BACKWARD, call.states)
     blocks = -(-call.channels // tile.channels)
     dx, dB, dC = (torch.empty_like(t) for t in (call.x, call.B, call.C))
-    inside = _rank_inside(call, _BACKWARD_RANK)
-    ddt = _new_whole(call) if call.rank and not inside else torch.empty_like(call.dt)
-    ddt_shares = _shares(ddt, blocks if inside else 1)
+    ddt = _new_whole(call) if call.rank else torch.empty_like(call.dt)
     dx_shares = _shares(dx, call.routes, _rounded(dx)) if call.shared_x else dx
     dx_target = dx_shares.movedim(0, 2) if call.shared_x else dx
     dB_shares, dC_shares = _shares(dB, blocks), _shares(dC, blocks)
     dinitial = None if call.initial_state is None else call.initial_state.new_empty(call.initial_state.shape)
     if not contract.visits_all(call):
-        for shares in (dx_shares, ddt_shares, dB_shares, dC_shares):
+        for shares in (dx_shares, ddt, dB_shares, dC_shares):
             shares.zero_()
     if dy is not None and call.merge:
         dy = dy.unsqueeze(2).expand(-1, -1, call.routes, -1)
     with _on(call.x.device):
-        small = _taken(call, _BACKWARD_RANK)
-        segments = _segments(call, tile, tile.steps * _round(call))
+        small = _taken(call)
+        segments = _segments(call, tile, tile.steps)
         edges = _new_edges(call, segments)
-        rows = (call.batch * segments, call.routes, call.states + 2, call.channels)
+        rows = (call.batch * segments, call.states + 2, call.routes, call.channels)
         per_channel = call.x.new_empty(rows, dtype=torch.float32)
-        rows = (call.batch * segments, call.routes, call.channels, call.rank)
-        dweights = call.x.new_empty(rows, dtype=torch.float32) if inside else None
         for ends in (True, False)[segments == 1 :]:
             _scan(call).backward[_grid(call, tile, segments - ends)](
                 *_inputs(small),
@@ -214,7 +218,7 @@ def _backward(call: ScanCall, saved: Tensor, dy: Tensor | None, dlast: Tensor | 
                 _padded_states(dlast),
                 *edges,
                 dx_target,
-                *((ddt_shares, dweights) if call.states == 1 else (ddt,)),
+                ddt,
                 dB_shares,
                 dC_shares,
                 per_channel,
@@ -222,26 +226,25 @@ def _backward(call: ScanCall, saved: Tensor, dy: Tensor | None, dlast: Tensor | 
                 *_sizes(small, segments),
                 *((0,) * 4 if dy is None else dy.stride()),
                 *dx_target.stride(),
-                *(ddt_shares if call.states == 1 else ddt).stride(),
+                *ddt.stride(),
                 *dB_shares.stride(),
                 *dC_shares.stride(),
                 ENDS=ends,
-                **(_low_rank_inside(call) if call.states == 1 else {}),
                 **_constants(small, tile, dy, dx_target, ddt, dB_shares[0], dC_shares[0]),
             )
+        sums = [(dB_shares, dB), (dC_shares, dC)]
         if call.shared_x:
-            _merge(dx_shares, dx)
-        _merge(dB_shares, dB)
-        _merge(dC_shares, dC)
+            sums.append((dx_shares, dx))
         dweight = None
-        if dweights is not None:
-            _merge(ddt_shares, ddt)
-            dweight = dweights.sum(0)
-        elif call.rank:
-            ddt, dweight = _multiply_back(call, ddt)
-    dA, dD, dbias = per_channel.sum(0).split([call.states, 1, 1], dim=1)
-    found: dict[str, Tensor | None] = dict(x=dx, dt=ddt, A=dA.mT, B=dB, C=dC, D=dD.squeeze(1))
-    found |= dict(dt_bias=dbias.squeeze(1), dt_weight=dweight, initial_state=dinitial)
+        if call.rank:
+            dlow_shares, dweight = _multiply_back(call, ddt)
+            ddt = torch.empty_like(call.dt) if len(dlow_shares) > 1 else dlow_shares[0]
+            sums.append((dlow_shares, ddt))
+        _merge(*sums)
+    per_channel = per_channel.sum(0)
+    dA = per_channel[0].unsqueeze(-1) if call.states == 1 else per_channel[:-2].movedim(0, -1)
+    found: dict[str, Tensor | None] = dict(x=dx, dt=ddt, A=dA, B=dB, C=dC, D=per_channel[-2])
+    found |= dict(dt_bias=per_channel[-1], dt_weight=dweight, initial_state=dinitial)
     return tuple(_like(getattr(call, name), found[name]) for name in GRADIENTS)
 
 
@@ -250,9 +253,9 @@ def _new_whole(call: ScanCall) -> Tensor:
     return call.x.new_empty((call.batch, call.tokens, call.routes, call.channels), dtype=torch.float32)
 
 
-def _taken(call: ScanCall, most: int) -> ScanCall:
+def _taken(call: ScanCall) -> ScanCall:
     """The call as the scan takes it: dt of one state and of such a rank at most as it is, else multiplied out."""
-    if not call.rank or _rank_inside(call, most):
+    if not call.rank or (call.states == 1 and call.rank <= _RANK_INSIDE):
         return call
     dt = _new_whole(call)
     _kernels("low_rank").multiply_out[_low_rank_grid(call)](
@@ -261,27 +264,14 @@ def _taken(call: ScanCall, most: int) -> ScanCall:
     return call._replace(dt=dt, dt_weight=None)
 
 
-def _rank_inside(call: ScanCall, most: int) -> bool:
-    """Whether the scan multiplies a step size of low rank itself, out and back."""
-    return call.states == 1 and 0 < call.rank <= most
-
-
-def _low_rank_inside(call: ScanCall) -> dict[str, Any]:
-    """Constants of a backward pass that multiplies a step size of low rank back."""
-    return dict(PRECISION_LOW=_precision(call.dt.device, call.dt.dtype), ROUND=_round(call))
-
-
-def _round(call: ScanCall) -> int:
-    """Tiles of the backward pass whose step sizes are one product, if it multiplies any."""
-    return _ROUND if _rank_inside(call, _BACKWARD_RANK) else 1
-
-
 def _multiply_back(call: ScanCall, ddt: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients of the columns of dt and of dt_weight from that of the whole dt."""
-    grid = _low_rank_grid(call)
-    dlow = torch.empty_like(call.dt)
-    dweight = ddt.new_empty((grid[0], call.routes, call.channels, call.rank))
-    _kernels("low_rank").multiply_back[grid](
+    """Gradients of the columns of dt, a share of each block of channels, and of dt_weight, from that of all of dt."""
+    tiles, routes, blocks = _low_rank_grid(call)
+    at_once = -(-tiles * routes * blocks // _CHUNKS)
+    chunks = -(-tiles // at_once)
+    dlow = _shares(torch.empty_like(call.dt), blocks)
+    dweight = ddt.new_empty((chunks, call.routes, call.channels, call.rank))
+    _kernels("low_rank").multiply_back[chunks, routes, blocks](
         ddt,
         call.dt,
         _dense(call.dt_weight),
@@ -289,27 +279,30 @@ def _multiply_back(call: ScanCall, ddt: Tensor) -> tuple[Tensor, Tensor]:
         dweight,
         *_low_rank_sizes(call),
         *dlow.stride(),
-        **_low_rank_constants(call),
-        PRECISION_LOW=_precision(dlow.device, dlow.dtype),
+        at_once,
+        **_low_rank_constants(call, dlow[0]),
     )
     return dlow, dweight.sum(0)
 
 
-def _low_rank_grid(call: ScanCall) -> tuple[int, int]:
-    return -(-call.batch * call.tokens // tile_for(LOW_RANK, call.rank).tokens), call.routes
+def _low_rank_grid(call: ScanCall) -> tuple[int, int, int]:
+    """Tiles of tokens, routes, blocks of channels."""
+    tile = tile_for(LOW_RANK, call.rank)
+    return -(-call.batch * call.tokens // tile.tokens), call.routes, -(-call.channels // tile.channels)
 
 
 def _low_rank_sizes(call: ScanCall) -> tuple[int, ...]:
     return call.batch * call.tokens, call.tokens, call.channels, call.rank, *call.dt.stride()
 
 
-def _low_rank_constants(call: ScanCall) -> dict[str, Any]:
+def _low_rank_constants(call: ScanCall, *others: Tensor) -> dict[str, Any]:
     tile = tile_for(LOW_RANK, call.rank)
     return dict(
         ROWS=tile.tokens,
         BLOCK_D=tile.channels,
         BLOCK_R=_columns(call),
         PRECISION=_precision(call.x.device),
+        FLAT=all(tensor.stride(0) == call.tokens * tensor.stride(1) for tensor in (call.dt, *others)),
         num_warps=tile.warps,
         num_stages=1,  # more would not fit into the shared memory of smaller GPUs
     )
@@ -318,6 +311,12 @@ def _low_rank_constants(call: ScanCall) -> dict[str, Any]:
 def _columns(call: ScanCall) -> int:
     """Columns of low rank that a product has room for."""
     return max(_padded(call.rank), _LEAST_RANK)
+
+
+def _aligned(call: ScanCall) -> int:
+    """Columns of low rank that always lie side by side and aligned, 16 bytes of them at most."""
+    most = 16 // call.dt.element_size() if call.dt.stride(-1) == 1 else 1
+    return math.gcd(most, call.rank, *call.dt.stride()[:-1])
 
 
 def _precision(device: torch.device, total: torch.dtype = torch.float32) -> str:
@@ -335,8 +334,8 @@ def _is_nvidia(device: torch.device) -> bool:
 def _segments(call: ScanCall, tile: Tile, multiple: int) -> int:
     """In how many segments, of so many steps or a multiple, the routes are cut; none is empty."""
     tiles, programs = -(-call.steps // multiple), _grid(call, tile)[0]
-    wanted = min(_PROGRAMS // max(1, programs), call.steps // _SHORTEST_SEGMENT)
-    return 1 if wanted < _LEAST_SEGMENTS else -(-tiles // -(-tiles // wanted))
+    wanted = min(_PROGRAMS // max(1, programs), call.steps // _SHORTEST_SEGMENT, _SEGMENTS.stop - 1)
+    return 1 if wanted < _SEGMENTS.start else -(-tiles // -(-tiles // wanted))
 
 
 def _new_edges(call: ScanCall, segments: int) -> tuple[Tensor | None, Tensor | None]:
@@ -399,6 +398,7 @@ def _constants(call: ScanCall, tile: Tile, *results: Tensor | None) -> dict[str,
     if call.states == 1:
         columns = _columns(call) if call.rank else 1
         constants |= dict(CHANNELS=tile.channels, BLOCK_R=columns, PRECISION=_precision(call.x.device))
+        constants |= dict(ALIGNED=_aligned(call) if call.rank else 1)
     else:
         constants |= dict(states=call.states, GROUPS=tile.groups, LANES=tile.lanes, WARPS=tile.warps)
         constants |= dict(PARTS=tile.parts, BLOCK_N=_block(call.states))
@@ -407,8 +407,17 @@ def _constants(call: ScanCall, tile: Tile, *results: Tensor | None) -> dict[str,
     return constants
 
 
-def _grid(call: ScanCall, tile: Tile, segments: int = 1) -> tuple[int, int]:
-    return call.batch * call.routes * -(-call.channels // tile.channels), segments
+def _grid(call: ScanCall, tile: Tile, segments: int = 1, together: int = 1) -> tuple[int, int]:
+    return call.batch * (call.routes // together) * -(-call.channels // tile.channels), segments
+
+
+def _together(call: ScanCall, tile: Tile, segments: int, y: Tensor) -> int:
+    """Routes that one program of the forward pass takes in turn and adds up itself, if there are programs enough."""
+    if call.states > 1 or not call.merge or segments > 1:
+        return 1
+    shares = 1 if y.dtype == _rounded(y) else 2  # at the least: a sum in float16 can overflow before it is complete
+    most = min(_MOST_TOGETHER, _grid(call, tile)[0] // _BUSY, call.routes // shares)
+    return max((n for n in range(2, most + 1) if call.routes % n == 0), default=1)
 
 
 def _rounded(total: Tensor) -> torch.dtype:
@@ -425,10 +434,17 @@ def _shares(total: Tensor, count: int, dtype: torch.dtype = torch.float32) -> Te
     return torch.empty_strided((count, *total.shape), strides, dtype=dtype, device=total.device)
 
 
-def _merge(shares: Tensor, total: Tensor) -> None:
-    if len(shares) > 1:
-        size = total.numel()
-        _kernels("kernels").merge[(-(-size // _MERGED),)](shares, total, len(shares), size, BLOCK=_MERGED)
+def _merge(*sums: tuple[Tensor, Tensor]) -> None:
+    """Add up to four buffers of shares into their totals, all in one launch; a single share is its total."""
+    arguments: list[Any] = []
+    blocks = 0
+    for shares, total in sums:
+        if len(shares) > 1:
+            arguments += [shares, total, len(shares), total.numel()]
+            blocks += -(-total.numel() // _MERGED)
+    if blocks:
+        arguments += [None, None, 0, 0] * (4 - len(arguments) // 4)
+        _kernels("kernels").merge[(blocks,)](*arguments, BLOCK=_MERGED)
 
 
 def _dense(tensor: Tensor | None) -> Tensor | None:
@@ -439,8 +455,8 @@ def _padded_states(tensor: Tensor | None) -> Tensor | None:
     """A tensor of states, dense, with as many as kernels make room for."""
     if tensor is None:
         return None
-    states = tensor.shape[-1]
-    return functional.pad(tensor, (0, _block(states) - states)).contiguous()
+    more = _block(tensor.shape[-1]) - tensor.shape[-1]
+    return functional.pad(tensor, (0, more)) if more else tensor.contiguous()
 
 
 def _on(device: torch.device) -> contextlib.AbstractContextManager[Any]:

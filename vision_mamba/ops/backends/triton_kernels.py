@@ -19,9 +19,11 @@ which is the cheaper place for it, and does all that follows in both layouts, so
 one tile is concerned, so `_float` pretends that there are two.
 
 Low rank: a tile of dt is the product of rows of columns with dt_weight, on the tensor cores where there are any, with
-each float32 in several terms. Tiles of the backward pass are too short for that, so ROUND of them, two, share a product
-and keep their rows of it in registers. A tile's gradient takes the place of its step sizes there, and at the end of the
-round it is multiplied back: to columns, as a share of each block of channels, and to weights, summed over the rounds.
+each float32 in several terms. The backward pass writes the gradient of all of dt, which triton_low_rank.py multiplies
+back: sums of weights' gradients beside the rest of a tile would not fit into the registers.
+
+Routes: where there are programs enough, one takes ROUTES of a batch item in turn and adds up their y in memory, which
+the nearest cache holds, so that fewer shares are left to `merge`.
 
 Backward: forward saves the states every STEPS steps. From there a program computes the tile's states once more, keeps
 them in registers, and walks back with g_t = dL/dh_t = C_t dy_t + exp(s_{t+1} A) g_{t+1}. No (B, L, D, N) anywhere.
@@ -104,6 +106,15 @@ def _load_rows(p_rows, o_token, o, m, s_l, s_o):
 
 
 @triton.jit
+def _load_low(p_low, o_token, o_r, rank, s_l, s_r, ALIGNED: tl.constexpr):
+    # (STEPS, BLOCK_R): columns of a tile's tokens. What the compiler is told of their alignment widens the loads.
+    o_low, m_r = o_token[:, None] * s_l, o_r < rank
+    if ALIGNED > 1:
+        o_low, m_r = tl.multiple_of(o_low, [ALIGNED, ALIGNED]), tl.max_constancy(m_r, [ALIGNED])
+    return tl.load(p_low + o_low + o_r[None, :] * s_r, mask=(o_token >= 0)[:, None] & m_r[None, :], other=0.0)
+
+
+@triton.jit
 def _store_rows(p_rows, b_rows, o_token, o, m, s_l, s_o):
     # (STEPS, X)
     tl.store(p_rows + o_token[:, None] * s_l + o[None, :] * s_o, b_rows, mask=(o_token >= 0)[:, None] & m[None, :])
@@ -142,22 +153,6 @@ def _terms(b_weight, p_low, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def _product_back(b_low, b_ddt, PRECISION: tl.constexpr):
-    """(channels, BLOCK_R): the gradient of dt transposed times columns; beside those of 16 bits it takes two terms.
-
-    Transposed last, so that the compiler does not add up in the tensor cores, which cut off what should be rounded.
-    """
-    b_turned = tl.trans(b_low.to(tl.float32))
-    if PRECISION == "ieee" or b_low.dtype == tl.float32:
-        b_sum = tl.dot(b_turned, b_ddt, input_precision=PRECISION)
-    else:
-        b_high = (b_ddt.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)
-        b_sum = tl.dot(b_turned, b_ddt - b_high, input_precision="tf32")
-        b_sum = tl.dot(b_turned, b_high, b_sum, input_precision="tf32")
-    return tl.trans(b_sum)
-
-
-@triton.jit
 def _float(tile, other, o_t):
     """The tile in float32; `other`, as loaded, is never taken, but keeps what follows from being computed twice."""
     return tl.where((o_t >= 0)[:, None], tile.to(tl.float32), other.to(tl.float32))
@@ -179,18 +174,6 @@ def _spread(tile, LOADED: tl.constexpr):
     tile = tl.permute(tl.reshape(tile, (STEPS, CHANNELS // RUN, RUN)), (2, 0, 1))
     tile = tl.permute(tl.sum(tile[:, None, :, :], 1), (1, 2, 0))
     return tl.reshape(tile, (STEPS, CHANNELS))
-
-
-@triton.jit
-def _halves(tile):
-    """The upper half of a tile and the lower."""
-    return tl.split(tl.permute(tl.reshape(tile, (2, tile.shape[0] // 2, tile.shape[1])), (1, 2, 0)))
-
-
-@triton.jit
-def _joined(upper, lower):
-    """Both halves of a tile as one."""
-    return tl.reshape(tl.permute(tl.join(upper, lower), (2, 0, 1)), (2 * upper.shape[0], upper.shape[1]))
 
 
 @triton.jit
@@ -234,6 +217,12 @@ def _pass_on(b_state, b_A, p_ends, p_spans, o_end, m_d):
     """What a segment makes of the state, or of its gradient, that comes to it."""
     b_span, b_end = tl.load(p_spans + o_end, mask=m_d, other=0.0), tl.load(p_ends + o_end, mask=m_d, other=0.0)
     return tl.exp2(b_span * b_A) * b_state + b_end
+
+
+@triton.jit
+def _load_saved(p_saved, i_bk, i_tile, tiles, channels, o_d, m_d):
+    # (channels,): the state before a tile. Where there is none, the next is as good: no step depends on it.
+    return tl.load(p_saved + (i_bk * tiles + tl.minimum(tl.maximum(i_tile, 0), tiles - 1)) * channels + o_d, mask=m_d)
 
 
 @triton.jit
@@ -290,94 +279,110 @@ def forward(
     SOFTPLUS: tl.constexpr,
     SAVED: tl.constexpr,
     ENDS: tl.constexpr,  # fill p_ends and p_spans, and nothing else
+    ROUTES: tl.constexpr,  # that a program takes one after the other and adds up in p_y, of which there are fewer then
+    WRITTEN: tl.constexpr,  # p_y holds something to add to from the start
     STEPS: tl.constexpr,
     CHANNELS: tl.constexpr,
     BLOCK_R: tl.constexpr,
     LONG: tl.constexpr,
     PRECISION: tl.constexpr,
+    ALIGNED: tl.constexpr,  # elements that columns of low rank come in
 ):
     blocks = tl.cdiv(channels, CHANNELS)
-    i_d, i_bk = tl.program_id(0) % blocks, tl.program_id(0) // blocks
-    i_s = tl.program_id(1)
-    i_b, i_k, i_bk = (i_bk // routes).to(tl.int64), (i_bk % routes).to(tl.int64), i_bk.to(tl.int64)
+    i_d, i_group = tl.program_id(0) % blocks, (tl.program_id(0) // blocks).to(tl.int64)
+    i_s, groups = tl.program_id(1), routes // ROUTES
+    i_b, i_group = i_group // groups, i_group % groups
     o_t, o_r = tl.arange(0, STEPS), tl.arange(0, BLOCK_R)
     first = (i_d.to(tl.int64) if LONG else i_d) * CHANNELS
     o_d = first + tl.arange(0, CHANNELS)
     m_d, m_r = o_d < channels, o_r < rank
-    p_x += i_b * s_xb + i_k * s_xk
-    p_dt += i_b * s_dtb + i_k * s_dtk
-    p_B += i_b * s_Bb + i_k * s_Bk
-    p_C += i_b * s_Cb + i_k * s_Ck
-    p_y += i_b * s_yb + i_k * s_yk
-    if p_indices is not None:
-        p_indices += i_k * steps
+    p_y += i_b * s_yb + i_group * s_yk
+    for i_turn in range(0, ROUTES):
+        i_k = i_group * ROUTES + i_turn
+        i_bk = i_b * routes + i_k
+        q_x = p_x + i_b * s_xb + i_k * s_xk
+        o_dt = i_b * s_dtb + i_k * s_dtk
+        q_dt = p_dt + (tl.multiple_of(o_dt, [ALIGNED]) if ALIGNED > 1 else o_dt)
+        q_B = p_B + i_b * s_Bb + i_k * s_Bk
+        q_C = p_C + i_b * s_Cb + i_k * s_Ck
+        q_indices = p_indices
+        if p_indices is not None:
+            q_indices = p_indices + i_k * steps
 
-    # (CHANNELS,)
-    o_channel, o_state = i_k * channels + o_d, i_bk * channels + o_d
-    b_A = tl.load(p_A + o_channel, mask=m_d, other=0.0).to(tl.float32) * LOG2E
-    b_D, b_bias = _load_parameter(p_D, o_channel, m_d), _load_parameter(p_dt_bias, o_channel, m_d)
-    b_h = tl.zeros((CHANNELS,), tl.float32)
-    if p_initial is not None and not ENDS:
-        b_h = tl.load(p_initial + o_state, mask=m_d, other=0.0).to(tl.float32)
-    if p_ends is not None and not ENDS:
-        for i_before in range(0, i_s):
-            b_h = _pass_on(b_h, b_A, p_ends, p_spans, (i_bk * segments + i_before) * channels + o_d, m_d)
-    if p_dt_weight is not None:
-        b_weight = _load_weight(p_dt_weight, i_k, channels, rank, o_d, o_r, m_d, m_r)
-        b_high, b_rest = _terms(b_weight, p_dt, PRECISION)
+        # (CHANNELS,)
+        o_channel, o_state = i_k * channels + o_d, i_bk * channels + o_d
+        b_A = tl.load(p_A + o_channel, mask=m_d, other=0.0).to(tl.float32) * LOG2E
+        b_D, b_bias = _load_parameter(p_D, o_channel, m_d), _load_parameter(p_dt_bias, o_channel, m_d)
+        b_h = tl.zeros((CHANNELS,), tl.float32)
+        if p_initial is not None and not ENDS:
+            b_h = tl.load(p_initial + o_state, mask=m_d, other=0.0).to(tl.float32)
+        if p_ends is not None and not ENDS:
+            for i_before in range(0, i_s):
+                b_h = _pass_on(b_h, b_A, p_ends, p_spans, (i_bk * segments + i_before) * channels + o_d, m_d)
+        if p_dt_weight is not None:
+            b_weight = _load_weight(p_dt_weight, i_k, channels, rank, o_d, o_r, m_d, m_r)
+            b_high, b_rest = _terms(b_weight, p_dt, PRECISION)
 
-    first_step, last_step = _segment(i_s, segments, steps, SAVED if SAVED > STEPS else STEPS)
-    b_span = tl.zeros((STEPS, CHANNELS), tl.float32)
-    # Tokens are read two tiles ahead, their tensors one.
-    o_token = _token(p_indices, first_step + o_t, steps, LONG)
-    o_next = _token(p_indices, first_step + STEPS + o_t, steps, LONG)
-    b_x, b_dt, b_B, b_C = _load_ahead(
-        p_x, p_dt, p_B, p_C, o_token, o_d, m_d, s_xl, s_xd, s_dtl, s_dtd, s_Bl, s_Cl, p_dt_weight is None
-    )
-    if p_dt_weight is not None:
-        b_low = _load_rows(p_dt, o_token, o_r, m_r, s_dtl, s_dtd)
-    for start in range(first_step, last_step, STEPS):
-        i_tile = i_bk * tl.cdiv(steps, SAVED) + start // SAVED
-        if p_saved is not None and SAVED > STEPS:  # noqa: SIM102 (the first is settled by the compiler)
-            if start % SAVED == 0:
-                tl.store(p_saved + i_tile * channels + o_d, b_h, mask=m_d)
-        next_x, next_dt, next_B, next_C = _load_ahead(
-            p_x, p_dt, p_B, p_C, o_next, o_d, m_d, s_xl, s_xd, s_dtl, s_dtd, s_Bl, s_Cl, p_dt_weight is None
+        first_step, last_step = _segment(i_s, segments, steps, SAVED if SAVED > STEPS else STEPS)
+        b_span = tl.zeros((STEPS, CHANNELS), tl.float32)
+        # Tokens are read two tiles ahead, their tensors one.
+        o_token = _token(q_indices, first_step + o_t, steps, LONG)
+        o_next = _token(q_indices, first_step + STEPS + o_t, steps, LONG)
+        b_x, b_dt, b_B, b_C = _load_ahead(
+            q_x, q_dt, q_B, q_C, o_token, o_d, m_d, s_xl, s_xd, s_dtl, s_dtd, s_Bl, s_Cl, p_dt_weight is None
         )
-        # (STEPS,)
-        o_after = _token(p_indices, start + 2 * STEPS + o_t, steps, LONG)
+        if p_dt_weight is not None:
+            b_low = _load_low(q_dt, o_token, o_r, rank, s_dtl, s_dtd, ALIGNED)
+        for start in range(first_step, last_step, STEPS):
+            i_tile = i_bk * tl.cdiv(steps, SAVED) + start // SAVED
+            if p_saved is not None and SAVED > STEPS:  # noqa: SIM102 (the first is settled by the compiler)
+                if start % SAVED == 0:
+                    tl.store(p_saved + i_tile * channels + o_d, b_h, mask=m_d)
+            next_x, next_dt, next_B, next_C = _load_ahead(
+                q_x, q_dt, q_B, q_C, o_next, o_d, m_d, s_xl, s_xd, s_dtl, s_dtd, s_Bl, s_Cl, p_dt_weight is None
+            )
+            # (STEPS,)
+            o_after = _token(q_indices, start + 2 * STEPS + o_t, steps, LONG)
 
-        loaded_x = b_x
-        b_x = b_x.to(tl.float32)
-        if p_dt_weight is None:
-            b_v = b_dt
-        else:
-            b_v = _spread(_product(b_low, b_high, b_rest, PRECISION), p_x.dtype.element_ty)
-            b_low = _load_rows(p_dt, o_next, o_r, m_r, s_dtl, s_dtd)
-        b_v, b_s = _step_sizes(_float(b_v, loaded_x, o_t) + b_bias[None, :], start + o_t < steps, SOFTPLUS)
-        b_a = _turned(tl.exp2(b_s * b_A[None, :] + BIAS))
-        b_u = _turned(b_s * b_x * b_B.to(tl.float32)[:, None])
-        b_y = tl.zeros((STEPS, CHANNELS), tl.float32)
-        for t in tl.static_range(STEPS):
-            if p_saved is not None and SAVED <= STEPS and t % SAVED == 0:
-                tl.store(p_saved + (i_tile + t // SAVED) * channels + o_d, b_h, mask=m_d & (start + t < steps))
-            b_h = _row(b_a, o_t, t) * b_h + _row(b_u, o_t, t)
-            b_y = _put(b_y, o_t, t, b_h)
+            if (ROUTES > 1 or WRITTEN) and not ENDS:
+                o_sum = tl.where(i_turn > 0, o_token, -1) if not WRITTEN else o_token
+                b_sum = _load_rows(p_y, o_sum, o_d, m_d, s_yl, s_yd)
+
+            loaded_x = b_x
+            b_x = b_x.to(tl.float32)
+            if p_dt_weight is None:
+                b_v = b_dt
+            else:
+                b_v = _spread(_product(b_low, b_high, b_rest, PRECISION), p_x.dtype.element_ty)
+                b_low = _load_low(q_dt, o_next, o_r, rank, s_dtl, s_dtd, ALIGNED)
+            b_v, b_s = _step_sizes(_float(b_v, loaded_x, o_t) + b_bias[None, :], start + o_t < steps, SOFTPLUS)
+            b_a = _turned(tl.exp2(b_s * b_A[None, :] + BIAS))
+            b_u = _turned(b_s * b_x * b_B.to(tl.float32)[:, None])
+            b_y = tl.zeros((STEPS, CHANNELS), tl.float32)
+            for t in tl.static_range(STEPS):
+                if p_saved is not None and SAVED <= STEPS and t % SAVED == 0:
+                    tl.store(p_saved + (i_tile + t // SAVED) * channels + o_d, b_h, mask=m_d & (start + t < steps))
+                b_h = _row(b_a, o_t, t) * b_h + _row(b_u, o_t, t)
+                b_y = _put(b_y, o_t, t, b_h)
+            if ENDS:
+                b_span += b_s
+            else:
+                b_y = _float(b_y, loaded_x, o_t) * b_C.to(tl.float32)[:, None] + b_D[None, :] * b_x
+                if ROUTES > 1 or WRITTEN:
+                    b_y += b_sum.to(tl.float32)
+                _store_rows(p_y, b_y, o_token, o_d, m_d, s_yl, s_yd)
+            o_token, o_next = o_next, o_after
+            b_x, b_dt, b_B, b_C = next_x, next_dt, next_B, next_C
+
         if ENDS:
-            b_span += b_s
-        else:
-            b_y = _float(b_y, loaded_x, o_t) * b_C.to(tl.float32)[:, None] + b_D[None, :] * b_x
-            _store_rows(p_y, b_y, o_token, o_d, m_d, s_yl, s_yd)
-        o_token, o_next = o_next, o_after
-        b_x, b_dt, b_B, b_C = next_x, next_dt, next_B, next_C
-
-    if ENDS:
-        o_end = (i_bk * segments + i_s) * channels + o_d
-        tl.store(p_ends + o_end, b_h, mask=m_d)
-        tl.store(p_spans + o_end, tl.sum(b_span, 0), mask=m_d)
-    elif p_last is not None:  # noqa: SIM102 (the first condition is settled by the compiler, the second is not)
-        if i_s == segments - 1:
-            tl.store(p_last + o_state, b_h, mask=m_d)
+            o_end = (i_bk * segments + i_s) * channels + o_d
+            tl.store(p_ends + o_end, b_h, mask=m_d)
+            tl.store(p_spans + o_end, tl.sum(b_span, 0), mask=m_d)
+        elif p_last is not None:  # noqa: SIM102 (the first condition is settled by the compiler, the second is not)
+            if i_s == segments - 1:
+                tl.store(p_last + o_state, b_h, mask=m_d)
+        if ROUTES > 1:
+            tl.debug_barrier()  # what the route wrote is seen by all lanes
 
 
 @triton.jit
@@ -397,11 +402,10 @@ def backward(
     p_ends,  # as forward: what each segment adds to what it hands back to the one before
     p_spans,
     p_dx,
-    p_ddt,  # of a dt that comes whole, or of its columns a share of each block of channels
-    p_dweight,  # (B, segments, K, D, R) or None
+    p_ddt,  # of the whole dt, of low rank too
     p_dB,  # a share of each block of channels, as dC
     p_dC,
-    p_dper_channel,  # (B, segments, K, N + 2, D): gradients of A, D, dt_bias
+    p_dper_channel,  # (B, segments, N + 2, K, D): gradients of A, D, dt_bias
     p_dinitial,  # (B, K, D, N) or None
     routes,
     channels,
@@ -432,7 +436,6 @@ def backward(
     s_dxl,
     s_dxk,
     s_dxd,
-    s_ddtp,
     s_ddtb,
     s_ddtl,
     s_ddtk,
@@ -454,8 +457,7 @@ def backward(
     BLOCK_R: tl.constexpr,
     LONG: tl.constexpr,
     PRECISION: tl.constexpr,
-    PRECISION_LOW: tl.constexpr,  # of the gradient of the columns
-    ROUND: tl.constexpr,  # tiles whose step sizes of low rank are one product: two, or one of a dt that comes whole
+    ALIGNED: tl.constexpr,  # elements that columns of low rank come in
 ):
     blocks = tl.cdiv(channels, CHANNELS)
     i_d, i_bk = tl.program_id(0) % blocks, tl.program_id(0) // blocks
@@ -466,14 +468,13 @@ def backward(
     o_d = first + tl.arange(0, CHANNELS)
     m_d, m_r = o_d < channels, o_r < rank
     p_x += i_b * s_xb + i_k * s_xk
-    p_dt += i_b * s_dtb + i_k * s_dtk
+    o_dt = i_b * s_dtb + i_k * s_dtk
+    p_dt += tl.multiple_of(o_dt, [ALIGNED]) if ALIGNED > 1 else o_dt
     p_B += i_b * s_Bb + i_k * s_Bk
     p_C += i_b * s_Cb + i_k * s_Ck
     p_dx += i_b * s_dxb + i_k * s_dxk
-    i_share = i_d.to(tl.int64)
     p_ddt += i_b * s_ddtb + i_k * s_ddtk
-    if p_dt_weight is not None:
-        p_ddt += i_share * s_ddtp
+    i_share = i_d.to(tl.int64)
     p_dB += i_share * s_dBp + i_b * s_dBb + i_k * s_dBk
     p_dC += i_share * s_dCp + i_b * s_dCb + i_k * s_dCk
     if p_dy is not None:
@@ -493,8 +494,6 @@ def backward(
             b_g = _pass_on(b_g, b_A, p_ends, p_spans, (i_bk * segments + i_after) * channels + o_d, m_d)
     b_dA = tl.zeros((STEPS, CHANNELS), tl.float32)
     b_dD, b_dbias = b_dA, b_dA
-    b_dweight = tl.zeros((CHANNELS, BLOCK_R), tl.float32)
-    o_round = tl.arange(0, ROUND * STEPS)
     if p_dt_weight is not None:
         b_weight = _load_weight(p_dt_weight, i_k, channels, rank, o_d, o_r, m_d, m_r)
         b_high, b_rest = _terms(b_weight, p_dt, PRECISION)
@@ -502,11 +501,11 @@ def backward(
     if ENDS:
         i_s += 1  # the first segment hands nothing back
     tiles = tl.cdiv(steps, STEPS)
-    first_step, last_step = _segment(i_s, segments, steps, STEPS * ROUND)
-    first_round, last_round = first_step // (STEPS * ROUND), tl.cdiv(last_step, STEPS * ROUND)
+    first_step, last_step = _segment(i_s, segments, steps, STEPS)
+    first_tile, last_tile = first_step // STEPS, tl.cdiv(last_step, STEPS)
     b_span = tl.zeros((STEPS, CHANNELS), tl.float32)
     # Tokens are read two tiles ahead, their tensors one; before the first tile lies nothing, as behind the last.
-    o_last = (last_round * ROUND - 1) * STEPS + o_t
+    o_last = (last_tile - 1) * STEPS + o_t
     o_token = _token(p_indices, o_last, steps, LONG)
     o_next = _token(p_indices, tl.where(o_last < STEPS, steps, o_last - STEPS), steps, LONG)
     b_x, b_dt, b_B, b_C = _load_ahead(
@@ -515,124 +514,100 @@ def backward(
     b_dy = b_x
     if p_dy is not None:
         b_dy = _load_rows(p_dy, o_token, o_d, m_d, s_dyl, s_dyd)
+    b_h = b_g
+    if not ENDS:
+        b_h = _load_saved(p_saved, i_bk, last_tile - 1, tiles, channels, o_d, m_d)
     if p_dt_weight is not None:
-        o_low = _token(p_indices, (last_round - 1) * (STEPS * ROUND) + o_round, steps, LONG)
-        b_low = _load_rows(p_dt, o_low, o_r, m_r, s_dtl, s_dtd)
-    for i_back in range(first_round, last_round):
-        i_round = first_round + last_round - 1 - i_back
-        if p_dt_weight is not None:
-            b_first, b_second = _halves(_spread(_product(b_low, b_high, b_rest, PRECISION), p_x.dtype.element_ty))
-            o_before = (i_round - 1) * (STEPS * ROUND) + o_round
-            o_before = _token(p_indices, tl.where(o_before < 0, steps, o_before), steps, LONG)
-            b_before_low = _load_rows(p_dt, o_before, o_r, m_r, s_dtl, s_dtd)
-        for i_turn in tl.static_range(ROUND - 1, -1, -1):
-            i_tile = i_round * ROUND + i_turn
-            start = i_tile * STEPS
-            b_h = tl.zeros_like(b_g)
-            if not ENDS:  # the state before each step of the tile comes from the saved one
-                # Of a round that the route ends in, the tiles behind the last do nothing, with any state.
-                i_saved = i_bk * tiles + tl.minimum(i_tile, tiles - 1)
-                b_h = tl.load(p_saved + i_saved * channels + o_d, mask=m_d, other=0.0)
-            next_x, next_dt, next_B, next_C = _load_ahead(
-                p_x, p_dt, p_B, p_C, o_next, o_d, m_d, s_xl, s_xd, s_dtl, s_dtd, s_Bl, s_Cl, p_dt_weight is None
-            )
-            next_dy = next_x
-            if p_dy is not None:
-                next_dy = _load_rows(p_dy, o_next, o_d, m_d, s_dyl, s_dyd)
-            # (STEPS,)
-            o_after = start - 2 * STEPS + o_t
-            o_after = _token(p_indices, tl.where(o_after < 0, steps, o_after), steps, LONG)
+        b_low = _load_low(p_dt, o_token, o_r, rank, s_dtl, s_dtd, ALIGNED)
+    for i_back in range(first_tile, last_tile):
+        i_tile = first_tile + last_tile - 1 - i_back
+        start = i_tile * STEPS
+        next_h = b_h
+        if not ENDS:  # the state before each step of the tile comes from the saved one
+            next_h = _load_saved(p_saved, i_bk, i_tile - 1, tiles, channels, o_d, m_d)
+        next_x, next_dt, next_B, next_C = _load_ahead(
+            p_x, p_dt, p_B, p_C, o_next, o_d, m_d, s_xl, s_xd, s_dtl, s_dtd, s_Bl, s_Cl, p_dt_weight is None
+        )
+        next_dy = next_x
+        if p_dy is not None:
+            next_dy = _load_rows(p_dy, o_next, o_d, m_d, s_dyl, s_dyd)
+        # (STEPS,)
+        o_after = start - 2 * STEPS + o_t
+        o_after = _token(p_indices, tl.where(o_after < 0, steps, o_after), steps, LONG)
 
-            loaded_x = b_x
-            b_x = b_x.to(tl.float32)
-            if p_dt_weight is None:
-                b_v = b_dt
-            else:
-                b_v = b_second if i_turn else b_first
-            b_v, b_s = _step_sizes(_float(b_v, loaded_x, o_t) + b_bias[None, :], start + o_t < steps, SOFTPLUS)
-            b_sx = b_s * b_x
-            if p_dy is not None:
-                b_dy = _float(b_dy, loaded_x, o_t)
-            else:
-                b_dy = tl.zeros((STEPS, CHANNELS), tl.float32)
+        loaded_x = b_x
+        b_x = b_x.to(tl.float32)
+        if p_dt_weight is None:
+            b_v = b_dt
+        else:
+            b_v = _spread(_product(b_low, b_high, b_rest, PRECISION), p_x.dtype.element_ty)
+            b_low = _load_low(p_dt, o_next, o_r, rank, s_dtl, s_dtd, ALIGNED)
+        b_v, b_s = _step_sizes(_float(b_v, loaded_x, o_t) + b_bias[None, :], start + o_t < steps, SOFTPLUS)
+        b_sx = b_s * b_x
+        if p_dy is not None:
+            b_dy = _float(b_dy, loaded_x, o_t)
+        else:
+            b_dy = tl.zeros((STEPS, CHANNELS), tl.float32)
 
-            b_a = tl.exp2(b_s * b_A[None, :] + BIAS)
-            b_at = _turned(b_a)
-            b_y = _turned(b_C.to(tl.float32)[:, None] * b_dy)
-            if ENDS:
-                for t in tl.static_range(STEPS - 1, -1, -1):
-                    b_g = (b_g + _row(b_y, o_t, t)) * _row(b_at, o_t, t)
-                b_span += b_s
-            else:
-                b_Bs = b_B.to(tl.float32)[:, None]
-                b_u = b_sx * b_Bs
-                b_ut = _turned(b_u)
-                b_before = tl.zeros((STEPS, CHANNELS), tl.float32)
-                b_gs = b_before
-                for t in tl.static_range(STEPS):
-                    b_before = _put(b_before, o_t, t, b_h)
-                    b_h = _row(b_at, o_t, t) * b_h + _row(b_ut, o_t, t)
-                b_g += _row(b_y, o_t, STEPS - 1)
-                b_gs = _put(b_gs, o_t, STEPS - 1, b_g)
-                for t in tl.static_range(STEPS - 2, -1, -1):
-                    b_g = _row(b_at, o_t, t + 1) * b_g + _row(b_y, o_t, t)
-                    b_gs = _put(b_gs, o_t, t, b_g)
-                b_g *= _row(b_at, o_t, 0)
-                b_kept = b_a * b_before  # the part of h_t that was there before
-                tl.store(p_dC + o_token * s_dCl, tl.sum((b_kept + b_u) * b_dy, 1), mask=o_token >= 0)
-                tl.store(p_dB + o_token * s_dBl, tl.sum(b_gs * b_sx, 1), mask=o_token >= 0)
-                b_dsx = b_gs * b_Bs
-                b_kept *= b_gs
-                b_dA += b_s * b_kept
+        b_a = tl.exp2(b_s * b_A[None, :] + BIAS)
+        b_at = _turned(b_a)
+        b_y = _turned(b_C.to(tl.float32)[:, None] * b_dy)
+        if ENDS:
+            for t in tl.static_range(STEPS - 1, -1, -1):
+                b_g = (b_g + _row(b_y, o_t, t)) * _row(b_at, o_t, t)
+            b_span += b_s
+        else:
+            b_Bs = b_B.to(tl.float32)[:, None]
+            b_u = b_sx * b_Bs
+            b_ut = _turned(b_u)
+            b_before = tl.zeros((STEPS, CHANNELS), tl.float32)
+            b_gs = b_before
+            for t in tl.static_range(STEPS):
+                b_before = _put(b_before, o_t, t, b_h)
+                b_h = _row(b_at, o_t, t) * b_h + _row(b_ut, o_t, t)
+            b_g += _row(b_y, o_t, STEPS - 1)
+            b_gs = _put(b_gs, o_t, STEPS - 1, b_g)
+            for t in tl.static_range(STEPS - 2, -1, -1):
+                b_g = _row(b_at, o_t, t + 1) * b_g + _row(b_y, o_t, t)
+                b_gs = _put(b_gs, o_t, t, b_g)
+            b_g *= _row(b_at, o_t, 0)
+            b_kept = b_a * b_before  # the part of h_t that was there before
+            tl.store(p_dC + o_token * s_dCl, tl.sum((b_kept + b_u) * b_dy, 1), mask=o_token >= 0)
+            tl.store(p_dB + o_token * s_dBl, tl.sum(b_gs * b_sx, 1), mask=o_token >= 0)
+            b_dsx = b_gs * b_Bs
+            b_kept *= b_gs
+            b_dA += b_s * b_kept
 
-                b_dv = b_kept * b_A[None, :] * LN2 + b_dsx * b_x
-                if SOFTPLUS:
-                    b_dv *= tl.exp2((b_v - b_s) * LOG2E)  # softplus' derivative, sigmoid(v) = exp(v - softplus(v))
-                else:
-                    b_dv = tl.where((start + o_t < steps)[:, None], b_dv, 0.0)
-                b_dx = b_s * b_dsx + b_D[None, :] * b_dy
-                b_dD += b_dy * b_x
-                b_dbias += b_dv
-                _store_rows(p_dx, b_dx, o_token, o_d, m_d, s_dxl, s_dxd)
-                if p_dt_weight is None:
-                    _store_rows(p_ddt, b_dv, o_token, o_d, m_d, s_ddtl, s_ddtd)
-                elif i_turn:
-                    b_second = b_dv
-                else:
-                    b_first = b_dv
-            o_token, o_next = o_next, o_after
-            b_x, b_dt, b_B, b_C, b_dy = next_x, next_dt, next_B, next_C, next_dy
-        if p_dt_weight is not None:
-            if not ENDS:
-                b_ddt = _joined(b_first, b_second)
-                b_dlow = tl.dot(b_weight, tl.trans(b_ddt), input_precision=PRECISION_LOW)
-                m_low = m_r[:, None] & (o_low >= 0)[None, :]
-                tl.store(p_ddt + o_low[None, :] * s_ddtl + o_r[:, None] * s_ddtd, b_dlow, mask=m_low)
-                b_dweight += _product_back(b_low, b_ddt, PRECISION)
-            o_low, b_low = o_before, b_before_low
+            b_dv = b_kept * b_A[None, :] * LN2 + b_dsx * b_x
+            if SOFTPLUS:
+                b_dv *= tl.exp2((b_v - b_s) * LOG2E)  # softplus' derivative, sigmoid(v) = exp(v - softplus(v))
+            else:
+                b_dv = tl.where((start + o_t < steps)[:, None], b_dv, 0.0)
+            b_dx = b_s * b_dsx + b_D[None, :] * b_dy
+            b_dD += b_dy * b_x
+            b_dbias += b_dv
+            _store_rows(p_dx, b_dx, o_token, o_d, m_d, s_dxl, s_dxd)
+            _store_rows(p_ddt, b_dv, o_token, o_d, m_d, s_ddtl, s_ddtd)
+        o_token, o_next = o_next, o_after
+        b_x, b_dt, b_B, b_C, b_dy, b_h = next_x, next_dt, next_B, next_C, next_dy, next_h
 
     if ENDS:
         o_end = (i_bk * segments + i_s) * channels + o_d
         tl.store(p_ends + o_end, b_g, mask=m_d)
         tl.store(p_spans + o_end, tl.sum(b_span, 0), mask=m_d)
     else:
-        p_dper_channel += ((i_b * segments + i_s) * routes + i_k) * 3 * channels
-        tl.store(p_dper_channel + o_d, tl.sum(b_dA, 0), mask=m_d)
-        tl.store(p_dper_channel + channels + o_d, tl.sum(b_dD, 0), mask=m_d)
-        tl.store(p_dper_channel + 2 * channels + o_d, tl.sum(b_dbias, 0), mask=m_d)
-        if p_dt_weight is not None:
-            p_dweight += ((i_b * segments + i_s) * routes + i_k) * channels * rank
-            o_weight = o_d[:, None] * rank + o_r[None, :]
-            tl.store(p_dweight + o_weight, b_dweight, mask=m_d[:, None] & m_r[None, :])
+        p_dper_channel += (i_b * segments + i_s) * 3 * routes * channels + o_channel
+        tl.store(p_dper_channel, tl.sum(b_dA, 0), mask=m_d)
+        tl.store(p_dper_channel + routes * channels, tl.sum(b_dD, 0), mask=m_d)
+        tl.store(p_dper_channel + 2 * routes * channels, tl.sum(b_dbias, 0), mask=m_d)
         if p_dinitial is not None:  # noqa: SIM102
             if i_s == 0:
                 tl.store(p_dinitial + o_state, b_g, mask=m_d)
 
 
 @triton.jit
-def merge(p_shares, p_sum, shares, size, BLOCK: tl.constexpr):
-    """Add up the leading axis of (shares, size) in order; one program = BLOCK sums."""
-    o = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+def _add_up(p_shares, p_sum, shares, size, i_block, BLOCK: tl.constexpr):
+    o = i_block * BLOCK + tl.arange(0, BLOCK)
     m = o < size
     b_sum = tl.zeros((BLOCK,), tl.float32)
     for _ in range(0, shares):
@@ -640,3 +615,40 @@ def merge(p_shares, p_sum, shares, size, BLOCK: tl.constexpr):
         b_sum += tl.load(p_shares + o, mask=m, other=0.0).to(tl.float32)
         p_shares += size
     tl.store(p_sum + o, b_sum, mask=m)
+
+
+@triton.jit
+def merge(
+    p_first,
+    p_first_sum,
+    first_shares,
+    first_size,
+    p_second,  # or None, as those that follow
+    p_second_sum,
+    second_shares,
+    second_size,
+    p_third,
+    p_third_sum,
+    third_shares,
+    third_size,
+    p_fourth,
+    p_fourth_sum,
+    fourth_shares,
+    fourth_size,
+    BLOCK: tl.constexpr,
+):
+    """Add up the leading axis of up to four (shares, size) in order; one program = BLOCK sums."""
+    i = tl.program_id(0).to(tl.int64)
+    second = tl.cdiv(first_size, BLOCK)
+    third = second + tl.cdiv(second_size, BLOCK)
+    fourth = third + tl.cdiv(third_size, BLOCK)
+    if i < second:
+        _add_up(p_first, p_first_sum, first_shares, first_size, i, BLOCK)
+    elif i < third:
+        if p_second is not None:
+            _add_up(p_second, p_second_sum, second_shares, second_size, i - second, BLOCK)
+    elif i < fourth:
+        if p_third is not None:
+            _add_up(p_third, p_third_sum, third_shares, third_size, i - third, BLOCK)
+    elif p_fourth is not None:
+        _add_up(p_fourth, p_fourth_sum, fourth_shares, fourth_size, i - fourth, BLOCK)

@@ -1,9 +1,10 @@
 """A step size of low rank in Triton: dt = low dt_weight^T for every token and route, and the gradients of both factors.
 
-The scan itself takes low rank where it is small (triton_kernels.py); else dt is multiplied out before it, in float32.
-The gradient of all of dt, which the scan leaves, is multiplied back after it. Grid: one program = ROWS tokens of one
-route, BLOCK_D channels at a time. A float32 goes to the tensor cores in several terms. Sums over tokens are written
-as one share a program and added up by the host in a fixed order.
+The scan itself multiplies out a low rank where it is small (triton_kernels.py); else dt is multiplied out before it, in
+float32. The gradient of all of dt, which the scan leaves, is multiplied back after it in either case. Grid: one program
+= ROWS tokens of the batch, one route and BLOCK_D channels; back, a chunk of such tiles, each read one ahead, whose
+sum of weights' gradients stays in registers. A float32 goes to the tensor cores in several terms. Sums over chunks, and
+over blocks of channels, are written as shares and added up in a fixed order.
 """
 
 import triton
@@ -13,10 +14,38 @@ from vision_mamba.ops.backends.triton_kernels import _load_weight
 
 
 @triton.jit
-def _load_low(p_low, o_row, m_row, o_r, m_r, tokens, s_b, s_l, s_r):
-    # (ROWS, BLOCK_R); a row is a token of the batch
-    o_low = (o_row // tokens) * s_b + (o_row % tokens) * s_l
-    return tl.load(p_low + o_low[:, None] + o_r[None, :] * s_r, mask=m_row[:, None] & m_r[None, :], other=0.0)
+def _offsets(o_row, tokens, s_b, s_l, FLAT: tl.constexpr):
+    """(ROWS, 1): where rows, which are tokens of the batch, begin; FLAT if those of all items are evenly spaced."""
+    o_row = o_row.to(tl.int64)
+    return (o_row * s_l if FLAT else (o_row // tokens) * s_b + (o_row % tokens) * s_l)[:, None]
+
+
+@triton.jit
+def _halved(tile):
+    """A float32 tile in two terms of bfloat16: its first bits, cut off, and the rest, rounded."""
+    bits = tile.to(tl.int32, bitcast=True)
+    rest = tile - (bits & -65536).to(tl.float32, bitcast=True)
+    return (bits >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True), rest.to(tl.bfloat16)
+
+
+@triton.jit
+def _products_back(b_ddt, b_low, b_weight, PRECISION: tl.constexpr):
+    """The gradients of columns, (ROWS, BLOCK_R), and of weights, (BLOCK_R, BLOCK_D).
+
+    Beside bfloat16 a float32 is two terms of it, 16 bits, and a sum of many is closer than each. What is added up
+    further is transposed, so that the compiler does not do that in the tensor cores, which cut off instead of rounding.
+    """
+    if PRECISION == "ieee" or b_low.dtype != tl.bfloat16:
+        b_dlow = tl.dot(b_ddt, tl.trans(b_weight), input_precision=PRECISION)
+        return b_dlow, tl.trans(tl.dot(tl.trans(b_ddt), b_low.to(tl.float32), input_precision=PRECISION))
+    else:
+        b_high, b_rest = _halved(b_ddt)
+        b_weight_high, b_weight_rest = _halved(b_weight)
+        b_dlow = tl.dot(b_rest, tl.trans(b_weight_high))
+        b_dlow = tl.dot(b_high, tl.trans(b_weight_rest), b_dlow)
+        b_dlow = tl.dot(b_high, tl.trans(b_weight_high), b_dlow)
+        b_dweight = tl.dot(tl.trans(b_rest), b_low)
+        return b_dlow, tl.trans(tl.dot(tl.trans(b_high), b_low, b_dweight))
 
 
 @triton.jit
@@ -36,19 +65,19 @@ def multiply_out(
     BLOCK_D: tl.constexpr,
     BLOCK_R: tl.constexpr,
     PRECISION: tl.constexpr,
+    FLAT: tl.constexpr,
 ):
     i_k, routes = tl.program_id(1).to(tl.int64), tl.num_programs(1)
-    o_row, o_r = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS), tl.arange(0, BLOCK_R)
-    m_row, m_r = o_row < rows, o_r < rank
-    b_low = _load_low(p_low + i_k * s_k, o_row, m_row, o_r, m_r, tokens, s_b, s_l, s_r).to(tl.float32)
-    p_dt += ((o_row * routes + i_k) * channels)[:, None]
-    for start in range(0, channels, BLOCK_D):
-        o_d = start + tl.arange(0, BLOCK_D)
-        m_d = o_d < channels
-        b_weight = _load_weight(p_weight, i_k, channels, rank, o_d, o_r, m_d, m_r)
-        # (ROWS, BLOCK_D)
-        b_dt = tl.dot(b_low, b_weight, input_precision=PRECISION)
-        tl.store(p_dt + o_d[None, :], b_dt, mask=m_row[:, None] & m_d[None, :])
+    o_row, o_r = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, BLOCK_R)
+    o_d = tl.program_id(2) * BLOCK_D + tl.arange(0, BLOCK_D)
+    m_row, m_r, m_d = o_row < rows, o_r < rank, o_d < channels
+    p_low += i_k * s_k + _offsets(o_row, tokens, s_b, s_l, FLAT) + o_r[None, :] * s_r
+    b_low = tl.load(p_low, mask=m_row[:, None] & m_r[None, :], other=0.0).to(tl.float32)
+    b_weight = _load_weight(p_weight, i_k, channels, rank, o_d, o_r, m_d, m_r)
+    # (ROWS, BLOCK_D)
+    b_dt = tl.dot(b_low, b_weight, input_precision=PRECISION)
+    p_dt += ((o_row.to(tl.int64) * routes + i_k) * channels)[:, None] + o_d[None, :]
+    tl.store(p_dt, b_dt, mask=m_row[:, None] & m_d[None, :])
 
 
 @triton.jit
@@ -56,8 +85,8 @@ def multiply_back(
     p_ddt,  # (B, L, K, D)
     p_low,
     p_weight,  # (K, D, R)
-    p_dlow,
-    p_dweight,  # (programs, K, D, R)
+    p_dlow,  # a share of each block of channels
+    p_dweight,  # (chunks, K, D, R)
     rows,
     tokens,
     channels,
@@ -66,34 +95,46 @@ def multiply_back(
     s_l,
     s_k,
     s_r,
+    s_dp,
     s_db,
     s_dl,
     s_dk,
     s_dr,
+    tiles,  # of a chunk
     ROWS: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_R: tl.constexpr,
     PRECISION: tl.constexpr,
-    PRECISION_LOW: tl.constexpr,  # of the gradient of the columns
+    FLAT: tl.constexpr,
 ):
-    i_program, i_k, routes = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64), tl.num_programs(1)
-    o_row, o_r = i_program * ROWS + tl.arange(0, ROWS), tl.arange(0, BLOCK_R)
-    m_row, m_r = o_row < rows, o_r < rank
-    b_low = _load_low(p_low + i_k * s_k, o_row, m_row, o_r, m_r, tokens, s_b, s_l, s_r).to(tl.float32)
-    p_ddt += ((o_row * routes + i_k) * channels)[:, None]
-    p_dweight += (i_program * routes + i_k) * channels * rank
-    b_dlow = tl.zeros((ROWS, BLOCK_R), tl.float32)
-    for start in range(0, channels, BLOCK_D):
-        o_d = start + tl.arange(0, BLOCK_D)
-        m_d = o_d < channels
-        b_weight = _load_weight(p_weight, i_k, channels, rank, o_d, o_r, m_d, m_r)
-        # (ROWS, BLOCK_D)
-        b_ddt = tl.load(p_ddt + o_d[None, :], mask=m_row[:, None] & m_d[None, :], other=0.0)
-        # Transposed, so that the compiler does not add up in the tensor cores, which cut off what should be rounded.
-        b_dlow += tl.trans(tl.dot(b_weight, tl.trans(b_ddt), input_precision=PRECISION_LOW))
-        b_dweight = tl.dot(tl.trans(b_ddt), b_low, input_precision=PRECISION)
-        o_weight = o_d[:, None] * rank + o_r[None, :]
-        tl.store(p_dweight + o_weight, b_dweight, mask=m_d[:, None] & m_r[None, :])
-    o_low = (o_row // tokens) * s_db + (o_row % tokens) * s_dl
-    p_dlow += i_k * s_dk + o_low[:, None] + o_r[None, :] * s_dr
-    tl.store(p_dlow, b_dlow, mask=m_row[:, None] & m_r[None, :])
+    i_chunk, i_k, routes = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.num_programs(1)
+    first, end = i_chunk * tiles * ROWS, tl.minimum((i_chunk + 1) * tiles * ROWS, rows)
+    o_t, o_r = tl.arange(0, ROWS), tl.arange(0, BLOCK_R)
+    o_d = tl.program_id(2) * BLOCK_D + tl.arange(0, BLOCK_D)
+    m_r, m_d = (o_r < rank)[None, :], (o_d < channels)[None, :]
+    p_low += i_k * s_k
+    p_dlow += tl.program_id(2).to(tl.int64) * s_dp + i_k * s_dk
+    p_ddt += (first.to(tl.int64) * routes + i_k) * channels
+    o_ddt = o_t[:, None] * (routes * channels) + o_d[None, :]
+    b_weight = _load_weight(p_weight, i_k, channels, rank, o_d, o_r, o_d < channels, o_r < rank)
+    b_dweight = tl.zeros((BLOCK_R, BLOCK_D), tl.float32)
+    # (ROWS, BLOCK_R), (ROWS, BLOCK_D): read a tile ahead
+    o_row = first + o_t
+    m_row = (o_row < end)[:, None]
+    b_low = tl.load(p_low + _offsets(o_row, tokens, s_b, s_l, FLAT) + o_r[None, :] * s_r, mask=m_row & m_r, other=0.0)
+    b_ddt = tl.load(p_ddt + o_ddt, mask=m_row & m_d, other=0.0)
+    for _ in range(0, tiles):
+        o_next = o_row + ROWS
+        m_next = (o_next < end)[:, None]
+        p_ddt += ROWS * routes.to(tl.int64) * channels
+        o_low = _offsets(o_next, tokens, s_b, s_l, FLAT) + o_r[None, :] * s_r
+        next_low = tl.load(p_low + o_low, mask=m_next & m_r, other=0.0)
+        next_ddt = tl.load(p_ddt + o_ddt, mask=m_next & m_d, other=0.0)
+        b_dlow, b_product = _products_back(b_ddt, b_low, b_weight, PRECISION)
+        b_dweight += b_product
+        o_low = _offsets(o_row, tokens, s_db, s_dl, FLAT) + o_r[None, :] * s_dr
+        tl.store(p_dlow + o_low, b_dlow, mask=m_row & m_r)
+        o_row, m_row, b_low, b_ddt = o_next, m_next, next_low, next_ddt
+    p_dweight += (i_chunk * routes + i_k) * channels * rank
+    o_weight = o_d[None, :] * rank + o_r[:, None]
+    tl.store(p_dweight + o_weight, b_dweight, mask=(o_r < rank)[:, None] & m_d)

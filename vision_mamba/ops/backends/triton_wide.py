@@ -286,7 +286,7 @@ def backward(
     p_ddt,
     p_dB,  # a share of each block of channels, as dC
     p_dC,
-    p_dper_channel,  # (B, segments, K, N + 2, D): gradients of A, D, dt_bias
+    p_dper_channel,  # (B, segments, N + 2, K, D): gradients of A, D, dt_bias
     p_dinitial,  # (B, K, D, N) or None
     routes,
     channels,
@@ -475,10 +475,10 @@ def backward(
         tl.store(p_ends + i_end * channels * BLOCK_N + o_h, b_g, mask=m_h)
         tl.store(p_spans + i_end * channels + o_d, tl.sum(b_span, 0), mask=m_d)
     else:
-        p_dper_channel += ((i_b * segments + i_s) * routes + i_k) * (states + 2) * channels
-        tl.store(p_dper_channel + o_state * channels + o_channel, b_dA, mask=m_given)
-        tl.store(p_dper_channel + states * channels + o_d, tl.sum(b_dD, 0), mask=m_d)
-        tl.store(p_dper_channel + (states + 1) * channels + o_d, tl.sum(b_dbias, 0), mask=m_d)
+        p_dper_channel += (i_b * segments + i_s) * (states + 2) * routes * channels + i_k * channels
+        tl.store(p_dper_channel + o_state * routes * channels + o_channel, b_dA, mask=m_given)
+        tl.store(p_dper_channel + states * routes * channels + o_d, tl.sum(b_dD, 0), mask=m_d)
+        tl.store(p_dper_channel + (states + 1) * routes * channels + o_d, tl.sum(b_dbias, 0), mask=m_d)
         if p_dinitial is not None:  # noqa: SIM102
             if i_s == 0:
                 tl.store(p_dinitial + i_bk * channels * states + o_given, b_g, mask=m_given)
