@@ -286,8 +286,9 @@ def test_is_what_the_layers_are(
     assert ran == (CHAINS[name] * 2 if name in CHAINS else ran[:1]) and ran
 
 
-def graphs_of(model: nn.Module) -> tuple[Any, list[list[str]]]:
-    """A compiled model, and a list that fills with the operators of ours in its graphs."""
+def graphs_of(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> tuple[Any, list[list[str]]]:
+    """A model compiled as for CUDA graphs, and a list that fills with the operators of ours in its graphs."""
+    monkeypatch.setattr(compiled, "_is_captured", lambda: True)
     torch._dynamo.reset()
     compiled._accepted.cache_clear()
     graphs: list[list[str]] = []
@@ -306,7 +307,7 @@ def test_compiled_is_what_the_layers_are(
 ) -> None:
     monkeypatch.setattr(mixers_cuda, "MUCH", mixers_cuda.MUCH if much is None else much)
     mixer, x = make(name)
-    model, graphs = graphs_of(mixer)
+    model, graphs = graphs_of(mixer, monkeypatch)
     for batch in (2, 3, 4):  # from the second on for any
         x = torch.randn(batch, *x.shape[1:])
         for result, other in zip(run(model, x), run(mixer, x), strict=True):
@@ -439,7 +440,7 @@ def test_compiled_on_gpu(
     with ops.use_backend("eager"):
         exact = run(mixer.double(), x.double())
     mixer = mixer.float()
-    model, graphs = graphs_of(mixer)
+    model, graphs = graphs_of(mixer, monkeypatch)
     with torch.autocast("cuda", half or torch.bfloat16, enabled=half is not None):
         x = x if half is None else x.to(half)
         expected, found = run(mixer, x), run(model, x)

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._dynamo.symbolic_convert import InstructionTranslator
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
 from torch.fx.experimental.symbolic_shapes import has_static_value
@@ -215,8 +216,14 @@ def _unpacked(given: Tensors, packed: Sequence[Tensor]) -> list[Tensor | None]:
 
 
 def goes_into_graphs(x: object) -> bool:
-    """Whether this is a tensor on a GPU, and torch.compile traces what is done to it, not for an exporter."""
-    return torch.compiler.is_dynamo_compiling() and isinstance(x, Tensor) and x.is_cuda and not _exports()
+    """Whether this is a tensor on a GPU, and torch.compile traces what is done to it, for CUDA graphs.
+
+    Elsewhere the host launches a chain's kernels one by one, and may take longer for it than for what a compiler makes
+    of plain torch. `use_backend("cuda")` has chains in all graphs, where they take less memory.
+    """
+    if not (torch.compiler.is_dynamo_compiling() and isinstance(x, Tensor) and x.is_cuda) or _exports():
+        return False
+    return forced() == "cuda" or (forced() is None and _is_captured())
 
 
 @torch.compiler.assume_constant_result
@@ -227,7 +234,7 @@ def _exports() -> bool:
 
 def traced(chain: ChainOperator, tensors: Tensors, options: Options) -> Any:
     """What the chain gives, or None where the kernels refuse; traced by Dynamo."""
-    if not goes_into_graphs(tensors[0]) or forced() not in (None, "cuda"):
+    if not goes_into_graphs(tensors[0]):
         return None
     half = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else None
     for tensor in tensors:
@@ -237,6 +244,14 @@ def traced(chain: ChainOperator, tensors: Tensors, options: Options) -> Any:
     if not _taken(chain.name, kinds, half, tuple(options.items())):
         return None
     return chain(tensors, half, options)
+
+
+@torch.compiler.assume_constant_result
+def _is_captured() -> bool:
+    """Run by torch.compile as it traces: whether what it makes becomes CUDA graphs."""
+    compiler = InstructionTranslator.current_tx().output.compiler_fn
+    read = getattr(compiler, "get_compiler_config", None)
+    return read is not None and bool(read()["triton.cudagraphs"])
 
 
 def _is_known(tensor: Tensor) -> bool:
