@@ -15,7 +15,7 @@ struct Shelf : Rows {  // of a warp
     float first[kElements];                  // states before the warp
 };
 struct alignas(16) BlockMemory {
-    float2 totals[2][kWarps][kElements];  // the warps' joined maps (a, c), of two rounds in turn
+    float2 totals[kOnce || kChain ? 1 : 2][kWarps][kElements];  // the warps' joined maps (a, c), of two rounds in turn
     float2 shares[kSpan > 1 ? 2 : 1][kSpan][kElements];  // the blocks'
     float carry[2][kWarps / kPart][kElements];           // gradients behind a round
     float sums[kWarps][kSums];
@@ -381,8 +381,8 @@ few_backward(const __grid_constant__ Params p) {
             } else {
 #pragma unroll
                 for (int i = 0; i < 2; ++i) {
-                    shelf.dB[n][segment].at[t + i] = narrow<RowType>(of_rows[2 * i] * kUnit);
-                    shelf.dC[n][segment].at[t + i] = narrow<RowType>(of_rows[2 * i + 1]);
+                    shelf.dB[n][segment * kSteps + t + i] = narrow<RowType>(of_rows[2 * i] * kUnit);
+                    shelf.dC[n][segment * kSteps + t + i] = narrow<RowType>(of_rows[2 * i + 1]);
                 }
             }
         }
@@ -413,11 +413,11 @@ few_backward(const __grid_constant__ Params p) {
                     Pack<SUM_TYPE, kNext> packed;
                     float v[kNext];
 #pragma unroll
-                    for (int k = 0; k < kNext; ++k) v[k] = widen(shelf.dB[n + k][of].at[t]);
+                    for (int k = 0; k < kNext; ++k) v[k] = widen(shelf.dB[n + k][of * kSteps + t]);
                     packed.set(v);
                     store<true>(packed, (SUM_TYPE*)p.dB + at + n, 1, kNext);
 #pragma unroll
-                    for (int k = 0; k < kNext; ++k) v[k] = widen(shelf.dC[n + k][of].at[t]);
+                    for (int k = 0; k < kNext; ++k) v[k] = widen(shelf.dC[n + k][of * kSteps + t]);
                     packed.set(v);
                     store<true>(packed, (SUM_TYPE*)p.dC + at + n, 1, kNext);
                 }

@@ -21,7 +21,7 @@ struct Shelf : Steps {  // of a warp
     float2 before[kOne ? 1 : kStates][32];  // those before a segment, from 0 before the warp
 };
 struct alignas(16) BlockMemory {
-    float2 totals[2][kWarps][kElements];  // the warps' joined maps (a, b), of two rounds in turn
+    float2 totals[kOnce || kChain ? 1 : 2][kWarps][kElements];  // the warps' joined maps (a, b), of two rounds in turn
     float2 shares[kSpan > 1 ? 2 : 1][kSpan][kElements];  // the blocks'
     float carry[2][kWarps / kPart][kElements];           // states before a round
     float2 number;

@@ -10,12 +10,12 @@ constexpr int kShare = kSegments / kTogether;  // segments of a warp that each g
 
 template <bool kFull> struct Sums { typedef SUM_TYPE Type; };
 template <> struct Sums<true> { typedef Float Type; };
-typedef Sums<kOne>::Type RowType;  // of dB and dC on a shelf
+typedef Sums<kOne || kSumRows>::Type RowType;  // of dB and dC on a shelf
+constexpr int kRowSteps = kWarpSteps + 2;      // so that states lie in different banks
 
 
 struct Rows : Steps {
-    // A row more than there are segments, so that states lie in different banks.
-    Row<RowType> dB[kRows ? kStates : 1][kRows ? kSegments + 1 : 1], dC[kRows ? kStates : 1][kRows ? kSegments + 1 : 1];
+    alignas(8) RowType dB[kRows ? kStates : 1][kRows ? kRowSteps : 2], dC[kRows ? kStates : 1][kRows ? kRowSteps : 2];
     alignas(8) DDT_TYPE ddt[kSumRows && kRank ? kWarpSteps * kRank : 2];
     Mail mail;  // of what the groups of channels leave here: segments of the first, of the next ...
 };
@@ -26,9 +26,9 @@ DEVICE void leave_rows(Rows& shelf, int n, int segment, int t, const float* of_r
     const float pairs[2][2] = {{of_rows[0] * kUnit, of_rows[2] * kUnit}, {of_rows[1], of_rows[3]}};
     Pack<RowType, 2> of_B, of_C;
     of_B.set(pairs[0]), of_C.set(pairs[1]);
-    const int to = segment / kShare * kCluster + rank, slot = mate * kShare + segment % kShare;
-    send_two(&shelf.dB[n][slot].at[t], to, of_B, shelf.mail);
-    send_two(&shelf.dC[n][slot].at[t], to, of_C, shelf.mail);
+    const int to = segment / kShare * kCluster + rank, at = (mate * kShare + segment % kShare) * kSteps + t;
+    send_two(&shelf.dB[n][at], to, of_B, shelf.mail);
+    send_two(&shelf.dC[n][at], to, of_C, shelf.mail);
 }
 // The same with two columns of a low rank's gradient.
 DEVICE void leave_columns(Rows& shelf, int segment, int t, int column, const Pack<DDT_TYPE, 2>& two, int mate, int rank) {
@@ -44,7 +44,8 @@ DEVICE void sum_rows(const Params& p, const Rows& shelf, int turn, int lane, int
         float2 sum = {0.f, 0.f};
 #pragma unroll
         for (int of = 0; of < kTogether; ++of) {
-            sum.x += widen(shelf.dB[n][of * kShare + mine].at[t]), sum.y += widen(shelf.dC[n][of * kShare + mine].at[t]);
+            const int at = (of * kShare + mine) * kSteps + t;
+            sum.x += widen(shelf.dB[n][at]), sum.y += widen(shelf.dC[n][at]);
         }
         const int step = begin + segment * kSteps + t, token = shelf.tokens[turn][segment][t];
         if constexpr (kOne) {

@@ -125,6 +125,7 @@ def test_every_way(case: Case, how: few.Few, back: bool, poisoned: None, monkeyp
 def test_a_chain_in_a_graph(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each replay numbers its blocks anew."""
     launched = anew(monkeypatch)
+    monkeypatch.setattr(few, "choose", lambda call, ways, *_: next(h for h in ways if h.chain and h.warps == 4))
     call = make_call(dataclasses.replace(LONG, grid=(1, 4000), state=False), device="cuda")
     leaves = call._replace(**{n: getattr(call, n).clone().requires_grad_() for n in ("x", "A")})
     dy = torch.randn_like(call.new_output())

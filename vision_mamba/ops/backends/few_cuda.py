@@ -92,15 +92,17 @@ class Few(NamedTuple):
         """Bytes of shared memory that a block takes at most, see BlockMemory."""
         elements, steps = self.states * CHANNELS, self.warp_steps
         rows = steps * self.states * (call.B.element_size() + call.C.element_size())
-        warp = 8 * steps + rows + 4 * elements + 256 * self.states + 16 * elements + 16
+        turns = 1 if self.once or self.chain else 2
+        warp = 8 * steps + rows + 4 * elements + 256 * self.states + 8 * turns * elements + 16
         if back:
-            half = call.B.dtype == call.C.dtype == torch.bfloat16
+            half = call.B.dtype == call.C.dtype == torch.bfloat16 and self.together == 1
             warp += 4 * (2 * elements + 2 * CHANNELS + -(-self.rank // 8) * 64)
             if self.states > 1 or self.together > 1:
-                warp += 2 * (steps + self.steps) * self.states * (2 if half and self.states > 1 else 4)
+                warp += 2 * (steps + 2) * self.states * (2 if half else 4)
             if self.together > 1:
                 warp += steps * self.rank * (4 if self.states > 1 else call.dt.element_size())
-        return self.warps * (warp + 8 * elements) + 16 * self.span * elements + 80 + self.sum_shared(call.tokens)
+        carry = 8 * elements * (self.warps // min(self.route_warps, self.warps))
+        return self.warps * warp + carry + 16 * self.span * elements + 80 + self.sum_shared(call.tokens)
 
 
 def takes(states: int, lanes: Any, steps: Any) -> Any:
