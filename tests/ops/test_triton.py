@@ -90,7 +90,7 @@ def test_segments(states: int, monkeypatch: pytest.MonkeyPatch, poisoned: None) 
     call, tile = make_call(case, device=gpu()), triton.tile_for(triton.BACKWARD, states)
     assert triton._segments(call, tile, tile.steps) == 30
     assert_matches(run(call, "triton"), case)
-    monkeypatch.setattr(triton, "_PROGRAMS", 0)
+    monkeypatch.setattr(triton, "_PROGRAMS", 1)
     assert triton._segments(call, tile, tile.steps) == 1
     assert_matches(run(call, "triton"), case)
 
@@ -104,7 +104,8 @@ def test_routes_in_turn(
     """One program adds up the routes that it takes, past padding steps too."""
     case = Case(grid=(9, 19), batch=3, states=1, routes=4, channels=70, order=order, dtypes=(dtype,) * 4)
     call = make_call(case, device=gpu())
-    monkeypatch.setattr(triton, "_BUSY", 1)
+    monkeypatch.setattr(triton, "_PROGRAMS", 1)
+    monkeypatch.setattr(triton, "_SHORT_ROUTE", 1000)
     assert triton._together(call, triton.FORWARD[1], 1, call.new_output()) == together
     assert_matches(run(call, "triton"), case)
 

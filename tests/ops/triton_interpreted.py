@@ -39,12 +39,13 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(triton, "BACKWARD", {1: Tile(1, 2, 4), 256: Tile(1, 2, 4, parts=2)})
     monkeypatch.setattr(triton, "LOW_RANK", {256: Product(4, 4)})
     monkeypatch.setattr(triton, "_LEAST_RANK", 2)
-    monkeypatch.setattr(triton, "_RANK_INSIDE", 2)  # of the cases above, one goes into the scan and one does not
+    for name in ("_RANK_INSIDE", "_RANK_INSIDE_BUSY"):  # of the cases above, one goes into the scan and one does not
+        monkeypatch.setattr(triton, name, 2)
 
 
 @pytest.mark.parametrize("case", TINY, ids=str)
 def test_matches_the_reference(case: Case, monkeypatch: pytest.MonkeyPatch, poisoned: None) -> None:
-    monkeypatch.setattr(triton, "_BUSY", 1)  # few programs are enough, so routes of one state are taken in turn
+    monkeypatch.setattr(triton, "_PROGRAMS", 1)  # are enough, so routes of one state are taken in turn
     monkeypatch.setattr(triton, "_CHUNKS", 1)
     found, reference = run(make_call(case), "triton"), run(cases.double(make_call(case)), "reference")
     assert found.keys() == reference.keys()

@@ -28,14 +28,18 @@ _MAX_RANK = 256
 _INT32 = 2**31
 _MOST_ROWS = 2**30  # of columns of low rank, which are counted in 32 bits
 _LEAST_RANK = 16  # columns of the least product of matrices
-_RANK_INSIDE = 64  # of one state, a step size of a higher rank is multiplied out before the scan
+_RANK_INSIDE = 64  # of one state, a step size of a higher rank is multiplied out before the scan,
+_RANK_INSIDE_BUSY = 16  # which saves a launch; a busy backward pass, short of registers, takes it for less
 _CHUNKS = 1024  # of tokens, in programs that multiply back
 _MERGED = 1024  # sums of one program of `merge`
 _PROGRAMS = 1536  # that keep a GPU busy: a route in fewer sequences than that is cut into segments;
 _SEGMENTS = range(5, 33)  # fewer cost as much as they gain, of more the last waits for what the others hand on,
 _SHORTEST_SEGMENT = 16  # and each has at least so many steps
-_BUSY = 2 * _PROGRAMS  # beyond which a program takes several routes in turn,
+_SHORT_ROUTE = (
+    128  # steps, twice as many with weights to load: so short, programs take several routes in turn, if enough,
+)
 _MOST_TOGETHER = 4  # not more, since a sum in bfloat16 is rounded with each
+_FEW_SHARES = 16  # that are added up in one launch with others
 
 _T = TypeVar("_T")
 
@@ -85,7 +89,7 @@ BACKWARD = {
 }
 
 #: Tiles of the products that make up a step size of low rank, by the rank.
-LOW_RANK = {16: Product(32, 128), 64: Product(64, 128, 8), 256: Product(16, 32)}
+LOW_RANK = {8: Product(32, 128), 16: Product(64, 64), 64: Product(64, 128, 8), 256: Product(16, 32)}
 
 
 def tile_for(table: Mapping[int, _T], size: int) -> _T:
@@ -168,7 +172,7 @@ def _forward(call: ScanCall, save: bool) -> tuple[Tensor, Tensor, Tensor]:
     if partial:
         shares.zero_()
     with _on(call.x.device):
-        call = _taken(call)
+        call = _taken(call, _RANK_INSIDE)
         edges = _new_edges(call, segments)
         for ends in (True, False)[segments == 1 :]:
             _scan(call).forward[_grid(call, tile, segments - ends, together)](
@@ -205,7 +209,7 @@ def _backward(call: ScanCall, saved: Tensor, dy: Tensor | None, dlast: Tensor | 
     if dy is not None and call.merge:
         dy = dy.unsqueeze(2).expand(-1, -1, call.routes, -1)
     with _on(call.x.device):
-        small = _taken(call)
+        small = _taken(call, _RANK_INSIDE if _grid(call, tile)[0] < _PROGRAMS else _RANK_INSIDE_BUSY)
         segments = _segments(call, tile, tile.steps)
         edges = _new_edges(call, segments)
         rows = (call.batch * segments, call.states + 2, call.routes, call.channels)
@@ -237,11 +241,12 @@ def _backward(call: ScanCall, saved: Tensor, dy: Tensor | None, dlast: Tensor | 
             sums.append((dx_shares, dx))
         dweight = None
         if call.rank:
-            dlow_shares, dweight = _multiply_back(call, ddt)
+            dlow_shares, dweights = _multiply_back(call, ddt)
+            dweight = _sum(dweights, sums)
             ddt = torch.empty_like(call.dt) if len(dlow_shares) > 1 else dlow_shares[0]
             sums.append((dlow_shares, ddt))
+        per_channel = _sum(per_channel, sums)
         _merge(*sums)
-    per_channel = per_channel.sum(0)
     dA = per_channel[0].unsqueeze(-1) if call.states == 1 else per_channel[:-2].movedim(0, -1)
     found: dict[str, Tensor | None] = dict(x=dx, dt=ddt, A=dA, B=dB, C=dC, D=per_channel[-2])
     found |= dict(dt_bias=per_channel[-1], dt_weight=dweight, initial_state=dinitial)
@@ -253,9 +258,9 @@ def _new_whole(call: ScanCall) -> Tensor:
     return call.x.new_empty((call.batch, call.tokens, call.routes, call.channels), dtype=torch.float32)
 
 
-def _taken(call: ScanCall) -> ScanCall:
+def _taken(call: ScanCall, most: int) -> ScanCall:
     """The call as the scan takes it: dt of one state and of such a rank at most as it is, else multiplied out."""
-    if not call.rank or (call.states == 1 and call.rank <= _RANK_INSIDE):
+    if not call.rank or (call.states == 1 and call.rank <= most):
         return call
     dt = _new_whole(call)
     _kernels("low_rank").multiply_out[_low_rank_grid(call)](
@@ -265,7 +270,7 @@ def _taken(call: ScanCall) -> ScanCall:
 
 
 def _multiply_back(call: ScanCall, ddt: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients of the columns of dt, a share of each block of channels, and of dt_weight, from that of all of dt."""
+    """Gradients of the columns of dt, a share of each block of channels, and of dt_weight, one of each chunk."""
     tiles, routes, blocks = _low_rank_grid(call)
     at_once = -(-tiles * routes * blocks // _CHUNKS)
     chunks = -(-tiles // at_once)
@@ -282,7 +287,7 @@ def _multiply_back(call: ScanCall, ddt: Tensor) -> tuple[Tensor, Tensor]:
         at_once,
         **_low_rank_constants(call, dlow[0]),
     )
-    return dlow, dweight.sum(0)
+    return dlow, dweight
 
 
 def _low_rank_grid(call: ScanCall) -> tuple[int, int, int]:
@@ -413,10 +418,11 @@ def _grid(call: ScanCall, tile: Tile, segments: int = 1, together: int = 1) -> t
 
 def _together(call: ScanCall, tile: Tile, segments: int, y: Tensor) -> int:
     """Routes that one program of the forward pass takes in turn and adds up itself, if there are programs enough."""
-    if call.states > 1 or not call.merge or segments > 1:
+    short = _SHORT_ROUTE * (2 if call.rank else 1)
+    if call.states > 1 or not call.merge or segments > 1 or call.steps > short:
         return 1
     shares = 1 if y.dtype == _rounded(y) else 2  # at the least: a sum in float16 can overflow before it is complete
-    most = min(_MOST_TOGETHER, _grid(call, tile)[0] // _BUSY, call.routes // shares)
+    most = min(_MOST_TOGETHER, _grid(call, tile)[0] // _PROGRAMS, call.routes // shares)
     return max((n for n in range(2, most + 1) if call.routes % n == 0), default=1)
 
 
@@ -434,8 +440,17 @@ def _shares(total: Tensor, count: int, dtype: torch.dtype = torch.float32) -> Te
     return torch.empty_strided((count, *total.shape), strides, dtype=dtype, device=total.device)
 
 
+def _sum(shares: Tensor, sums: list[tuple[Tensor, Tensor]]) -> Tensor:
+    """The sum of shares: if they are few it is left to one launch with other sums, to which it is added."""
+    if len(shares) > _FEW_SHARES:
+        return shares.sum(0)
+    total = shares[0] if len(shares) == 1 else torch.empty_like(shares[0])
+    sums.append((shares, total))
+    return total
+
+
 def _merge(*sums: tuple[Tensor, Tensor]) -> None:
-    """Add up to four buffers of shares into their totals, all in one launch; a single share is its total."""
+    """Add up to six buffers of shares into their totals, all in one launch; a single share is its total."""
     arguments: list[Any] = []
     blocks = 0
     for shares, total in sums:
@@ -443,7 +458,7 @@ def _merge(*sums: tuple[Tensor, Tensor]) -> None:
             arguments += [shares, total, len(shares), total.numel()]
             blocks += -(-total.numel() // _MERGED)
     if blocks:
-        arguments += [None, None, 0, 0] * (4 - len(arguments) // 4)
+        arguments += [None, None, 0, 0] * (6 - len(arguments) // 4)
         _kernels("kernels").merge[(blocks,)](*arguments, BLOCK=_MERGED)
 
 

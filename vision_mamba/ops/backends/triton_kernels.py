@@ -635,13 +635,23 @@ def merge(
     p_fourth_sum,
     fourth_shares,
     fourth_size,
+    p_fifth,
+    p_fifth_sum,
+    fifth_shares,
+    fifth_size,
+    p_sixth,
+    p_sixth_sum,
+    sixth_shares,
+    sixth_size,
     BLOCK: tl.constexpr,
 ):
-    """Add up the leading axis of up to four (shares, size) in order; one program = BLOCK sums."""
+    """Add up the leading axis of up to six (shares, size) in order; one program = BLOCK sums."""
     i = tl.program_id(0).to(tl.int64)
     second = tl.cdiv(first_size, BLOCK)
     third = second + tl.cdiv(second_size, BLOCK)
     fourth = third + tl.cdiv(third_size, BLOCK)
+    fifth = fourth + tl.cdiv(fourth_size, BLOCK)
+    sixth = fifth + tl.cdiv(fifth_size, BLOCK)
     if i < second:
         _add_up(p_first, p_first_sum, first_shares, first_size, i, BLOCK)
     elif i < third:
@@ -650,5 +660,11 @@ def merge(
     elif i < fourth:
         if p_third is not None:
             _add_up(p_third, p_third_sum, third_shares, third_size, i - third, BLOCK)
-    elif p_fourth is not None:
-        _add_up(p_fourth, p_fourth_sum, fourth_shares, fourth_size, i - fourth, BLOCK)
+    elif i < fifth:
+        if p_fourth is not None:
+            _add_up(p_fourth, p_fourth_sum, fourth_shares, fourth_size, i - fourth, BLOCK)
+    elif i < sixth:
+        if p_fifth is not None:
+            _add_up(p_fifth, p_fifth_sum, fifth_shares, fifth_size, i - fifth, BLOCK)
+    elif p_sixth is not None:
+        _add_up(p_sixth, p_sixth_sum, sixth_shares, sixth_size, i - sixth, BLOCK)
