@@ -14,6 +14,7 @@ constexpr bool kVectorBC = VECTOR_BC;      // B, C: states are neighbours, align
 constexpr bool kVectorRank = VECTOR_RANK;  // a low-rank step size: pairs of columns are neighbours, aligned
 constexpr bool kTensorRank = TENSOR_RANK;  // it is multiplied on the tensor cores
 constexpr int kPass = PASS;                // of two over a route in segments, or 0
+constexpr bool kLong = LONG;               // of segments that take long enough for their code to be read first
 constexpr int kTile = 16;                  // steps that are in shared memory at a time
 constexpr int kEvery = EVERY;              // tiles between two states that forward saves: 1 or 2
 
@@ -105,6 +106,22 @@ template <int V> DEVICE void put_whole(float* at, const float* v) {
     }
 }
 
+// A run of elements that lie apart, all there: from one address to the next by an addition, where the compiler would
+// multiply for each.
+template <bool kVector, class T, int V> DEVICE void store_run(const Pack<T, V>& pack, T* at, int stride, int valid) {
+    if (kVector || !kLong || valid < V) {
+        store<kVector>(pack, at, stride, valid);
+        return;
+    }
+    const long long step = (long long)stride * (int)sizeof(T);
+    char* to = (char*)at;
+#pragma unroll
+    for (int i = 0; i < V; ++i, to += step) {
+        if constexpr (sizeof(T) == 4) *reinterpret_cast<unsigned*>(to) = pack.words[i];
+        else *reinterpret_cast<unsigned short*>(to) = (unsigned short)(pack.words[i / 2] >> i % 2 * 16);
+    }
+}
+
 // High and low bfloat16 halves of two numbers.
 DEVICE uint2 halves(float v0, float v1) {
     const unsigned high = narrow_pair<Bfloat>(v0, v1);
@@ -149,14 +166,41 @@ DEVICE void wait_for_copies() {
 template <class T, int V, bool kVector> struct Asked {
     static constexpr int kWords = Pack<T, V>::kWords, kBytes = V * (int)sizeof(T);
     static constexpr bool kApart = kCopies && kVector && (kBytes == 4 || kBytes == 8 || kBytes % 16 == 0);
+    // Elements of 16 bits that are loaded one by one are put together when they are taken, where there are registers for
+    // them: before, one would wait for them.
+    static constexpr bool kSingle = !kVector && V > 1 && kLong && sizeof(T) == 2 && (kBuffers > 1 || kPass == 1);
+    static constexpr bool kEach = kSingle || (!kVector && V > 1 && kLong && sizeof(T) == 4);
     Pack<T, V> pack;
+    unsigned single[kSingle ? V : 1];
 
     DEVICE void ask(unsigned* place, const T* at, int stride, int valid) {
         if constexpr (kApart) copy_async<kBytes>(place, at, valid > 0);
-        else load<kVector>(pack, at, stride, valid);
+        else if constexpr (!kEach) load<kVector>(pack, at, stride, valid);
+        else ask_each(at, (long long)stride * (int)sizeof(T), valid);
+    }
+    // All are there but for a few blocks' last channels; then from one address to the next by an addition.
+    DEVICE void ask_each(const T* at, long long step, int valid) {
+        unsigned* to = kSingle ? single : pack.words;
+        const char* from = (const char*)at;
+        if (valid >= V) {
+#pragma unroll
+            for (int i = 0; i < V; ++i, from += step) to[i] = read_bits((const T*)from);
+        } else {
+#pragma unroll
+            for (int i = 0; i < V; ++i, from += step) to[i] = i < valid ? read_bits((const T*)from) : 0;
+        }
+    }
+    static DEVICE unsigned read_bits(const T* at) {
+        if constexpr (sizeof(T) == 4) return __ldg(reinterpret_cast<const unsigned*>(at));
+        else return __ldg(reinterpret_cast<const unsigned short*>(at));
     }
     DEVICE Pack<T, V> take(const unsigned* place) const {
-        if constexpr (kApart) {
+        if constexpr (kSingle) {
+            Pack<T, V> taken;
+#pragma unroll
+            for (int i = 0; i < V; i += 2) taken.words[i / 2] = single[i] | single[kSingle ? i + 1 : 0] << 16;
+            return taken;
+        } else if constexpr (kApart) {
             float words[kWords];
             get<kWords>(words, (const float*)place);
             Pack<T, V> taken;

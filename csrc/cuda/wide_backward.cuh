@@ -20,7 +20,9 @@
 // kAdd: routes are added up in dx, of which there are p.apart shares; a block waits until the one that took the same
 // channels p.apart routes before is done. It has begun, since blocks are numbered as they begin, route by route.
 #pragma once
-constexpr int kFirstSegment = 1;  // of those whose ends, their first states, are wanted
+// Before the first segment there is no one to want the gradient of the state that it begins with.
+constexpr int kFirstSegment = PASS == 1, kSegmentsLeft = PASS == 1;
+constexpr bool kFirstShorter = false;
 constexpr int kBuffers = 1;       // tiles in shared memory
 #include "wide_sums.cuh"
 
@@ -210,7 +212,11 @@ DEVICE void scan_back(const Params& p, BlockMemory& block) {
         if (of >= 0) block.stage.tokens[of % kRing][threadIdx.x % kTile] = token;
     };
 
-    if (threadIdx.x < kEvery * kTile) keep_token(from.last_tile - 1, token_of(from.last_tile - 1));
+    // The first of two kernels has registers enough to read a tile while it scans another.
+    constexpr int kTokensAhead = kPass == 1 ? 2 : 1;
+    for (int i = kTokensAhead; i > 0; --i) {
+        if (threadIdx.x < kEvery * kTile) keep_token(from.last_tile - i, token_of(from.last_tile - i));
+    }
     __syncthreads();
     ask(from.last_tile - 1);
     if (kPass != 1) saved(ahead_of, from.last_tile - 1);
@@ -220,10 +226,11 @@ DEVICE void scan_back(const Params& p, BlockMemory& block) {
         const int* tokens = block.stage.tokens[tile % kRing];
         const bool more = tile > from.first_tile;
         int ahead = 0;
-        if (threadIdx.x < kEvery * kTile && more) ahead = token_of(tile - 1);
+        if (threadIdx.x < kEvery * kTile && more) ahead = token_of(tile - kTokensAhead);
         __syncthreads();
         in.multiply_rank(from, block.stage, tile, block.dz);
         if constexpr (kPass == 1) {
+            if (more) fetch(tile - 1);
             // The gradient of the state alone.
 #pragma unroll 4
             for (int t = kTile - 1; t >= 0; --t) {
@@ -239,9 +246,9 @@ DEVICE void scan_back(const Params& p, BlockMemory& block) {
                     span[j] += s;
                 }
             }
-            if (threadIdx.x < kEvery * kTile) keep_token(tile - 1, ahead);
             __syncthreads();
-            if (more) fetch(tile - 1), unpack(tile - 1);
+            if (threadIdx.x < kEvery * kTile && more) keep_token(tile - kTokensAhead, ahead);
+            if (more) unpack(tile - 1);
             continue;
         }
 
@@ -375,12 +382,12 @@ DEVICE void scan_back(const Params& p, BlockMemory& block) {
             if (token >= 0) {
                 Pack<DX_TYPE, kRun> dx_row;
                 dx_row.set(dx_out);
-                store<kVectorX>(dx_row, at_token(block.dx, token, p.dx_l, from.run_at(p.dx_d)), (int)p.dx_d,
+                store_run<kVectorX>(dx_row, at_token(block.dx, token, p.dx_l, from.run_at(p.dx_d)), (int)p.dx_d,
                                 from.valid);
                 if constexpr (!kTensorRank) {
                     Pack<DDT_TYPE, kRun> ddt_row;
                     ddt_row.set(ddt_out);
-                    store<kVectorX>(ddt_row, at_token(block.ddt, token, p.ddt_l, from.run_at(p.ddt_d)), (int)p.ddt_d,
+                    store_run<kVectorX>(ddt_row, at_token(block.ddt, token, p.ddt_l, from.run_at(p.ddt_d)), (int)p.ddt_d,
                                     from.valid);
                 }
             }

@@ -11,7 +11,9 @@
 // ahead does.
 // kMerge: a block takes the routes one after the other and adds them up in y, which it alone writes.
 #pragma once
-constexpr int kFirstSegment = 0;  // of those whose ends are wanted
+// Of long segments the first kernel does the first one whole, the second the others; no one waits for the last one's end.
+constexpr int kFirstSegment = LONG && PASS == 2, kSegmentsLeft = LONG || PASS == 1;
+constexpr bool kFirstShorter = LONG;
 constexpr int kBuffers = 2;       // tiles in shared memory
 #include "wide_stage.cuh"
 
@@ -28,12 +30,12 @@ struct alignas(16) BlockMemory {
 };
 extern "C" __device__ int launch_shape[2] = {kThreads, (int)sizeof(BlockMemory)};
 
-// A route, or a segment of it.
-DEVICE void scan_route(const Params& p, BlockMemory& block, int turn) {
+// A route, or a segment of it. kEnd: its end is wanted. kResults: so is y.
+template <bool kEnd, bool kResults>
+DEVICE void scan_route(const Params& p, BlockMemory& block, const Source& from, int turn) {
     Stage& stage = block.stage;
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
     const bool adding = turn > 0;
-    const Source from(p, turn, 0, blockIdx.x);
     const int channels = from.channels, steps = from.steps, states = from.states, run = from.run;
     if (threadIdx.x == 0) block.out = from.result<Y_TYPE>(p, p.y, p.y_b, p.y_k, p.y_d);
     float span[kSlots] = {};
@@ -45,10 +47,10 @@ DEVICE void scan_route(const Params& p, BlockMemory& block, int turn) {
         if constexpr (!AskedX::kApart) {
 #pragma unroll
             for (int r = 0; r < kRows; ++r) {
+                unsigned* place = stage.x_places[tile % kRingX][r][threadIdx.x];
+                const Pack<X_TYPE, kRun> x = in.x[r].take(place);
 #pragma unroll
-                for (int i = 0; i < AskedX::kWords; ++i) {
-                    stage.x_places[tile % kRingX][r][threadIdx.x][i] = in.x[r].pack.words[i];
-                }
+                for (int i = 0; i < AskedX::kWords; ++i) place[i] = x.words[i];
             }
         }
     };
@@ -82,7 +84,7 @@ DEVICE void scan_route(const Params& p, BlockMemory& block, int turn) {
             }
             if (token >= 0) {
                 packed.set(out);
-                store<kVectorX>(packed, to, (int)p.y_d, from.valid);
+                store_run<kVectorX>(packed, to, (int)p.y_d, from.valid);
             }
         }
     };
@@ -116,7 +118,7 @@ DEVICE void scan_route(const Params& p, BlockMemory& block, int turn) {
         const bool more = tile + 1 < from.last_tile;
         __syncthreads();
         in.multiply_rank(from, stage, tile, stage.su[tile % kBuffers]);
-        if (kPass != 1 && p.saved && tile > 0 && tile % kEvery == 0) {
+        if (kResults && p.saved && tile > 0 && tile % kEvery == 0) {
             const long long row = from.sequence * ((from.tiles - 1) / kEvery) + tile / kEvery - 1;
             float* at = p.saved + row * channels * kRow + q * kStates;
 #pragma unroll
@@ -125,7 +127,7 @@ DEVICE void scan_route(const Params& p, BlockMemory& block, int turn) {
                 if (channel < channels) put_whole<kStates>(at + (long long)channel * kRow, h[j]);
             }
         }
-        if (kPass != 1 && tile > from.first_tile) finish(tile - 1);
+        if (kResults && tile > from.first_tile) finish(tile - 1);
         int ahead = 0;
         if (threadIdx.x < kTile) ahead = from.token_at((tile + 3) * kTile + threadIdx.x);
         if (more) unpack(tile + 1);
@@ -155,9 +157,9 @@ DEVICE void scan_route(const Params& p, BlockMemory& block, int turn) {
                     const float2 su = su_rows[start + t][places[j]];
 #pragma unroll
                     for (int n = 0; n < kStates; ++n) h[j][n] = fmaf(decay(su.x, A[j][n]), h[j][n], su.y * b[n]);
-                    if (kPass == 1) span[j] += su.x;
+                    if (kEnd) span[j] += su.x;
                 }
-                if (kPass == 1) continue;
+                if (!kResults) continue;
                 float c[kStates], sum[kSlots];
                 get<kStates>(c, rows[start + t] + kRow + q * kStates);
 #pragma unroll
@@ -174,7 +176,7 @@ DEVICE void scan_route(const Params& p, BlockMemory& block, int turn) {
                 }
                 results[t] = sum[0];
             }
-            if (kPass == 1) continue;
+            if (!kResults) continue;
             if (kCopies) __syncwarp();  // every lane has read these steps
             if (kSlots == kLanes || q < kSlots) {
 #pragma unroll
@@ -186,12 +188,12 @@ DEVICE void scan_route(const Params& p, BlockMemory& block, int turn) {
         }
         if (threadIdx.x < kTile) stage.tokens[(tile + 3) % kRing][threadIdx.x] = ahead;
     }
-    if constexpr (kPass != 1) {
+    if constexpr (kResults) {
         __syncthreads();
         finish(from.last_tile - 1);
     }
 
-    if constexpr (kPass == 1) {
+    if constexpr (kEnd) {
 #pragma unroll
         for (int j = 0; j < kSlots; ++j) {
             if (from.first + places[j] < channels) {
@@ -220,9 +222,12 @@ extern "C" __global__ void __launch_bounds__(kThreads, MIN_BLOCKS) wide_forward(
     if constexpr (kMerge) {
         for (int route = 0; route < (int)p.routes; ++route) {
             if (route > 0) __syncthreads();
-            scan_route(p, block, route);
+            scan_route<false, true>(p, block, Source(p, route, 0, blockIdx.x), route);
         }
     } else {
-        scan_route(p, block, -1);
+        const Source from(p, -1, 0, blockIdx.x);
+        if constexpr (kPass != 1) scan_route<false, true>(p, block, from, -1);
+        else if (kLong && from.segment == 0) scan_route<true, kLong>(p, block, from, -1);
+        else scan_route<true, false>(p, block, from, -1);
     }
 }

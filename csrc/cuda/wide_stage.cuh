@@ -66,11 +66,15 @@ struct alignas(16) Places {
     alignas(16) unsigned C[kPartsAhead ? kParts : 1][kThreads][AskedC::kWords];
 };
 
+constexpr int kFirstLess = 4;  // as FIRST_LESS in cuda_kernels.py
+
 // Which sequence, which of its segments, which channels, and where a thread reads them.
 //
 // Where sequences are few, a route is split into segments of whole tiles, so that there is work for every multiprocessor.
 // A first kernel, kPass 1, scans a segment from nothing and leaves the state at its end and the sum of its step sizes,
-// whose exponential takes any other state through; the second, kPass 2, joins what lies before its segment.
+// whose exponential takes any other state through; the second, kPass 2, joins what lies before its segment. What lies
+// before the first segment is known, so that where segments are long the first kernel of forward does all there is to do
+// with it, which is shorter by one part in kFirstLess for that.
 struct Source {
     int channels, steps, states, route, share, run, valid, first, block, blocks;  // block: of the blocks of a route
     int segment, segments, first_tile, last_tile, tiles;  // tiles first_tile to last_tile - 1
@@ -88,9 +92,11 @@ struct Source {
         segment = 0, segments = 1, first_tile = 0, last_tile = tiles;
         if constexpr (kPass > 0) {
             segments = (int)p.segments;
-            const int taken = segments - (kPass == 1);  // no one waits for the end of the last segment
-            segment = rest % taken + (kPass == 1 ? kFirstSegment : 0), rest /= taken;
-            first_tile = segment * (int)p.segment_tiles, last_tile = min(first_tile + (int)p.segment_tiles, tiles);
+            const int taken = segments - kSegmentsLeft, whole = (int)p.segment_tiles;
+            segment = rest % taken + kFirstSegment, rest /= taken;
+            const int less = kFirstShorter ? whole / kFirstLess : 0;
+            first_tile = segment > 0 ? segment * whole - less : 0;
+            last_tile = min((segment + 1) * whole - less, tiles);
         }
         if (turn >= 0) route = turn, batch = rest;
         else if (p.order) route = rest / (int)p.batch, batch = rest % (int)p.batch;
@@ -254,7 +260,7 @@ struct Incoming {
             for (int k = 0; k < kRankParts; ++k) {
                 const int i = k * kThreads + threadIdx.x;
                 unsigned* at = &stage.low[tile % kLowRing][i / kRankWords][i % kRankWords];
-                if (!low[k].kApart && i < kTile * kRankWords) *at = low[k].pack.words[0];
+                if (!low[k].kApart && i < kTile * kRankWords) *at = low[k].take(at).words[0];
             }
         } else if constexpr (kRank > 0) {
             for (int i = threadIdx.x; i < kTile * kRank; i += kThreads) {

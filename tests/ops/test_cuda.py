@@ -177,7 +177,7 @@ def plentiful() -> list[Case]:
     return [*found, Case(channels=80, states=16, dtypes=(BF16, BF16, F32, BF16), out_dtype=F32, grid=(1, 40))]
 
 
-@pytest.mark.parametrize("routes", ["together", "in turn", "in segments"])
+@pytest.mark.parametrize("routes", ["together", "in turn", "in segments", "in long segments"])
 @pytest.mark.parametrize(("many", "lean"), [(False, False), (True, False), (True, True)], ids=["few", "many", "lean"])
 @pytest.mark.parametrize("case", plentiful(), ids=str)
 def test_blocks_of_many_sequences(
@@ -196,7 +196,10 @@ def test_blocks_of_many_sequences(
     if many:  # so that blocks add to what others have left, and if they are lean take channels in turn
         monkeypatch.setattr(cuda, "_multiprocessors", lambda _: 1)
     tiles = (case.grid[0] * case.grid[1] + 15) // 16
-    monkeypatch.setattr(cuda.kernels, "wide_segments", lambda *_: (tiles, 1) if routes == "in segments" else (1, tiles))
+    segments = (tiles, 1) if "segments" in routes else (1, tiles)
+    monkeypatch.setattr(cuda.kernels, "wide_segments", lambda *_: segments)
+    if "long" in routes:
+        monkeypatch.setattr(cuda.kernels, "LONG", 1)
     found = run(make_call(case, device="cuda"), "cuda")
     for name, reference in expected(case).items():
         assert_close(name, found[name], reference)

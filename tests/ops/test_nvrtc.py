@@ -141,11 +141,13 @@ def test_chunks_cover_a_route(steps: int, most: int) -> None:
 
 
 @pytest.mark.parametrize("steps", [1, 49, 95, 96, 197, 6085, 100_000])
-@pytest.mark.parametrize("blocks", [0, 1, 24, 132, 1000])
-def test_segments_cover_a_route(steps: int, blocks: int) -> None:
+@pytest.mark.parametrize("blocks", [0, 1, 24, 96, 132, 1000])
+@pytest.mark.parametrize("shorter", [False, True])
+def test_segments_cover_a_route(steps: int, blocks: int, shorter: bool) -> None:
     tiles = (steps + kernels.CHECKPOINT - 1) // kernels.CHECKPOINT
-    segments, each = kernels.wide_segments(steps, blocks, 528)
-    assert each * (segments - 1) < tiles <= each * segments
+    segments, each = kernels.wide_segments(steps, blocks, 528, shorter)
+    less = each // kernels.FIRST_LESS if shorter and segments > 1 else 0
+    assert each * (segments - 1) - less < tiles <= each * segments - less
     assert segments == 1 or 2 < segments <= 528 // max(blocks, 1)
 
 

@@ -362,7 +362,7 @@ def _plan_wide_forward(call: ScanCall, complete: bool, y: Tensor, device: int) -
     copies = tile != kernels.forward_tiles(call.states, call.rank)[0]
     how = _wide(call, tile, copies, call.x, view, None if call.rank else call.dt)._replace(merge=merging)
     wanted = functools.partial(kernels.wide_forward, (*_types(call), TYPES[view.dtype]))
-    plan = _wide_plan(wanted, how, call, _sizes(call) | _strides("y", view), parts, call.routes, 1, device)
+    plan = _wide_plan(wanted, how, call, _sizes(call) | _strides("y", view), parts, call.routes, 1, device, first=True)
     return plan._replace(first=_first(parts, y))
 
 
@@ -628,11 +628,18 @@ def _wide_plan(
     apart: int,
     turns: int,
     device: int,
+    first: bool = False,
 ) -> _Plan:
-    """One launch, or two over routes in segments where sequences are too few for the device."""
+    """One launch, or two over routes in segments where sequences are too few for the device; `first`: where segments
+    are long the first of two does all of the first one."""
     groups = how.tile.groups(call.channels)
     blocks = call.batch * groups * (1 if how.merge else call.routes)
-    segments, per_segment = kernels.wide_segments(call.steps, blocks, how.tile.blocks * _multiprocessors(device))
+    room = how.tile.blocks * _multiprocessors(device)
+    segments, per_segment = kernels.wide_segments(call.steps, blocks, room)
+    how = how._replace(long=segments > 1 and per_segment >= kernels.LONG)
+    alone = first and how.long
+    if alone:
+        segments, per_segment = kernels.wide_segments(call.steps, blocks, room, True)
     if how.merge or segments == 1:
         groups, blocks = groups // turns, blocks // turns
         launch = Launch.of(wanted(how), device, blocks, _HEADER, fields | dict(apart=apart, turns=turns))
@@ -640,7 +647,7 @@ def _wide_plan(
     fields |= dict(segments=segments, segment_tiles=per_segment, apart=apart, turns=1)
     edges, scan = (
         Launch.of(wanted(how._replace(part=part)), device, blocks * count, _HEADER, fields)
-        for part, count in ((1, segments - 1), (2, segments))
+        for part, count in ((1, segments - 1), (2, segments - alone))
     )
     return _Plan(scan, False, parts, edges, segments, groups, apart=apart)
 

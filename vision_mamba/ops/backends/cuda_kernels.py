@@ -13,6 +13,8 @@ from vision_mamba.ops.backends.nvrtc import Specialisation
 TYPES = {torch.float32: "Float", torch.float16: "Half", torch.bfloat16: "Bfloat"}
 MAX_RANK = 64  # columns of a low-rank step size that the kernels multiply themselves
 CHECKPOINT = 16  # steps of a tile of the wide kernels
+LONG = 16  # tiles of a segment from which on larger code pays
+FIRST_LESS = 4  # the first of such segments is by one part in so many shorter, where it alone is done in one go
 # Whether the wide kernels save less where sequences of a channel are at least so many, memory for time. It is decided
 # once a process, so that no backward pass finds what another choice has saved.
 LEAN, MANY = os.environ.get("VISION_MAMBA_LEAN") == "1", 2**15
@@ -94,6 +96,7 @@ class Wide(NamedTuple):
     part: int = 0  # of two kernels over a route in segments, or 0
     merge: bool = False  # a block takes the routes one after the other and adds them up
     copies: bool = False  # what is read ahead waits in shared memory, where sequences are many, not in registers
+    long: bool = False  # segments are: the first of two kernels does all of the first one going forwards
     every: int = 1  # tiles between two states that are saved
     add: bool = False  # going back, to what blocks of another route have left
 
@@ -112,14 +115,19 @@ def wide_turns(tile: Tile, sequences: int, channels: int, multiprocessors: int) 
     return next(n for n in divisors if n * tile.waves(sequences * groups // n, multiprocessors) <= whole)
 
 
-def wide_segments(steps: int, blocks: int, room: int) -> tuple[int, int]:
-    """Segments a route is taken in, and tiles of a segment: at least three, fewer do not pay for the first launch."""
+def wide_segments(steps: int, blocks: int, room: int, shorter: bool = False) -> tuple[int, int]:
+    """Segments a route is taken in, and tiles of a segment: at least three, fewer do not pay for the first launch.
+    `shorter`: the first of them is, by one part in FIRST_LESS."""
     tiles = (steps + CHECKPOINT - 1) // CHECKPOINT
     wanted = min(room // max(blocks, 1), tiles // 2)
     if wanted < 3:
         return 1, tiles
-    per_segment = (tiles + wanted - 1) // wanted
-    return (tiles + per_segment - 1) // per_segment, per_segment
+
+    def less(each: int) -> int:
+        return each // FIRST_LESS if shorter else 0
+
+    each = next(n for n in range((tiles + wanted - 1) // wanted, tiles + 1) if n * wanted - less(n) >= tiles)
+    return (tiles + less(each) + each - 1) // each, each
 
 
 class Narrow(NamedTuple):
@@ -325,7 +333,7 @@ def _wide(how: Wide) -> dict[str, Any]:
     sizes |= dict(RANK=how.rank, PASS=how.part, EVERY=how.every)
     flags = dict(SOFTPLUS=how.softplus, VECTOR_X=how.vector_x, VECTOR_BC=how.vector_bc)
     flags |= dict(VECTOR_RANK=how.vector_rank, TENSOR_RANK=how.tensor_rank, TOKENS_FIRST=how.tokens_first)
-    return sizes | flags | dict(COPIES=how.copies)
+    return sizes | flags | dict(COPIES=how.copies, LONG=how.long)
 
 
 def _narrow(types: Types, how: Narrow, blocks: int) -> dict[str, Any]:
