@@ -49,6 +49,7 @@ struct Params {
     long long shares;  // of sums over the batch, over which they are added up
     long long apart;   // shares of a sum over routes: a route's is the one of its number modulo that
     long long turns;   // groups of channels that a block takes one after the other
+    long long items;   // of the batch that a block takes one after the other, for the sums over the batch
     long long batch;
     long long tokens;
     long long routes;

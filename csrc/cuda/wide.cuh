@@ -13,6 +13,7 @@ constexpr bool kVectorX = VECTOR_X;        // x, dt and what goes with them: cha
 constexpr bool kVectorBC = VECTOR_BC;      // B, C: states are neighbours, aligned, as many as lanes hold
 constexpr bool kVectorRank = VECTOR_RANK;  // a low-rank step size: pairs of columns are neighbours, aligned
 constexpr bool kTensorRank = TENSOR_RANK;  // it is multiplied on the tensor cores
+constexpr bool kWhole = WHOLE;  // blocks are full of channels, and lanes of states
 constexpr int kPass = PASS;                // of two over a route in segments, or 0
 constexpr bool kLong = LONG;               // of segments that take long enough for their code to be read first
 constexpr int kTile = 16;                  // steps that are in shared memory at a time

@@ -8,15 +8,15 @@
 // warp, so that sums over q leave a lane its own channel by exchanges without selection.
 // Steps go by in tiles of kTile, from the last. Forward saved the state before every kEvery-th tile but the first; where a
 // tile's is not among them, the block goes through the one before it once more. A warp runs through a tile once and keeps
-// every state, those of the first kHeld steps in shared memory, those of the last kSub in
-// registers: so each state is computed once. Decays are computed again on the way back: registers that kept them would
-// cost more, in warps that do not fit, than the exponentials do.
+// every state, those of the first kHeld steps in shared memory, those of the last kSub in registers: so each state is
+// computed once. Decays are computed again on the way back: registers that kept them would cost more, in warps that do not fit, than the exponentials do.
 // Before and after the scan of a tile a thread has one run of channels of one row, so that a warp touches few rows of
 // device memory at a time; the next tile is on its way while this one's results are worked out. What limits the kernel
 // are words that lanes read from shared memory, broadcast or not: so values stay narrow there, and are read once.
 // dB, dC: summed over a lane's channels, over the lanes by the tensor cores (or by exchanges where lanes that share
 // states are fewer than four), over the warps through shared memory, over the blocks by the host's sum of partial
-// results: all in fixed order. A block takes groups of channels in turn (p.turns), adding to what it has written of both.
+// results: all in fixed order. A block takes groups of channels in turn (p.turns), adding to what it has written of both,
+// and items of the batch (p.items), adding to its sums over the batch.
 // kAdd: routes are added up in dx, of which there are p.apart shares; a block waits until the one that took the same
 // channels p.apart routes before is done. It has begun, since blocks are numbered as they begin, route by route.
 #pragma once
@@ -24,6 +24,7 @@
 constexpr int kFirstSegment = PASS == 1, kSegmentsLeft = PASS == 1;
 constexpr bool kFirstShorter = false;
 constexpr int kBuffers = 1;       // tiles in shared memory
+constexpr bool kThrift = true;    // with registers
 #include "wide_sums.cuh"
 
 constexpr bool kAdd = ADD;  // shares of a sum over routes are fewer than routes: a block adds to what another has left
@@ -35,10 +36,20 @@ constexpr int kColumns = owned_count<2 * kRun, kRowHigh, kRowLow>();
 
 static_assert(kSub % kSpan == 0 && kHeld % kSpan == 0);
 
+constexpr int kSumShare = kTile * 2 * kRow / kThreads;  // of a tile's sums of dB and dC
+constexpr int kSumRun = kSumShare < 1 ? 1 : kSumShare < 4 ? kSumShare : kRow < 4 ? kRow : 4;
+constexpr int kSumParts = kSumShare < 1 ? 1 : kSumShare / kSumRun;
+
 using AskedDy = Asked<Y_TYPE, kRun, kVectorX>;
 
-// Whether the state before a tile waits in shared memory too, and that before the next one in registers.
-constexpr int kBegin = kCopies ? 1 : 0;
+// Whether the state before a tile waits in shared memory, where it is copied to on its way, or else in registers.
+constexpr bool kBegin = kCopies;
+
+// The channel of slot j of a thread, in the block.
+DEVICE int place_of(unsigned thread, int j) {
+    const int group = thread % kGroups, q = thread % 32 / kGroups;
+    return thread / 32 * kWarpChannels + ((j ^ q) & (kSlots - 1)) * kGroups + group;
+}
 
 DEVICE void pause() {
 #if __CUDA_ARCH__ >= 700
@@ -51,8 +62,16 @@ struct alignas(16) BlockMemory {
     DX_TYPE* dx;
     DDT_TYPE* ddt;
     SUM_TYPE *dB, *dC;
+    // What is needed seldom, of the group of channels at hand: here, since registers are scarce, and one that is spilled
+    // comes back from L2, as shared memory leaves the L1 cache next to nothing.
+    const float* saved;  // states before tiles
+    const float* initial;  // the first one, or null
+    const int* indices;
+    float* dA;
+    int first, last_tile, sums_stride;
+    bool adds;  // to what another block has left of dx
     unsigned index;
-    int turn;
+    int turn, item;
     Stage stage;               // su: s, s x -> <g, B>; in between, halves of ddt, of two channels in the first's place
     float2 dz[kTile][kPitch];  // dy, x or none -> <g h A>
     alignas(16) float columns[kThreads][kColumns];  // a thread's shares of dD and ddt_bias
@@ -62,8 +81,9 @@ struct alignas(16) BlockMemory {
             Places places;
             alignas(16) unsigned dy[kRows][AskedDy::kApart ? kThreads : 1][AskedDy::kWords];
         };
-        float held[kWarps][kHeld + kBegin][kSlots][32][kStates];  // the state before the first steps and behind them
+        float held[kWarps][kHeld][kSlots][32][kStates];  // the states behind the first steps
     };
+    alignas(16) float begin[kBegin ? kWarps : 1][kSlots][kBegin ? 32 : 1][kStates];  // the state before them
     float4 dweight[kTensorRank ? kWarps : 1][kTensorRank ? (kOwnTiles + 1) / 2 : 1][kTensorRank ? kRankTiles : 1][32];
 };
 extern "C" __device__ int launch_shape[2] = {kThreads, (int)sizeof(BlockMemory)};
@@ -72,25 +92,31 @@ extern "C" __device__ int launch_shape[2] = {kThreads, (int)sizeof(BlockMemory)}
 DEVICE void scan_back(const Params& p, BlockMemory& block) {
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
 
-    const Source from(p, -1, block.turn, block.index);
+    const Source from(p, -1, block.turn, block.index, block.item, (int)p.items);
     const int channels = from.channels, steps = from.steps, states = from.states, run = from.run;
     const int route = from.route, blocks = from.blocks, first = from.first;
     const long long batch = from.batch, sequence = from.sequence;
     const int q = lane / kGroups, group = lane % kGroups;
     const long long first_sum = (batch * p.tokens * p.routes + route) * blocks + from.block;
+    // Of sums over segments and batch.
+    const long long share = ((int)batch / (int)p.items * from.segments + from.segment) * p.routes + route;
     if (threadIdx.x == 0) {
+        block.saved = p.saved + ((sequence * ((from.tiles - 1) / kEvery) - 1) * channels + first) * kRow;
+        block.initial = p.initial_state ? p.initial_state + (sequence * channels + first) * states : nullptr;
+        block.indices = from.indices, block.last_tile = from.last_tile, block.first = first;
+        block.adds = kAdd && route >= (int)p.apart;
+        block.dA = p.dA + (share * channels + first) * states, block.sums_stride = (int)p.routes * blocks;
         block.of_dy = (const Y_TYPE*)p.dy + batch * p.dy_b + route * p.dy_k + first * p.dy_d;
         block.dx = from.result<DX_TYPE>(p, p.dx, p.dx_b, p.dx_k, p.dx_d);
         block.ddt = (DDT_TYPE*)p.ddt + batch * p.ddt_b + route * p.ddt_k + first * p.ddt_d;
         block.dB = (SUM_TYPE*)p.dB + first_sum * states, block.dC = (SUM_TYPE*)p.dC + first_sum * states;
     }
-    const int sums_stride = (int)p.routes * blocks;
 
     int places[kSlots];  // of the slots' channels in the block
     float A[kSlots][kStates], dA[kSlots][kStates], carried[kSlots][kStates];
 #pragma unroll
     for (int j = 0; j < kSlots; ++j) {
-        places[j] = warp * kWarpChannels + ((j ^ q) & (kSlots - 1)) * kGroups + group;
+        places[j] = place_of(threadIdx.x, j);
         const int channel = first + places[j];
 #pragma unroll
         for (int n = 0; n < kStates; ++n) {
@@ -107,12 +133,11 @@ DEVICE void scan_back(const Params& p, BlockMemory& block) {
         }
     }
     float span[kSlots] = {};
-    const long long share = (batch * from.segments + from.segment) * p.routes + route;  // of sums over segments and batch
+    float* columns = block.columns[threadIdx.x];
     from.prepare(block.stage, p);
     for (int i = threadIdx.x; kTensorRank && i < (int)(sizeof(block.dweight) / sizeof(float4)); i += kThreads) {
         block.dweight[0][0][0][i] = make_float4(0.f, 0.f, 0.f, 0.f);
     }
-    float* columns = block.columns[threadIdx.x];
 #pragma unroll
     for (int i = 0; i < kColumns; ++i) columns[i] = 0.f;
 
@@ -121,33 +146,41 @@ DEVICE void scan_back(const Params& p, BlockMemory& block) {
 #pragma unroll
         for (int i = 0; i < kSlots * kStates; ++i) to[i / kStates][i % kStates] = from[i / kStates][i % kStates];
     };
+    auto held_at = [&](int t, int j) -> float* {
+        if (kBegin && t < 0) return block.begin[kBegin ? warp : 0][j][kBegin ? lane : 0];
+        return block.held[warp][t][j][lane];
+    };
     auto recall = [&](float (*to)[kStates], int t) {  // the state after step t
 #pragma unroll
-        for (int j = 0; j < kSlots; ++j) get<kStates>(to[j], block.held[warp][t + kBegin][j][lane]);
+        for (int j = 0; j < kSlots; ++j) get<kStates>(to[j], held_at(t, j));
     };
     auto saved = [&](float (*h)[kStates], int tile) {  // the state before a tile, or before the one that precedes it
         tile -= tile % kEvery;
+        const unsigned own = thread();
+        const int q = own % 32 / kGroups;
 #pragma unroll
         for (int j = 0; j < kSlots; ++j) {
-            const int channel = min(first + places[j], channels - 1);
+            const int place = min(place_of(own, j), kWhole ? kBlockChannels : channels - 1 - block.first);
+            float* begin = block.begin[kBegin ? own / 32 : 0][j][kBegin ? own % 32 : 0];
             if (tile > 0) {
-                const long long row = (sequence * ((tiles - 1) / kEvery) + tile / kEvery - 1) * channels + channel;
-                get<kStates>(h[j], p.saved + row * kRow + q * kStates);
+                const long long row = (long long)((unsigned long long)(unsigned)(tile / kEvery) * (unsigned)channels);
+                const float* at = block.saved + row * kRow + place * kRow + q * kStates;
+                if (kBegin) copy_async<4 * kStates>(begin, at, true);
+                else get<kStates>(h[j], at);
             } else {
 #pragma unroll
                 for (int n = 0; n < kStates; ++n) {
                     const int state = q * kStates + n;
-                    const bool given = p.initial_state && state < states;
-                    h[j][n] = given ? p.initial_state[(sequence * channels + channel) * states + state] : 0.f;
+                    h[j][n] = block.initial && state < states ? block.initial[place * states + state] : 0.f;
                 }
+                if (kBegin) put<kStates>(begin, h[j]);
             }
         }
     };
 
     Incoming in;
     AskedDy dy_in[kRows];
-    float h[kSlots][kStates], apart[kSlots][kStates];
-    float(*ahead_of)[kStates] = kBegin ? apart : h;  // before the next tile
+    float h[kSlots][kStates];  // between two tiles the state before the next one
     auto fetch = [&](int tile) {
         const int* tokens = block.stage.tokens[tile % kRing];
         in.fetch(from, p, block.stage, block.places, tile);
@@ -167,14 +200,19 @@ DEVICE void scan_back(const Params& p, BlockMemory& block) {
         in.unpack<true>(from, p, block.stage, block.places, tile, block.dz, [&](int r, int i) { return dy[r].get(i); });
     };
 
+    auto steps_of = [&](float2* su, int t) {  // s, s x of the slots
+#pragma unroll
+        for (int j = 0; j < kSlots; ++j) su[j] = block.stage.su[0][t][places[j]];
+    };
     auto forwards = [&](int t) {
         float b[kStates];
+        float2 su[kSlots];
+        steps_of(su, t);
         get<kStates>(b, block.stage.rows[0][t] + q * kStates);
 #pragma unroll
         for (int j = 0; j < kSlots; ++j) {
-            const float2 su = block.stage.su[0][t][places[j]];
 #pragma unroll
-            for (int n = 0; n < kStates; ++n) h[j][n] = fmaf(decay(su.x, A[j][n]), h[j][n], su.y * b[n]);
+            for (int n = 0; n < kStates; ++n) h[j][n] = fmaf(decay(su[j].x, A[j][n]), h[j][n], su[j].y * b[n]);
         }
     };
     // The state between two that are saved. Forward's steps once more.
@@ -191,13 +229,13 @@ DEVICE void scan_back(const Params& p, BlockMemory& block) {
             __syncthreads();
             in.multiply_rank(from, block.stage, tile - 1, block.dz);
             fetch(tile);
-            if (kBegin) copy(h, ahead_of);
+            if (kBegin) recall(h, -1);
 #pragma unroll 4
             for (int t = 0; t < kTile; ++t) forwards(t);
-            if (kBegin) copy(ahead_of, h);
 #pragma unroll
-            for (int j = 0; !kBegin && j < kSlots; ++j) {
-                if (first + places[j] < channels) put<kStates>(middle + (long long)(first + places[j]) * kRow, h[j]);
+            for (int j = 0; j < kSlots; ++j) {
+                if (kBegin) put<kStates>(held_at(-1, j), h[j]);
+                else if (first + places[j] < channels) put<kStates>(middle + (long long)(first + places[j]) * kRow, h[j]);
             }
             __syncthreads();
         }
@@ -205,13 +243,15 @@ DEVICE void scan_back(const Params& p, BlockMemory& block) {
     };
     auto token_of = [&](int tile) {  // of a tile and, where states are saved for every other one, the one before
         const int of = tile - threadIdx.x / kTile;
-        return of >= 0 ? from.token_at(of * kTile + threadIdx.x % kTile) : -2;
+        const int step = of * kTile + threadIdx.x % kTile;
+        return of >= 0 && step < steps ? __ldg(block.indices + step) : -2;
     };
     auto keep_token = [&](int tile, int token) {
         const int of = tile - threadIdx.x / kTile;
         if (of >= 0) block.stage.tokens[of % kRing][threadIdx.x % kTile] = token;
     };
 
+    __syncthreads();
     // The first of two kernels has registers enough to read a tile while it scans another.
     constexpr int kTokensAhead = kPass == 1 ? 2 : 1;
     for (int i = kTokensAhead; i > 0; --i) {
@@ -219,7 +259,7 @@ DEVICE void scan_back(const Params& p, BlockMemory& block) {
     }
     __syncthreads();
     ask(from.last_tile - 1);
-    if (kPass != 1) saved(ahead_of, from.last_tile - 1);
+    if (kPass != 1) saved(h, from.last_tile - 1);
     stage(from.last_tile - 1);
     for (int tile = from.last_tile - 1; tile >= from.first_tile; --tile) {
         const int start = tile * kTile;
@@ -259,34 +299,41 @@ DEVICE void scan_back(const Params& p, BlockMemory& block) {
             return kDirect ? block.stage.rows[0][t] : block.sums[kDirect ? 0 : warp][kDirect ? 0 : t];
         };
         auto backwards = [&](int t, int span, const float (*before)[kStates], const float (*after)[kStates]) {
-            float b[kStates], c[kStates], sums[kSums], inner[2];
-            float others[2][kSlots];  // <g, B> and <g h A> of the slots
+            float b[kStates], c[kStates], g[kSlots][kStates], u[kSlots], out[kSlots];
+            float inner[2][kSlots];  // <g, B> and <g h A> of the slots
+            float2 su[kSlots];
+            steps_of(su, t);
             get<kStates>(b, block.stage.rows[0][t] + q * kStates);
             get<kStates>(c, block.stage.rows[0][t] + kRow + q * kStates);
 #pragma unroll
             for (int j = 0; j < kSlots; ++j) {
-                const float2 su = block.stage.su[0][t][places[j]];
-                const float out = block.dz[t][places[j]].x;
-                others[0][j] = others[1][j] = 0.f;
+                u[j] = su[j].y, out[j] = block.dz[t][places[j]].x;
 #pragma unroll
                 for (int n = 0; n < kStates; ++n) {
-                    const float g = fmaf(c[n], out, carried[j][n]);
-                    carried[j][n] = g * decay(su.x, A[j][n]);
+                    g[j][n] = fmaf(c[n], out[j], carried[j][n]);
+                    carried[j][n] = g[j][n] * decay(su[j].x, A[j][n]);
                     const float product = carried[j][n] * before[j][n];
-                    sums[n] = j ? fmaf(g, su.y, sums[n]) : g * su.y;
-                    sums[kStates + n] = j ? fmaf(out, after[j][n], sums[kStates + n]) : out * after[j][n];
-                    others[0][j] = n ? fmaf(g, b[n], others[0][j]) : g * b[n];
-                    others[1][j] = n ? fmaf(product, A[j][n], others[1][j]) : product * A[j][n];
-                    dA[j][n] = fmaf(product, su.x, dA[j][n]);
+                    inner[0][j] = n ? fmaf(g[j][n], b[n], inner[0][j]) : g[j][n] * b[n];
+                    inner[1][j] = n ? fmaf(product, A[j][n], inner[1][j]) : product * A[j][n];
+                    dA[j][n] = fmaf(product, su[j].x, dA[j][n]);
+                }
+            }
+            float sums[kSums], own[2];
+#pragma unroll
+            for (int j = 0; j < kSlots; ++j) {
+#pragma unroll
+                for (int n = 0; n < kStates; ++n) {
+                    sums[n] = j ? fmaf(g[j][n], u[j], sums[n]) : g[j][n] * u[j];
+                    sums[kStates + n] = j ? fmaf(out[j], after[j][n], sums[kStates + n]) : out[j] * after[j][n];
                 }
             }
 #pragma unroll
             for (int i = 0; i < 2; ++i) {
-                inner[i] = others[i][0];
+                own[i] = inner[i][0];
 #pragma unroll
-                for (int j = 1; j < kSlots; ++j) inner[i] += __shfl_xor_sync(kAll, others[i][j], j * kGroups);
+                for (int j = 1; j < kSlots; ++j) own[i] += __shfl_xor_sync(kAll, inner[i][j], j * kGroups);
             }
-            reduce_scatter<2, 16, kGroups * kSlots>(inner, lane);
+            reduce_scatter<2, 16, kGroups * kSlots>(own, lane);
             if (kDirect) __syncwarp();
             sum_groups(product_of_sums, sums, t, span, lane, row_at);
             __syncwarp();  // every lane has read this row
@@ -294,19 +341,16 @@ DEVICE void scan_back(const Params& p, BlockMemory& block) {
                 const int owned = owned_from<2, 16, kGroups * kSlots>(lane);
 #pragma unroll
                 for (int i = 0; i < owned_count<2, 16, kGroups * kSlots>(); ++i) {
-                    (owned + i ? block.dz : block.stage.su[0])[t][places[0]].y = inner[i];
+                    (owned + i ? block.dz : block.stage.su[0])[t][places[0]].y = own[i];
                 }
             }
         };
 
         auto hold = [&](int t) {
 #pragma unroll
-            for (int j = 0; j < kSlots; ++j) put<kStates>(block.held[warp][t + kBegin][j][lane], h[j]);
+            for (int j = 0; j < kSlots; ++j) put<kStates>(held_at(t, j), h[j]);
         };
-        if (kBegin) {
-            copy(h, ahead_of);
-            hold(-1);
-        }
+        if (kBegin) recall(h, -1);
 #pragma unroll 4
         for (int t = 0; t < kHeld; ++t) {
             forwards(t);
@@ -334,8 +378,7 @@ DEVICE void scan_back(const Params& p, BlockMemory& block) {
             saved(begin, tile);
         }
         recall(h, kHeld - 1);
-        if (kBegin && more) saved(ahead_of, tile - 1);
-#pragma unroll 1
+#pragma unroll
         for (int last = kHeld - kSpan; last >= 0; last -= kSpan) {
 #pragma unroll
             for (int span = kSpan - 1; span >= 0; --span) {
@@ -350,7 +393,7 @@ DEVICE void scan_back(const Params& p, BlockMemory& block) {
         Pack<DX_TYPE, kRun> so_far[kRows];
 #pragma unroll
         for (int r = 0; r < (kAdd ? kRows : 0); ++r) {
-            const int token = route >= (int)p.apart ? tokens[own_row(r)] : -1;
+            const int token = block.adds ? tokens[own_row(r)] : -1;
             load<kVectorX, true>(so_far[r], at_token(block.dx, token, p.dx_l, from.run_at(p.dx_d)), (int)p.dx_d,
                                  token >= 0 ? from.valid : 0);
         }
@@ -359,7 +402,7 @@ DEVICE void scan_back(const Params& p, BlockMemory& block) {
 #pragma unroll
         for (int r = 0; r < kRows; ++r) x_now[r] = in.taken_x(block.stage, tile, r);
         if (more) ask(tile - 1);
-        if (!kBegin && more) saved(ahead_of, tile - 1);
+        if (more) saved(h, tile - 1);
 
         // dx and ddt of a thread's run, and its shares of dD and ddt_bias.
 #pragma unroll
@@ -375,8 +418,8 @@ DEVICE void scan_back(const Params& p, BlockMemory& block) {
                 dx_out[i] = fmaf(skip[i], out, s * gB);
                 if (kAdd) dx_out[i] += so_far[r].get(i);
                 ddt_out[i] = fmaf(u, gB, dz[2 * i + 1] * kLn2);
-                if (kSoftplus) ddt_out[i] *= softplus_slope(s);
-                if (token == -2) ddt_out[i] = 0.f;
+                if (kSoftplus) ddt_out[i] *= softplus_slope<sizeof(DT_TYPE) == 2>(s);  // past the end s is 0, and so is this
+                else if (token == -2) ddt_out[i] = 0.f;
                 shares[i] = out * u, shares[kRun + i] = ddt_out[i];
             }
             if (token >= 0) {
@@ -406,50 +449,46 @@ DEVICE void scan_back(const Params& p, BlockMemory& block) {
         }
         // dB and dC of the tile, added over the warps.
 #pragma unroll
-        for (int k = 0; k < kParts; ++k) {
-            const Part part(k);
-            if (!part.there) continue;
-            const int token = tokens[part.row];
+        for (int k = 0; k < kSumParts; ++k) {
+            const unsigned i = (k * kThreads + thread()) * kSumRun, row = i / (2 * kRow) % kTile, value = i % (2 * kRow);
+            const int token = tokens[row], state = value % kRow;
+            if ((kSumShare < 1 && i >= kTile * 2 * kRow) || token < 0) continue;
+            float sum[kSumRun];
+            get<kSumRun>(sum, (kDirect ? block.stage.rows[0][row] : block.sums[0][kDirect ? 0 : row]) + value);
 #pragma unroll
-            for (int kind = 0; kind < 2; ++kind) {
-                float sum[kRowRun];
-                get<kRowRun>(sum, (kDirect ? block.stage.rows[0][part.row] : block.sums[0][kDirect ? 0 : part.row]) +
-                                      kind * kRow + part.state);
+            for (int w = 1; w < kWarps; ++w) {
+                float more[kSumRun];
+                get<kSumRun>(more, block.sums[w][row] + value);
 #pragma unroll
-                for (int w = 1; w < kWarps; ++w) {
-                    float more[kRowRun];
-                    get<kRowRun>(more, block.sums[w][part.row] + kind * kRow + part.state);
-#pragma unroll
-                    for (int n = 0; n < kRowRun; ++n) sum[n] += more[n];
-                }
-                SUM_TYPE* to = at_token(kind ? block.dC : block.dB, token, sums_stride * states, part.state);
-#pragma unroll
-                for (int n = 0; n < kRowRun; ++n) {
-                    if constexpr (kTensor && !kTwoTerms) sum[n] *= kTruncated;
-                }
-                if (token >= 0) {
-                    Pack<SUM_TYPE, kRowRun> packed;
-                    if (block.turn > 0) {
-                        load<kVectorBC, true>(packed, to, 1, states - part.state);
-#pragma unroll
-                        for (int n = 0; n < kRowRun; ++n) sum[n] += packed.get(n);
-                    }
-                    packed.set(sum);
-                    store<kVectorBC>(packed, to, 1, states - part.state);
-                }
+                for (int n = 0; n < kSumRun; ++n) sum[n] += more[n];
             }
+#pragma unroll
+            for (int n = 0; n < kSumRun; ++n) {
+                if constexpr (kTensor && !kTwoTerms) sum[n] *= kTruncated;
+            }
+            SUM_TYPE* to = at_token(value < kRow ? block.dB : block.dC, token, block.sums_stride * states, state);
+            Pack<SUM_TYPE, kSumRun> packed;
+            if (block.turn > 0) {
+                load<kVectorBC, true>(packed, to, 1, states - state);
+#pragma unroll
+                for (int n = 0; n < kSumRun; ++n) sum[n] += packed.get(n);
+            }
+            packed.set(sum);
+            store<kVectorBC>(packed, to, 1, states - state);
         }
         if ((tile - from.first_tile) % kFlush == 0) {
             // Partial sums keep the rounding of a long route's sum down.
+            const unsigned own = thread();
+            const int q = own % 32 / kGroups;
 #pragma unroll
             for (int j = 0; j < kSlots; ++j) {
-                const int channel = first + places[j];
+                const bool there = kWhole || block.first + places[j] < channels;
 #pragma unroll
                 for (int n = 0; n < kStates; ++n) {
                     const int state = q * kStates + n;
-                    if (channel < channels && state < states) {
-                        float* at = p.dA + (share * channels + channel) * states + state;
-                        *at = (tile + kFlush < from.last_tile ? *at : 0.f) + dA[j][n];
+                    if (there && state < states) {
+                        float* at = block.dA + place_of(own, j) * states + state;
+                        *at = (block.item > 0 || tile + kFlush < block.last_tile ? *at : 0.f) + dA[j][n];
                     }
                     dA[j][n] = 0.f;
                 }
@@ -457,7 +496,7 @@ DEVICE void scan_back(const Params& p, BlockMemory& block) {
         }
         if constexpr (kTensorRank) {
             __syncthreads();
-            multiply_back(block, tile, (float*)p.ddt + first_sum * kRank, sums_stride * kRank, block.turn > 0);
+            multiply_back(block, tile, (float*)p.ddt + first_sum * kRank, block.sums_stride * kRank, block.turn > 0);
         }
         if (more) stage(tile - 1);
     }
@@ -492,7 +531,8 @@ DEVICE void scan_back(const Params& p, BlockMemory& block) {
         const int of = 16 * m + lane / 4 + i % 4 / 2 * 8, channel = first + warp * kWarpChannels + of;
         const int rank = 8 * tile + 2 * (lane % 4) + i % 2;
         if (of < kWarpChannels && channel < channels && rank < kRank) {
-            p.ddt_weight[(share * channels + channel) * kRank + rank] = (&block.dweight[warp][m][tile][lane].x)[i % 4];
+            float* at = p.ddt_weight + (share * channels + channel) * kRank + rank;
+            *at = (block.item > 0 ? *at : 0.f) + (&block.dweight[warp][m][tile][lane].x)[i % 4];
         }
     }
     // dD and ddt_bias, over the rows.
@@ -513,7 +553,10 @@ DEVICE void scan_back(const Params& p, BlockMemory& block) {
         for (int r = 0; r < kTile / kRowsTogether / kRows; ++r) sum += parts[r * 2 * kBlockChannels + i];
         const int channel = first + i % kBlockChannels;
         float* to = i < kBlockChannels ? p.dD : p.ddt_bias;
-        if (to && channel < channels) to[share * channels + channel] = sum;
+        if (to && channel < channels) {
+            float* at = to + share * channels + channel;
+            *at = (block.item > 0 ? *at : 0.f) + sum;
+        }
     }
 }
 
@@ -522,7 +565,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, MIN_BLOCKS) wide_backward
     BlockMemory& block = *reinterpret_cast<BlockMemory*>(shared);
     volatile int* done = p.order + 1;
     if (threadIdx.x == 0) {
-        block.turn = 0, block.index = blockIdx.x;
+        block.turn = block.item = 0, block.index = blockIdx.x;
         if constexpr (kAdd) {
             // Blocks are numbered as they begin, so that the one waited for has begun.
             const unsigned apart = gridDim.x / (unsigned)p.routes * (unsigned)p.apart;
@@ -537,9 +580,10 @@ extern "C" __global__ void __launch_bounds__(kThreads, MIN_BLOCKS) wide_backward
     for (;;) {
         scan_back(p, block);
         __syncthreads();
-        if (block.turn + 1 == (int)p.turns) break;
+        const bool next = block.turn + 1 == (int)p.turns;
+        if (next && block.item + 1 == (int)p.items) break;
         __syncthreads();
-        if (threadIdx.x == 0) ++block.turn;
+        if (threadIdx.x == 0) block.turn = next ? 0 : block.turn + 1, block.item += next;
         __syncthreads();
     }
     if (kAdd && threadIdx.x == 0) {

@@ -15,6 +15,7 @@
 constexpr int kFirstSegment = LONG && PASS == 2, kSegmentsLeft = LONG || PASS == 1;
 constexpr bool kFirstShorter = LONG;
 constexpr int kBuffers = 2;       // tiles in shared memory
+constexpr bool kThrift = false;  // with registers
 #include "wide_stage.cuh"
 
 constexpr bool kMerge = MERGE;

@@ -14,12 +14,18 @@
 constexpr bool kTokensFirst = TOKENS_FIRST && kRows == 1;
 constexpr int kRowHigh = kTokensFirst ? 8 : 4, kRowLow = kTokensFirst ? 1 : 2;
 constexpr int kRowsTogether = kTokensFirst ? 16 : 4;  // of those lanes
+DEVICE unsigned thread() {  // the compiler must not keep what is worked out from it, for registers are scarcer
+    unsigned t = threadIdx.x;
+    if (kThrift) asm volatile("" : "+r"(t));
+    return t;
+}
 DEVICE int own_run() {
-    return kTokensFirst ? threadIdx.x / kTile : (threadIdx.x & 1) + 2 * ((threadIdx.x >> 3) % (kRuns / 2));
+    const unsigned t = thread();
+    return kTokensFirst ? t / kTile : (t & 1) + 2 * ((t >> 3) % (kRuns / 2));
 }
 DEVICE int own_row(int r) {
-    if (kTokensFirst) return threadIdx.x % kTile;
-    return (threadIdx.x >> 1 & 3) + 4 * ((r * kThreads + threadIdx.x) / 8 / (kRuns / 2));
+    const unsigned t = thread();
+    return kTokensFirst ? t % kTile : (t >> 1 & 3) + 4 * ((r * kThreads + t) / 8 / (kRuns / 2));
 }
 
 // A thread's share of the rows of B and C.
@@ -27,7 +33,7 @@ struct Part {
     int row, state;
     bool there;
     DEVICE explicit Part(int k) {
-        const int i = (k * kThreads + threadIdx.x) * kRowRun;
+        const int i = (k * kThreads + thread()) * kRowRun;
         row = i / kRow % kTile, state = i % kRow, there = kShare > 0 || i < kTile * kRow;
     }
 };
@@ -84,8 +90,9 @@ struct Source {
     // turn: the route, where a block takes them one after the other, or -1.
     // group: of the block's groups of channels, which it takes one after the other.
     // index: which block it is; routes are what it changes with last where some wait for others.
-    DEVICE Source(const Params& p, int turn, int group, unsigned index) {
-        channels = (int)p.channels, steps = (int)p.steps, states = (int)p.states;
+    // item: of the `items` of the batch that a block takes one after the other.
+    DEVICE Source(const Params& p, int turn, int group, unsigned index, int item = 0, int items = 1) {
+        channels = (int)p.channels, steps = (int)p.steps, states = kWhole ? kRow : (int)p.states;
         blocks = (channels + kBlockChannels - 1) / kBlockChannels / (int)p.turns, block = index % blocks;
         tiles = (steps + kTile - 1) / kTile;
         unsigned rest = index / blocks;
@@ -99,11 +106,12 @@ struct Source {
             last_tile = min((segment + 1) * whole - less, tiles);
         }
         if (turn >= 0) route = turn, batch = rest;
-        else if (p.order) route = rest / (int)p.batch, batch = rest % (int)p.batch;
-        else route = rest % (int)p.routes, batch = rest / (int)p.routes;
+        else if (p.order) route = rest / ((int)p.batch / items), batch = rest % ((int)p.batch / items) * items + item;
+        else route = rest % (int)p.routes, batch = rest / (int)p.routes * items + item;
         share = p.first_share ? route % (int)p.apart : 0;
         sequence = batch * p.routes + route;
-        first = (block * (int)p.turns + group) * kBlockChannels, run = own_run() * kRun, valid = channels - first - run;
+        first = (block * (int)p.turns + group) * kBlockChannels, run = own_run() * kRun;
+        valid = kWhole ? kRun : channels - first - run;
         indices = p.indices + (long long)route * steps;
     }
     // What a lane has of a channel's states at the end of a segment, and the sum of the channel's step sizes.
@@ -195,7 +203,7 @@ struct Incoming {
         if constexpr (kTensorRank) {
 #pragma unroll
             for (int k = 0; k < kRankParts; ++k) {
-                const int i = k * kThreads + threadIdx.x, row = i / kRankWords, rank = 2 * (i % kRankWords);
+                const int i = k * kThreads + thread(), row = i / kRankWords, rank = 2 * (i % kRankWords);
                 const int token = row < kTile ? tokens[row] : -1;
                 if (row < kTile) {
                     low[k].ask(&stage.low[tile % kLowRing][row][i % kRankWords],
@@ -258,7 +266,7 @@ struct Incoming {
         if constexpr (kTensorRank) {
 #pragma unroll
             for (int k = 0; k < kRankParts; ++k) {
-                const int i = k * kThreads + threadIdx.x;
+                const int i = k * kThreads + thread();
                 unsigned* at = &stage.low[tile % kLowRing][i / kRankWords][i % kRankWords];
                 if (!low[k].kApart && i < kTile * kRankWords) *at = low[k].take(at).words[0];
             }

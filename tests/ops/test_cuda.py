@@ -195,6 +195,8 @@ def test_blocks_of_many_sequences(
     monkeypatch.setattr(cuda.kernels, "MANY", 0)
     if many:  # so that blocks add to what others have left, and if they are lean take channels in turn
         monkeypatch.setattr(cuda, "_multiprocessors", lambda _: 1)
+        if not lean:
+            monkeypatch.setattr(cuda.kernels, "wide_items", lambda _, batch, *__: batch)
     tiles = (case.grid[0] * case.grid[1] + 15) // 16
     segments = (tiles, 1) if "segments" in routes else (1, tiles)
     monkeypatch.setattr(cuda.kernels, "wide_segments", lambda *_: segments)

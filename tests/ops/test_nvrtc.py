@@ -22,7 +22,7 @@ ARCHITECTURES = (80, 90, 100, 120)
 #: lowered where a change allows it.
 SPILLS = dict(
     wide_forward=4,
-    wide_backward=88,
+    wide_backward=20,
     narrow_backward=128,
     walk_backward=64,
     routes_weigh=8,

@@ -399,11 +399,14 @@ def _plan_backward(call: ScanCall, complete: bool, dy: Tensor | None, dx: Tensor
         return _narrow_plan(kernel, call, fields, merging, parts, device)
     blocks, processors = call.batch * call.routes * tile.groups(call.channels), _multiprocessors(device)
     copies = call.rank == 0 and blocks >= tile.blocks * processors  # a low rank needs the shared memory
-    wide = _wide(call, tile, copies, *across)._replace(add=0 < apart < call.routes)
+    row, block = tile.shape.lanes * tile.shape.states, tile.warps * tile.shape.channels
+    whole = call.channels % block == 0 and call.states == row
+    wide = _wide(call, tile, copies, *across)._replace(add=0 < apart < call.routes, whole=whole)
     wanted = functools.partial(kernels.wide_backward, types, dx=TYPES[view.dtype], ddt=ddt_type)
     at_once = call.batch * (apart or call.routes)
     turns = kernels.wide_turns(tile, at_once, call.channels, processors) if wide.every > 1 else 1
-    return _wide_plan(wanted, wide, call, fields, parts, apart or call.routes, turns, device)._replace(
+    items = kernels.wide_items(tile, call.batch, at_once * tile.groups(call.channels) // turns, processors)
+    return _wide_plan(wanted, wide, call, fields, parts, apart or call.routes, turns, device, items=items)._replace(
         first=apart > 1, middle=wide.every > 1 and not (copies and _capability(device) >= (8, 0))
     )
 
@@ -629,6 +632,7 @@ def _wide_plan(
     turns: int,
     device: int,
     first: bool = False,
+    items: int = 1,
 ) -> _Plan:
     """One launch, or two over routes in segments where sequences are too few for the device; `first`: where segments
     are long the first of two does all of the first one."""
@@ -641,10 +645,11 @@ def _wide_plan(
     if alone:
         segments, per_segment = kernels.wide_segments(call.steps, blocks, room, True)
     if how.merge or segments == 1:
-        groups, blocks = groups // turns, blocks // turns
-        launch = Launch.of(wanted(how), device, blocks, _HEADER, fields | dict(apart=apart, turns=turns))
-        return _Plan(launch, how.merge, parts, groups=groups, apart=apart, blocks=blocks if how.add else 0)
-    fields |= dict(segments=segments, segment_tiles=per_segment, apart=apart, turns=1)
+        groups, blocks = groups // turns, blocks // turns // items
+        launch = Launch.of(wanted(how), device, blocks, _HEADER, fields | dict(apart=apart, turns=turns, items=items))
+        waited = blocks if how.add else 0
+        return _Plan(launch, how.merge, parts, groups=groups, apart=apart, blocks=waited, items=items)
+    fields |= dict(segments=segments, segment_tiles=per_segment, apart=apart, turns=1, items=1)
     edges, scan = (
         Launch.of(wanted(how._replace(part=part)), device, blocks * count, _HEADER, fields)
         for part, count in ((1, segments - 1), (2, segments - alone))

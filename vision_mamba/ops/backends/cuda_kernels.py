@@ -99,6 +99,7 @@ class Wide(NamedTuple):
     long: bool = False  # segments are: the first of two kernels does all of the first one going forwards
     every: int = 1  # tiles between two states that are saved
     add: bool = False  # going back, to what blocks of another route have left
+    whole: bool = False  # going back, blocks are full of channels, and lanes of states
 
 
 def wide_every(sequences: Any, channels: Any) -> Any:
@@ -113,6 +114,14 @@ def wide_turns(tile: Tile, sequences: int, channels: int, multiprocessors: int) 
     whole = tile.waves(sequences * groups, multiprocessors)
     divisors = (n for n in range(groups, 0, -1) if groups % n == 0)
     return next(n for n in divisors if n * tile.waves(sequences * groups // n, multiprocessors) <= whole)
+
+
+def wide_items(tile: Tile, batch: int, blocks: int, multiprocessors: int) -> int:
+    """Items of a batch that a block of the backward pass takes one after the other, adding up what is summed over the
+    batch: as many as leave the device filled, of so many blocks that do not wait for others."""
+    whole = tile.waves(blocks, multiprocessors)
+    fits = (n for n in (8, 4, 2, 1) if batch % n == 0)
+    return next(n for n in fits if n * tile.waves(blocks // n, multiprocessors) <= whole)
 
 
 def wide_segments(steps: int, blocks: int, room: int, shorter: bool = False) -> tuple[int, int]:
@@ -333,7 +342,7 @@ def _wide(how: Wide) -> dict[str, Any]:
     sizes |= dict(RANK=how.rank, PASS=how.part, EVERY=how.every)
     flags = dict(SOFTPLUS=how.softplus, VECTOR_X=how.vector_x, VECTOR_BC=how.vector_bc)
     flags |= dict(VECTOR_RANK=how.vector_rank, TENSOR_RANK=how.tensor_rank, TOKENS_FIRST=how.tokens_first)
-    return sizes | flags | dict(COPIES=how.copies, LONG=how.long)
+    return sizes | flags | dict(COPIES=how.copies, LONG=how.long, WHOLE=how.whole)
 
 
 def _narrow(types: Types, how: Narrow, blocks: int) -> dict[str, Any]:
@@ -397,10 +406,14 @@ SHIPPED = (
     *(wide_forward(_HALF, _shipped(forward_tiles(16, rank)[0], rank)) for rank in (0, 24)),
     *(wide_forward(_HALF, _many(forward_tiles(16, rank)[1], rank, merge=rank > 0)) for rank in (0, 24)),
     wide_forward(_FULL, _shipped(forward_tiles(64, 0)[0], 0)),
-    wide_backward(_HALF, _shipped(backward_tile(16, 2**17), 24), "Bfloat", "Bfloat"),
-    *(wide_backward(_HALF, _many(backward_tile(16, 2**17), rank, add=True), "Bfloat", "Bfloat") for rank in (0, 24)),
+    wide_backward(_HALF, _shipped(backward_tile(16, 2**17), 24)._replace(whole=True), "Bfloat", "Bfloat"),
+    wide_backward(_HALF, _many(backward_tile(16, 2**17), 0, whole=True), "Bfloat", "Bfloat"),
+    *(
+        wide_backward(_HALF, _many(backward_tile(16, 2**17), rank, add=True, whole=True), "Bfloat", "Bfloat")
+        for rank in (0, 24)
+    ),
     wide_forward(_HALF, _many(forward_tiles(16, 0)[1], 0, every=2)),
-    wide_backward(_HALF, _many(backward_tile(16, 2**17), 0, add=True, every=2), "Bfloat", "Bfloat"),
+    wide_backward(_HALF, _many(backward_tile(16, 2**17), 0, add=True, every=2, whole=True), "Bfloat", "Bfloat"),
     finish(("Bfloat",) * 3, 1, 6, 8),
     finish(("Bfloat",) * 3, 16, 24, 8),
     merge("Bfloat", "Bfloat", 8),
