@@ -110,6 +110,7 @@ def test_times_a_mixer_by_itself(
         (["vmamba_tinny"], "no model is named vmamba_tinny"),
         (["test_vmamba", "--device", "cpu", "--mode", "graph"], "graph needs a CUDA device"),
         (["test_vmamba", "--device", "cpu", "--kernels", "no_kernels.txt"], "--kernels needs a CUDA device"),
+        (["test_vmamba", "--compile-mode", "reduce-overhead"], "--compile-mode is of --mode compile"),
         ([], "name models to time, or --draw records"),
     ],
 )
