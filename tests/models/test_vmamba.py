@@ -345,8 +345,8 @@ def test_stages_hand_on_what_is_still_to_be_added(monkeypatch: pytest.MonkeyPatc
     expected = model(images)
     sums: list[torch.Size] = []
     given = pyramid.product_sum
-    for module in (pyramid, vmamba):
-        monkeypatch.setattr(module, "eager_on_gpu", lambda x: True)
+    monkeypatch.setattr(pyramid, "eager_on_gpu", lambda x: True)
+    monkeypatch.setattr(vmamba, "chains_on_gpu", lambda x: True)
     monkeypatch.setattr(pyramid, "product_sum", lambda x, branch: sums.append(x.shape) or given(x, branch))
     torch.testing.assert_close(model(images), expected)
     assert [shape[1:3] for shape in sums] == [(16, 8), (8, 4), (4, 2)]

@@ -301,6 +301,20 @@ def graphs_of(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> tuple[Any, l
     return torch.compile(model, fullgraph=True, backend=backend), graphs
 
 
+def test_a_hook_on_all_modules_keeps_chains_out_of_graphs() -> None:
+    def seen(x: Tensor) -> Tensor:
+        return x + int(compiled._shows_layers())
+
+    zero = torch.zeros(1)
+    assert torch.compile(seen, fullgraph=True, backend="eager")(zero) == 0
+    torch.compiler.reset()
+    hook = nn.modules.module.register_module_forward_hook(lambda *_: None)
+    try:
+        assert torch.compile(seen, fullgraph=True, backend="eager")(zero) == 1
+    finally:
+        hook.remove()
+
+
 @pytest.mark.parametrize(("name", "much"), [("vmamba_blocks", None), ("vim_blocks", 0)])
 def test_compiled_is_what_the_layers_are(
     name: str, much: int | None, stand_ins: list[str], monkeypatch: pytest.MonkeyPatch

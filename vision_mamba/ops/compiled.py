@@ -18,6 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
 from torch.fx.experimental.symbolic_shapes import has_static_value
 from torch.nn import Parameter
+from torch.nn.modules import module as of_modules
 
 from vision_mamba.ops.operator import _aligned, _watched, library
 from vision_mamba.ops.registry import forced
@@ -221,15 +222,16 @@ def goes_into_graphs(x: object) -> bool:
     Elsewhere the host launches a chain's kernels one by one, and may take longer for it than for what a compiler makes
     of plain torch. `use_backend("cuda")` has chains in all graphs, where they take less memory.
     """
-    if not (torch.compiler.is_dynamo_compiling() and isinstance(x, Tensor) and x.is_cuda) or _exports():
+    if not (torch.compiler.is_dynamo_compiling() and isinstance(x, Tensor) and x.is_cuda) or _shows_layers():
         return False
     return forced() == "cuda" or (forced() is None and _is_captured())
 
 
 @torch.compiler.assume_constant_result
-def _exports() -> bool:
-    """Run by torch.compile as it traces: traced, torch's own function would be true before torch 2.12 or so."""
-    return torch.compiler.is_exporting()
+def _shows_layers() -> bool:
+    """Run by torch.compile as it traces: whether an exporter, or a hook on all modules, is to see each layer. Traced,
+    torch's own function would be true before torch 2.12 or so."""
+    return torch.compiler.is_exporting() or bool(of_modules._has_any_global_hook())
 
 
 def traced(chain: ChainOperator, tensors: Tensors, options: Options) -> Any:

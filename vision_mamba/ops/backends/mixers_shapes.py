@@ -168,19 +168,3 @@ def _like_norm_both_ways(kept: Tensors) -> Tensors:
 
 
 NORM_BOTH_WAYS = Shapes(_norm_both_ways, _like_norm_both_ways)
-
-
-def _routes(tensors: Tensors, options: Options, half: torch.dtype) -> tuple[Tensors, Tensors]:
-    xz, *others = tensors
-    assert xz is not None
-    out, columns, y, saved, weights = _behind(xz, others)
-    g = xz.new_empty((*xz.shape[:2], xz.shape[2] // 2))
-    sums = xz.new_empty((len(xz), y.shape[2], y.shape[3]), dtype=torch.float32)
-    return (out,), (xz, columns, y, sums, g, *saved, *weights, *others)
-
-
-def _like_routes(kept: Tensors) -> Tensors:
-    return _without_table((kept[0], *kept[10:]))
-
-
-SCAN_ROUTES = Shapes(_routes, _like_routes)
