@@ -73,6 +73,20 @@ def test_accelerators_are_described_and_asked(monkeypatch) -> None:
     assert {finding.verdict for finding in doctor.backends() if finding.name == "reference"} == {doctor.OK}
 
 
+def test_where_kernels_are_kept(tmp_path, monkeypatch) -> None:
+    cuda = dataclasses.replace(registry.get("cuda"), unavailable=lambda device: None)
+    monkeypatch.setitem(registry._backends, "cuda", cuda)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("cuda"))
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 1)
+    monkeypatch.setenv("VISION_MAMBA_CACHE", str(tmp_path))
+    kept = by_name(doctor.backends())["kept kernels"]
+    assert kept.verdict == doctor.OK and str(tmp_path) in kept.value
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("VISION_MAMBA_CACHE", str(tmp_path / "file" / "cache"))
+    kept = by_name(doctor.backends())["kept kernels"]
+    assert kept.verdict == doctor.WARNING and "set VISION_MAMBA_CACHE to a writable directory" in kept.value
+
+
 def test_without_an_accelerator_the_cpu_is_asked(monkeypatch) -> None:
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
     assert ops.available_backends() == ops.available_backends("cpu")

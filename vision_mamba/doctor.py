@@ -27,6 +27,7 @@ import torch
 import vision_mamba
 from vision_mamba import ops, selftest
 from vision_mamba.ops import registry
+from vision_mamba.ops.backends import nvrtc
 
 OK, ABSENT, WARNING, BROKEN = "ok", "absent", "warning", "broken"
 _MARKS = {OK: "+", ABSENT: "-", WARNING: "!", BROKEN: "X"}
@@ -133,6 +134,15 @@ def backends() -> Iterator[Finding]:
             missed = WARNING if slow and fast and meant_for_it else ABSENT
             value = f"no: {reason}" if reason else "yes" if fast else "yes, slow"
             yield Finding(f"backends on {device.type}", name, value, missed if reason else OK)
+        if device.type == "cuda" and reasons["cuda"] is None:
+            yield _kept_kernels(f"backends on {device.type}")
+
+
+def _kept_kernels(topic: str) -> Finding:
+    place, obstacle = nvrtc.cache_wanted()
+    if obstacle:
+        return Finding(topic, "kept kernels", f"none, each process compiles anew: {obstacle}", WARNING)
+    return Finding(topic, "kept kernels", f"in {place}")
 
 
 def _kinds_of_device() -> list[torch.device]:

@@ -209,6 +209,18 @@ template <bool kExact> DEVICE float softplus(float v) {
     return fmaf(e, tail, fmaxf(v, 0.f));
 }
 
+// log2(1 + 2^v); the polynomial is log2(1 + e) / e on [0, 1], good to 2e-6.
+DEVICE float softplus2(float v) {
+    const float e = ex2(-fabsf(v));
+    float tail = fmaf(e, 0.020401156f, -0.095797464f);
+    tail = fmaf(e, tail, 0.21528445f);
+    tail = fmaf(e, tail, -0.33908898f);
+    tail = fmaf(e, tail, 0.47766837f);
+    tail = fmaf(e, tail, -0.72115946f);
+    tail = fmaf(e, tail, 1.4426932f);
+    return fmaf(e, tail, fmaxf(v, 0.f));
+}
+
 // Derivative of softplus at v, from s = softplus(v): 1 - exp(-s), by its series where that would cancel. kFew: good
 // to 4e-6.
 template <bool kFew = false> DEVICE float softplus_slope(float s) {
@@ -218,6 +230,12 @@ template <bool kFew = false> DEVICE float softplus_slope(float s) {
     }
     float series = s * fmaf(s, fmaf(s, fmaf(s, fmaf(s, fmaf(s, -1.f / 720, 1.f / 120), -1.f / 24), 1.f / 6), -0.5f), 1.f);
     return s < 0.25f ? series : 1.f - ex2(-s * kLog2e);
+}
+
+// The same from s in units of ln 2; good to 4e-6.
+DEVICE float softplus2_slope(float s) {
+    const float series = s * fmaf(s, fmaf(s, 0.0555041f, -0.24022651f), 0.69314718f);
+    return s < 0.045f ? series : 1.f - ex2(-s);
 }
 
 // Sum v[0..M) over the lanes whose numbers differ in the bits from kHigh down to kLow, and leave each lane with

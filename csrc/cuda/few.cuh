@@ -50,35 +50,62 @@ struct Place {
     DEVICE const char* at(int token) const { return (const char*)(base + (unsigned long long)(unsigned)max(token, 0) * step); }
 };
 template <class T>
-DEVICE Place place_of(const void* data, long long batch, long long b, long long route, long long k, long long l, long long d,
-                      int first, int valid) {
-    const long long lane = valid > 0 ? first * d : 0;
-    return {(unsigned long long)data + (batch * b + route * k + lane) * (long long)sizeof(T), (unsigned)(l * sizeof(T)),
+DEVICE Place place_of(const void* data, unsigned batch, unsigned long long b, unsigned route, unsigned long long k,
+                      unsigned long long l, unsigned long long d, int first, int valid) {
+    const unsigned lane = valid > 0 ? first : 0;
+    return {(unsigned long long)data + (batch * b + route * k + lane * d) * sizeof(T), (unsigned)(l * sizeof(T)),
             (unsigned)(d * sizeof(T)), valid};
 }
-// `there`: whether it counts; it is read in any case. Of V neighbours only those up to `last` are there.
-template <class T, int V, bool kWhole>
-DEVICE void read(Pack<T, V>& pack, const char* at, unsigned stride, int last, bool there) {
+// Loads that stay on their side of a barrier. Others are put off by the assembler until after waits for what was loaded
+// before, and each of these is a trip to memory.
+template <int kWords> DEVICE void read_words(unsigned* words, const char* at) {
+    static_assert(kWords == 1 || kWords == 2 || kWords == 4);
+    if constexpr (kWords == 1) {
+        asm volatile("ld.global.u32 %0, [%1];" : "=r"(words[0]) : "l"(at));
+    } else if constexpr (kWords == 2) {
+        asm volatile("ld.global.v2.u32 {%0, %1}, [%2];" : "=r"(words[0]), "=r"(words[1]) : "l"(at));
+    } else {
+        asm volatile("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];"
+                     : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3]) : "l"(at));
+    }
+}
+DEVICE float read_float(const float* at) {
+    unsigned word;
+    read_words<1>(&word, (const char*)at);
+    return __uint_as_float(word);
+}
+DEVICE unsigned read_half(const char* at) {
+    unsigned short half;
+    asm volatile("ld.global.u16 %0, [%1];" : "=h"(half) : "l"(at));
+    return half;
+}
+// Of V neighbours only those up to `last` are there.
+template <class T, int V, bool kWhole> DEVICE void read(Pack<T, V>& pack, const char* at, unsigned stride, int last) {
     pack.clear();
     if constexpr (kWhole) {
-        load<true>(pack, (const T*)at, 1, V);
+        constexpr int kWords = Pack<T, V>::kWords, kRead = kWords % 4 == 0 ? 4 : kWords % 2 == 0 ? 2 : 1;
+#pragma unroll
+        for (int i = 0; i < kWords; i += kRead) read_words<kRead>(pack.words + i, at + 4 * i);
     } else {
 #pragma unroll
         for (int j = 0; j < V; ++j) {
             const char* element = at + min(j, last) * (unsigned long long)stride;
             unsigned word;
-            if constexpr (sizeof(T) == 4) word = __ldg((const unsigned*)element);
-            else word = __ldg((const unsigned short*)element);
+            if constexpr (sizeof(T) == 4) read_words<1>(&word, element);
+            else word = read_half(element);
             if (j > last) word = 0;
             if constexpr (sizeof(T) == 4) pack.words[j] = word;
             else pack.words[j / 2] |= word << j % 2 * 16;
         }
     }
+}
+// What was read counts only if it is `there`. This waits for it, so all that is read together is read before.
+template <class T, int V> DEVICE void clear_unless(bool there, Pack<T, V>& pack) {
 #pragma unroll
     for (int i = 0; i < Pack<T, V>::kWords; ++i) pack.words[i] = there ? pack.words[i] : 0;
 }
 
-// A lane's channels of its segment.
+// A lane's channels of its segment: fetched, then cleared where they don't count.
 template <class T> struct Values {
     Pack<T, kAlong ? kSteps : kRun> at[kAlong ? kRun : kSteps];
 
@@ -88,14 +115,22 @@ template <class T> struct Values {
 #pragma unroll
             for (int j = 0; j < kRun; ++j) {
                 const char* from = place.at(tokens[0]) + (j < place.valid ? j : 0) * (unsigned long long)place.stride;
-                read<T, kSteps, true>(at[j], from, 0, 0, tokens[0] >= 0 && j < place.valid);
+                read<T, kSteps, true>(at[j], from, 0, 0);
             }
         } else {
 #pragma unroll
             for (int t = 0; t < kSteps; ++t) {
-                read<T, kRun, kVector>(at[t], place.at(tokens[t]), place.stride, max(place.valid, 1) - 1,
-                                       tokens[t] >= 0 && place.valid > 0);
+                read<T, kRun, kVector>(at[t], place.at(tokens[t]), place.stride, max(place.valid, 1) - 1);
             }
+        }
+    }
+    DEVICE void clear(const Place& place, const int* tokens) {
+        if constexpr (kAlong) {
+#pragma unroll
+            for (int j = 0; j < kRun; ++j) clear_unless(tokens[0] >= 0 && j < place.valid, at[j]);
+        } else {
+#pragma unroll
+            for (int t = 0; t < kSteps; ++t) clear_unless(tokens[t] >= 0 && place.valid > 0, at[t]);
         }
     }
 };
@@ -149,15 +184,16 @@ struct OwnSteps {
         if constexpr (kOne) {
 #pragma unroll
             for (int i = 0; i < kOwn; ++i) {
-                read<B_TYPE, 1, false>(B[i], at_B.at(token[i]), 0, 0, token[i] >= 0);
-                read<C_TYPE, 1, false>(C[i], at_C.at(token[i]), 0, 0, token[i] >= 0);
+                read<B_TYPE, 1, false>(B[i], at_B.at(token[i]), 0, 0);
+                read<C_TYPE, 1, false>(C[i], at_C.at(token[i]), 0, 0);
             }
         }
     }
-    DEVICE void put_rows(Steps& shelf) const {
+    DEVICE void put_rows(Steps& shelf) {
         if constexpr (kOne) {
 #pragma unroll
             for (int i = 0; i < kOwn; ++i) {
+                clear_unless(token[i] >= 0, B[i]), clear_unless(token[i] >= 0, C[i]);
                 const int step = lane + 32 * i;
                 put(shelf.B[0][step / kSteps], step % kSteps, B[i].words[0]);
                 put(shelf.C[0][step / kSteps], step % kSteps, C[i].words[0]);
@@ -169,34 +205,65 @@ struct OwnSteps {
         else row.at[t].bits = (unsigned short)word;
     }
 };
-// Several states: a warp's rows of B, or of C, onto the shelf.
-template <class T> DEVICE void stage_rows(Row<T> (*rows)[kSegments], const Place& from, const Steps& shelf, int turn, int lane) {
-    if constexpr (kAlong) {
-#pragma unroll 4
-        for (int i = lane; i < kStates * kSegments; i += 32) {
-            const int n = i / kSegments, token = shelf.tokens[turn][i % kSegments][0];
-            Pack<T, kSteps> pack;
-            read<T, kSteps, true>(pack, from.at(token) + n * (unsigned long long)from.stride, 0, 0, token >= 0);
-            store<true>(pack, (T*)&rows[n][i % kSegments], 1, kSteps);
-        }
-    } else {
+// Several states: a warp's rows of B, or of C, on their way to the shelf, so many states of them at a time.
+constexpr int kStage = kStates < 16 ? kStates : 16;
+template <class T> struct StagedRows {
+    static constexpr int kPacks = kAlong ? (kStage * kSegments + 31) / 32 : kOwn * (kStage / kRowRun);
+    Pack<T, kAlong ? kSteps : kRowRun> at[kPacks];
+
+    DEVICE void fetch(const Place& from, const Steps& shelf, int turn, int lane, int first) {
 #pragma unroll
-        for (int i = 0; i < kOwn; ++i) {
-            const int step = lane + 32 * i;
-            const int segment = step / kSteps, t = step % kSteps, token = shelf.tokens[turn][segment][t];
-            const char* at = from.at(token);
-#pragma unroll 4
-            for (int n = 0; n < kStates; n += kRowRun) {
-                Pack<T, kRowRun> pack;
-                read<T, kRowRun, (kRowRun > 1)>(pack, at + n * (unsigned long long)from.stride, 0, 0, token >= 0);
+        for (int i = 0; i < kPacks; ++i) {
+            const Spot spot = find(i, lane, first);
+            const char* row = from.at(spot.token(shelf, turn)) + min(spot.n, kStates - 1) * (unsigned long long)from.stride;
+            if constexpr (kAlong) read<T, kSteps, true>(at[i], row, 0, 0);
+            else read<T, kRowRun, (kRowRun > 1)>(at[i], row, 0, 0);
+        }
+    }
+    DEVICE void put(Row<T> (*rows)[kSegments], const Steps& shelf, int turn, int lane, int first) {
+#pragma unroll
+        for (int i = 0; i < kPacks; ++i) {
+            const Spot spot = find(i, lane, first);
+            clear_unless(spot.token(shelf, turn) >= 0, at[i]);
+            if (spot.n >= kStates) continue;
+            if constexpr (kAlong) {
+                store<true>(at[i], (T*)&rows[spot.n][spot.segment], 1, kSteps);
+            } else {
 #pragma unroll
                 for (int k = 0; k < kRowRun; ++k) {
-                    unsigned word = pack.words[k * (int)sizeof(T) / 4];
+                    unsigned word = at[i].words[k * (int)sizeof(T) / 4];
                     if (sizeof(T) == 2 && k % 2) word >>= 16;
-                    OwnSteps::put(rows[n + k][segment], t, word);
+                    OwnSteps::put(rows[spot.n + k][spot.segment], spot.t, word);
                 }
             }
         }
+    }
+
+private:
+    struct Spot {
+        int n, segment, t;
+
+        DEVICE int token(const Steps& shelf, int turn) const { return shelf.tokens[turn][segment][t]; }
+    };
+    static DEVICE Spot find(int i, int lane, int first) {
+        if constexpr (kAlong) {
+            const int all = lane + 32 * i;
+            return {all < kStage * kSegments ? first + all / kSegments : kStates, all % kSegments, 0};
+        } else {
+            constexpr int kRuns = kStage / kRowRun;
+            const int step = lane + i / kRuns * 32;
+            return {first + i % kRuns * kRowRun, step / kSteps, step % kSteps};
+        }
+    }
+};
+DEVICE void stage_rows(Steps& shelf, const Place& at_B, const Place& at_C, int turn, int lane) {
+#pragma unroll 1
+    for (int first = 0; first < kStates; first += kStage) {
+        StagedRows<B_TYPE> B;
+        StagedRows<C_TYPE> C;
+        B.fetch(at_B, shelf, turn, lane, first), C.fetch(at_C, shelf, turn, lane, first);
+        __syncwarp();  // no load waits for what is done with another
+        B.put(shelf.B, shelf, turn, lane, first), C.put(shelf.C, shelf, turn, lane, first);
     }
 }
 
@@ -215,8 +282,21 @@ struct Ranks {
                 for (int word = 0; word < 2 * kDepth; ++word) {
                     // Beyond the last column any number will do: its weight is 0.
                     const int over = 8 * word + 8 <= kRank ? 0 : max(8 * word + 2 * (lane & 3) - (kRank - 2), 0);
-                    const unsigned two = 8 * word < kRank ? __ldg((const unsigned*)(at + 16 * word - 2 * over)) : 0;
-                    words[t / 2][word / 2][word % 2 * 2 + t % 2] = tokens[t] >= 0 ? two : 0;
+                    unsigned two = 0;
+                    if (8 * word < kRank) read_words<1>(&two, at + 16 * word - 2 * over);
+                    words[t / 2][word / 2][word % 2 * 2 + t % 2] = two;
+                }
+            }
+        }
+    }
+    DEVICE void clear(const int* tokens) {
+        if constexpr (kRank > 0) {
+#pragma unroll
+            for (int t = 0; t < kSteps; ++t) {
+#pragma unroll
+                for (int word = 0; word < 2 * kDepth; ++word) {
+                    unsigned& two = words[t / 2][word / 2][word % 2 * 2 + t % 2];
+                    two = tokens[t] >= 0 ? two : 0;
                 }
             }
         }
@@ -289,10 +369,13 @@ DEVICE int pushed(int length, int rank) { return kRoutes * kChannels * 4 * ((len
 template <class T>
 DEVICE void write_sum(const float4* sum, T* out, long long token_stride, long long stride, int rank, int length, int valid) {
     constexpr int kPieces = kChannels / 4;
-    const int slots = (length + kCluster - 1) / kCluster;
-    for (int i = threadIdx.x; i < slots * kPieces; i += 32 * kWarps) {
-        const int token = i / kPieces * kCluster + rank, piece = i % kPieces * 4;
-        if (token >= length) break;
+    static_assert(32 * kWarps % kPieces == 0);
+    const int slots = (length + kCluster - 1) / kCluster, piece = threadIdx.x % kPieces * 4;
+    const int first = threadIdx.x / kPieces * kCluster + rank;
+    constexpr int kAtOnce = 32 * kWarps / kPieces * kCluster;
+    T* to = out + first * token_stride + piece * stride;
+#pragma unroll 1
+    for (int i = threadIdx.x, token = first; token < length; i += 32 * kWarps, token += kAtOnce) {
         float v[4] = {0.f, 0.f, 0.f, 0.f};
 #pragma unroll
         for (int k = 0; k < kRoutes; ++k) {
@@ -301,7 +384,8 @@ DEVICE void write_sum(const float4* sum, T* out, long long token_stride, long lo
         }
         Pack<T, 4> packed;
         packed.set(v);
-        store<MERGE_VECTOR>(packed, out + token * token_stride + piece * stride, (int)stride, valid - piece);
+        store<MERGE_VECTOR>(packed, to, (int)stride, valid - piece);
+        to += kAtOnce * token_stride;
     }
 }
 // Write a lane's channels of a segment where they belong.

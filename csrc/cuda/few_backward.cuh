@@ -1,5 +1,5 @@
 // few_backward.cuh: gradients of the scan of few_forward.cuh, with warps and steps as there; the equations are at the head
-// of wide_backward.cuh. The state before each segment was saved, so that states are computed again within segments; the
+// of wide_backward.cuh. The state before each warp but the first was saved, so that states are computed again within warps; the
 // gradients of states, g -> a g + c, are joined backwards as states are forwards. dB and dC are summed over the cluster's
 // channels and leave as one partial result a cluster; what belongs to a channel, as one for each block of a route.
 #pragma once
@@ -141,17 +141,26 @@ few_backward(const __grid_constant__ Params p) {
         x.fetch(at_x, tokens);
         dy.fetch(at_dy, tokens);
         const int at_warp = chunk * kRouteWarps + place_in_route, at_segment = at_warp * kSegments + segment;
-        const float* saved = p.saved + (sequence * p.segments + min(at_warp, (int)p.segments - 1)) * kStates * channels + from;
-#pragma unroll 4
-        for (int e = lane; e < kElements; e += 32) {
-            shelf.first[e] = from + e % kChannels < channels ? __ldg(saved + e / kChannels * channels + e % kChannels) : 0.f;
+        // The state before the first warp is the initial one; those past the end are not needed.
+        const float* past = at_warp == 0 ? p.initial_state : at_warp * kWarpSteps < steps ? p.saved : nullptr;
+        if (past) past += (at_warp == 0 ? sequence : sequence * p.segments + at_warp - 1) * channels * kStates;
+        float states[(kElements + 31) / 32];
+#pragma unroll
+        for (int i = 0; i < (kElements + 31) / 32; ++i) {
+            const int e = lane + 32 * i, channel = from + e % kChannels;
+            const bool there = past && e < kElements && channel < channels;
+            states[i] = there ? read_float(past + channel * kStates + e / kChannels) : 0.f;
         }
+        if constexpr (!kOne) stage_rows(shelf, at_B, at_C, turn, lane);
         own.put_rows(shelf);
         if (more) own.fetch_tokens(table, begin + (chunk - 1) * round_steps, steps);
-        if constexpr (!kOne) {
-            stage_rows(shelf.B, at_B, shelf, turn, lane);
-            stage_rows(shelf.C, at_C, shelf, turn, lane);
+#pragma unroll
+        for (int i = 0; i < (kElements + 31) / 32; ++i) {
+            if (lane + 32 * i < kElements) shelf.first[lane + 32 * i] = states[i];
         }
+        if constexpr (kRank > 0) ranks.clear(tokens);
+        else dt.clear(at_dt, tokens);
+        x.clear(at_x, tokens), dy.clear(at_dy, tokens);
         float s[kSteps][kRun];
         weights.step_sizes(s, bias, ranks);
         float forward_sums[4][kRun];  // of step sizes over 1, 2, 4 segments up to this one, and over those before it
@@ -230,7 +239,7 @@ few_backward(const __grid_constant__ Params p) {
             if (part == 0) {
                 for (int e = lane; e < kElements; e += 32) {
                     float2 all = block.totals[turn][first_warp + kPart - 1][e];
-#pragma unroll 4
+#pragma unroll
                     for (int w = kPart - 2; w >= 0; --w) {
                         const float2 one = block.totals[turn][first_warp + w][e];
                         all.y = fmaf(one.x, all.y, one.y), all.x *= one.x;
@@ -246,7 +255,7 @@ few_backward(const __grid_constant__ Params p) {
         }
         if constexpr (kChain) {
             const long long link = ((long long)unit * kTogether + mate) * chunks + chunk;
-            unsigned long long* words = (unsigned long long*)p.order + 1 + link * kElements;
+            unsigned* words = (unsigned*)p.order + 1 + link * kElements;
             for (int e = threadIdx.x; e < kElements; e += 32 * kWarps) {
                 float2 all = block.totals[0][kWarps - 1][e];
 #pragma unroll
@@ -269,16 +278,16 @@ few_backward(const __grid_constant__ Params p) {
             const float carried = block.carry[turn][in_block][e];
             float g = carried;
             if constexpr (kSpan > 1) {
-#pragma unroll 4
-                for (int i = kSpan - 1; i > span; --i) {
+#pragma unroll
+                for (int i = kSpan - 1; i > 0; --i) {
                     const float2 one = block.shares[turn][i][e];
-                    g = fmaf(one.x, g, one.y);
+                    if (i > span) g = fmaf(one.x, g, one.y);
                 }
             }
-#pragma unroll 4
-            for (int w = kPart - 1; w > part; --w) {
+#pragma unroll
+            for (int w = kPart - 1; w > 0; --w) {  // without a loop, so that they are all read at once
                 const float2 one = block.totals[turn][first_warp + w][e];
-                g = fmaf(one.x, g, one.y);
+                if (w > part) g = fmaf(one.x, g, one.y);
             }
             shelf.start[e] = g;
             if (!kChain && part == 0) {
@@ -377,7 +386,7 @@ few_backward(const __grid_constant__ Params p) {
                     }
                 }
             } else if constexpr (kSumRows) {
-                leave_rows(shelf, n, segment, t, of_rows, mate, rank);
+                leave_rows(shelf, n, segment * kSteps + t, of_rows, mate, rank);
             } else {
 #pragma unroll
                 for (int i = 0; i < 2; ++i) {
@@ -453,7 +462,7 @@ few_backward(const __grid_constant__ Params p) {
                         Pack<DDT_TYPE, 2> packed;
                         packed.set(out + 2 * j);
                         if constexpr (kSumRows) {
-                            leave_columns(shelf, segment, 2 * i + j, column, packed, mate, rank);
+                            leave_columns(shelf, segment * kSteps + 2 * i + j, column, packed, mate, rank);
                             continue;
                         }
                         if (token < 0) continue;
@@ -500,7 +509,7 @@ few_backward(const __grid_constant__ Params p) {
         }
     }
     __syncthreads();
-    if constexpr (kMerge) await_mail(block.of_sum, 0);
+    if constexpr (kMerge) await_mail<true>(block.of_sum, 0);
     const long long share = (kChain ? batch * chunks + last : batch * kSpan + span) * p.routes + route;
     for (int i = part * 32 + lane; i < kSums; i += 32 * kPart) {
         float total = 0.f;

@@ -32,6 +32,7 @@ DEVICE void cluster_wait() {
 // Mail: blocks of a cluster write into each other's shared memory, and each counts the bytes that came. That takes no
 // fence, which would wait for all that a block has written anywhere. One thread says once a phase how many will come.
 typedef unsigned long long Mail;
+constexpr int kMostTurns = 1 << 20;  // of a wait; on an H200 one lasts 5 us
 DEVICE unsigned shared_place(const void* at) { return (unsigned)__cvta_generic_to_shared(at); }
 DEVICE unsigned place_at(const void* at, int rank) {
     unsigned to = 0;
@@ -57,8 +58,23 @@ DEVICE void show_mail() {  // to the cluster, when all are open
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 #endif
 }
-DEVICE void await_mail(Mail& mail, int phase) {
+// `limited`: where the values of the call decide how many will come, and a wrong table of routes could keep all waiting.
+template <bool kLimited = false> DEVICE void await_mail(Mail& mail, int phase) {
 #if JOINED > 1
+    if constexpr (kLimited) {
+        unsigned came = 0;
+        for (int turns = 0; !came; ++turns) {
+            asm volatile("{\n\t.reg .pred done;\n\t"
+                         "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%1], %2;\n\t"
+                         "selp.u32 %0, 1, 0, done;\n\t}"
+                         : "=r"(came) : "r"(shared_place(&mail)), "r"(phase & 1) : "memory");
+            if (!came && turns >= kMostTurns && threadIdx.x == 0) {
+                __assertfail("the table of indices still is as it was read; now a route names a token twice",
+                             "few_cluster.cuh", __LINE__, "cross_selective_scan", 1ull);
+            }
+        }
+        return;
+    }
     asm volatile("{\n\t.reg .pred done;\n\tagain:\n\t"
                  "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], %1;\n\t@!done bra again;\n\t}"
                  ::"r"(shared_place(&mail)), "r"(phase & 1) : "memory");
@@ -86,18 +102,17 @@ template <class T> DEVICE void send_two(const T* at, int rank, const Pack<T, 2>&
     else send_word(at, rank, two.words[0], mail);
 }
 
-// The chain: a number that a block leaves for the next one of its route, in a word whose upper half says that it is
-// there, so that nothing else has to be awaited.
-DEVICE float await_number(const unsigned long long* from) {
-    unsigned long long word;
+// The chain: a number that a block leaves for the next one of its route, its bits turned over. 0 says that it isn't there
+// yet, so that nothing else has to be awaited: as a number it would be a NaN that no sum and no product has.
+DEVICE float await_number(const unsigned* from) {
+    unsigned word;
     do {
-        asm volatile("ld.relaxed.gpu.global.u64 %0, [%1];" : "=l"(word) : "l"(from) : "memory");
-    } while (!(word >> 32));
-    return __uint_as_float((unsigned)word);
+        asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(word) : "l"(from) : "memory");
+    } while (!word);
+    return __uint_as_float(~word);
 }
-DEVICE void leave_number(unsigned long long* to, float number) {
-    const unsigned long long word = 1ull << 32 | __float_as_uint(number);
-    asm volatile("st.relaxed.gpu.global.u64 [%0], %1;" ::"l"(to), "l"(word) : "memory");
+DEVICE void leave_number(unsigned* to, float number) {
+    asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" ::"l"(to), "r"(~__float_as_uint(number)) : "memory");
 }
 // How many clusters have begun before this one: those that it will wait for have.
 DEVICE int take_turn(int* begun, float2& place, Mail& mail) {

@@ -49,7 +49,8 @@ few_forward(const __grid_constant__ Params p) {
     const int place_in_route = (rank * kWarps + warp) % kRouteWarps;
     const int part = warp % kPart, first_warp = warp - part, span = rank % kSpan, in_block = warp / kPart;
     const int route = kMerge ? of_routes : rest % (int)p.routes;
-    const long long batch = kMerge ? rest : rest / (int)p.routes, sequence = batch * p.routes + route;
+    const int batch = kMerge ? rest : rest / (int)p.routes;
+    const long long sequence = (long long)batch * (int)p.routes + route;
     const int from = tile * kChannels, first = from + kRun * quad, valid = channels - first;
     const int round_steps = kRouteWarps * kWarpSteps, chunks = (steps + round_steps - 1) / round_steps;
     const int rounds = kChain || kOnce ? 1 : chunks;
@@ -118,12 +119,12 @@ few_forward(const __grid_constant__ Params p) {
         const bool more = round + 1 < rounds;
         own.put_rows(shelf);
         if (more) own.fetch_tokens(table, begin + (round + 1) * round_steps, steps);
-        if constexpr (!kOne) {
-            stage_rows(shelf.B, at_B, shelf, turn, lane);
-            stage_rows(shelf.C, at_C, shelf, turn, lane);
-        }
+        if constexpr (!kOne) stage_rows(shelf, at_B, at_C, turn, lane);
         read_tokens(tokens, shelf.tokens[turn][segment]);
         float s[kSteps][kRun], y[kSteps][kRun];
+        x.clear(at_x, tokens);
+        if constexpr (kRank > 0) ranks.clear(tokens);
+        else dt.clear(at_dt, tokens);
         weights.step_sizes(s, bias, ranks);
 #pragma unroll
         for (int t = 0; t < kSteps; ++t) {
@@ -239,7 +240,7 @@ few_forward(const __grid_constant__ Params p) {
                 if (!begun) cluster_wait();
                 for (int e = lane; e < kElements; e += 32) {
                     float2 all = block.totals[turn][first_warp][e];
-#pragma unroll 4
+#pragma unroll
                     for (int w = 1; w < kPart; ++w) {
                         const float2 one = block.totals[turn][first_warp + w][e];
                         all.y = fmaf(one.x, all.y, one.y), all.x *= one.x;
@@ -258,7 +259,7 @@ few_forward(const __grid_constant__ Params p) {
         }
         if constexpr (kChain) {
             const long long link = (long long)unit * chunks + chunk;
-            unsigned long long* words = (unsigned long long*)p.order + 1 + link * kElements;
+            unsigned* words = (unsigned*)p.order + 1 + link * kElements;
             for (int e = threadIdx.x; e < kElements; e += 32 * kWarps) {
                 float2 all = block.totals[0][0][e];
 #pragma unroll
@@ -278,26 +279,27 @@ few_forward(const __grid_constant__ Params p) {
             __syncthreads();
         }
         const int at_warp = (chunk + round) * kRouteWarps + place_in_route;
-        const bool saves = p.saved && at_warp * kWarpSteps % kSaved == 0 && at_warp * kWarpSteps < steps;
+        const int at_save = at_warp * kWarpSteps / kSaved - 1;
+        const bool saves = p.saved && at_save >= 0 && at_warp * kWarpSteps % kSaved == 0 && at_warp * kWarpSteps < steps;
         for (int e = lane; e < kElements; e += 32) {
             const float carried = block.carry[turn][in_block][e];
             float h = carried;
             if constexpr (kSpan > 1) {
-#pragma unroll 4
-                for (int i = 0; i < span; ++i) {
+#pragma unroll
+                for (int i = 0; i < kSpan - 1; ++i) {
                     const float2 one = block.shares[turn][i][e];
-                    h = fmaf(one.x, h, one.y);
+                    if (i < span) h = fmaf(one.x, h, one.y);
                 }
             }
-#pragma unroll 4
-            for (int w = 0; w < part; ++w) {
+#pragma unroll
+            for (int w = 0; w < kPart - 1; ++w) {  // without a loop, so that they are all read at once
                 const float2 one = block.totals[turn][first_warp + w][e];
-                h = fmaf(one.x, h, one.y);
+                if (w < part) h = fmaf(one.x, h, one.y);
             }
             shelf.start[e] = h;
             if (const int channel = from + e % kChannels; saves && channel < channels) {
-                const long long at = sequence * p.segments + at_warp * kWarpSteps / kSaved;
-                p.saved[(at * kStates + e / kChannels) * channels + channel] = h;
+                const long long at = sequence * p.segments + at_save;
+                p.saved[(at * channels + channel) * kStates + e / kChannels] = h;
             }
             if (!kChain && part == kPart - 1) {
                 float behind = carried;
@@ -362,7 +364,7 @@ few_forward(const __grid_constant__ Params p) {
     }
     if constexpr (kMerge) {
         if constexpr (kCluster > 1) {
-            await_mail(block.of_sum, 0);
+            await_mail<true>(block.of_sum, 0);
         } else {
             __syncthreads();
         }

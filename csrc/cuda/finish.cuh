@@ -13,20 +13,26 @@ constexpr int kStates = STATES;
 constexpr bool kNarrow = kStates == 1;
 constexpr int kRank = RANK;      // of a step size whose gradient was multiplied in the kernel, or 0
 constexpr int kRun = RUN;        // of the step size's gradient; divides batch * tokens * routes * rank, or the rank
-constexpr int kStateRun = kNarrow ? 1 : kStates % 4 == 0 ? 4 : kStates % 2 == 0 ? 2 : 1;
+constexpr int kStateRun = kNarrow ? 1 : kStates % 8 == 0 ? 8 : kStates % 4 == 0 ? 4 : kStates % 2 == 0 ? 2 : 1;
 
 extern "C" __device__ int launch_shape[2] = {256, 0};
 
 // kCount neighbours of a sum over parts that lie `stride` apart.
 template <class T, class To, int kCount>
 DEVICE void add_up(const T* from, long long stride, int parts, To* to) {
+    constexpr int kTogether = 4;  // are asked for before the first is used, also where parts are fewer
     float sum[kCount] = {};
-#pragma unroll 4
-    for (int part = 0; part < parts; ++part) {
-        Pack<T, kCount> pack;
-        load<true>(pack, from + part * stride, 1, kCount);
+    for (int first = 0; first < parts; first += kTogether) {
+        Pack<T, kCount> packs[kTogether];
 #pragma unroll
-        for (int j = 0; j < kCount; ++j) sum[j] += pack.get(j);
+        for (int n = 0; n < kTogether; ++n) {
+            load<true>(packs[n], from + (first + n) * stride, 1, first + n < parts ? kCount : 0);
+        }
+#pragma unroll
+        for (int n = 0; n < kTogether; ++n) {
+#pragma unroll
+            for (int j = 0; j < kCount; ++j) sum[j] += packs[n].get(j);
+        }
     }
     Pack<To, kCount> packed;
     packed.set(sum);
@@ -41,7 +47,7 @@ DEVICE void add_up_row(const void* from, int parts, void* to, long long i) {
 
 extern "C" __global__ void __launch_bounds__(256) finish(const __grid_constant__ Params p) {
     const long long channels = p.routes * p.channels, sequences = p.batch * p.routes, rows = sequences * p.tokens;
-    const long long sums[4] = {channels * (kStates + 2 + kRank), rows * kRank / kRun,
+    const long long sums[4] = {p.sum_channels ? channels * (kStates + 2 + kRank) : 0, rows * kRank / kRun,
                                kNarrow ? sequences * p.steps : rows * kStates / kStateRun,
                                kNarrow ? 0 : rows * kStates / kStateRun};
     const int tiles = (int)p.tiles;

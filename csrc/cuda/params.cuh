@@ -25,8 +25,8 @@ struct Params {
     void* dx;
     void* first_share;     // (B, L, D): where the first route's share of y or dx goes, if not to those of the others
     void* ddt;             // like dt, or (B, L, K, D); of a low rank (B, L, K, channel tiles, R), where N = 1 (tiles, B, L, K, R)
-    void* dB;              // (B, L, K, channel tiles, N)
-    void* dC;              // (B, L, K, channel tiles, N)
+    void* dB;              // (B, L, K, channel tiles, N); (B, L, K, N) and of any strides where it is the gradient itself
+    void* dC;
     float* dA;             // (B, segments, K, D, N)
     float* dD;             // (B, segments, K, D), or null
     float* ddt_bias;       // (B, segments, K, D), or null
@@ -90,4 +90,13 @@ struct Params {
     long long ddt_l;
     long long ddt_k;
     long long ddt_d;
+    // Of dB and dC where few_backward.cuh writes them as they are wanted.
+    long long dB_b;
+    long long dB_l;
+    long long dB_k;
+    long long dB_n;
+    long long dC_b;
+    long long dC_l;
+    long long dC_k;
+    long long dC_n;
 };

@@ -10,17 +10,6 @@ constexpr bool kSoftplus = SOFTPLUS;
 constexpr bool kExact = sizeof(DT_TYPE) == 4;
 constexpr float kUnit = kExact ? 1.f : kLn2, kPerUnit = kExact ? 1.f : kLog2e, kDecay = kExact ? kLog2e : 1.f;
 
-// log2(1 + 2^v); the polynomial is log2(1 + e) / e on [0, 1], good to 2e-6.
-DEVICE float softplus2(float v) {
-    const float e = ex2(-fabsf(v));
-    float tail = fmaf(e, 0.020401156f, -0.095797464f);
-    tail = fmaf(e, tail, 0.21528445f);
-    tail = fmaf(e, tail, -0.33908898f);
-    tail = fmaf(e, tail, 0.47766837f);
-    tail = fmaf(e, tail, -0.72115946f);
-    tail = fmaf(e, tail, 1.4426932f);
-    return fmaf(e, tail, fmaxf(v, 0.f));
-}
 DEVICE float step_size(float v) {
     if constexpr (!kSoftplus) return v;
     else return kExact ? softplus<true>(v) : softplus2(v);

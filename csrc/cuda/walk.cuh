@@ -59,11 +59,11 @@ template <class T> DEVICE uint4 sum(uint4 a, uint4 b) {
     return {sum<T>(a.x, b.x), sum<T>(a.y, b.y), sum<T>(a.z, b.z), sum<T>(a.w, b.w)};
 }
 
-// base + index * step in one instruction.
+// base + index * step in one instruction. (In three, if the sum is part of the assembly or the product of C++.)
 DEVICE unsigned long long multiply_add_wide(unsigned index, unsigned step, unsigned long long base) {
-    unsigned long long r;
-    asm("mad.wide.u32 %0, %1, %2, %3;" : "=l"(r) : "r"(index), "r"(step), "l"(base));
-    return r;
+    unsigned long long product;
+    asm("mul.wide.u32 %0, %1, %2;" : "=l"(product) : "r"(index), "r"(step));
+    return product + base;
 }
 
 // Where a tensor's rows lie for a lane.

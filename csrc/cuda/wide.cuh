@@ -1,13 +1,17 @@
 // wide.cuh: what both passes for several states a channel share: sizes, runs of floats in shared memory, numbers on the
 // tensor cores. How a tile comes into shared memory is in wide_stage.cuh.
 #pragma once
-#include "common.cuh"
+#include "tf32.cuh"
 
 constexpr int kLanes = LANES;    // lanes that share a channel
 constexpr int kStates = STATES;  // states a lane holds of each of its channels
 constexpr int kSlots = SLOTS;    // channels of a lane
 constexpr bool kSoftplus = SOFTPLUS;
 constexpr int kRank = RANK;  // columns of a low-rank step size, 0 = dt comes whole
+// Step sizes in 16 bits are taken in units of ln 2, so that neither softplus nor the decay multiplies by log2(e); B
+// makes up for it. In 32 bits they stay as they are, for the sake of softplus's last digits.
+constexpr bool kExact = sizeof(DT_TYPE) == 4;
+constexpr float kUnit = kExact ? 1.f : kLn2, kPerUnit = kExact ? 1.f : kLog2e, kDecay = kExact ? kLog2e : 1.f;
 constexpr int kWarps = WARPS;
 constexpr bool kVectorX = VECTOR_X;        // x, dt and what goes with them: channels are neighbours, aligned, whole runs
 constexpr bool kVectorBC = VECTOR_BC;      // B, C: states are neighbours, aligned, as many as lanes hold
@@ -38,7 +42,12 @@ constexpr int kRun = kWarpChannels < 16 ? kWarpChannels / 2 : 8;  // channels a 
 constexpr int kRuns = kBlockChannels / kRun;
 constexpr int kRows = kTile * kRuns / kThreads;  // rows of which a thread has a run
 constexpr int kShare = kTile * kRow / kThreads;
-constexpr int kRowRun = kShare < 1 ? 1 : kShare < 4 ? kShare : 4;  // states a thread loads at a time, of one step
+template <class, class> constexpr bool kAlike = false;
+template <class T> constexpr bool kAlike<T, T> = true;
+// Whether one half of the threads takes B, the other C, so that each loads more at a time.
+constexpr bool kHalves = kCopies && kVectorBC && kAlike<B_TYPE, C_TYPE> && (kShare == 1 || kShare == 2);
+// States a thread loads at a time, of one step.
+constexpr int kRowRun = kHalves ? 2 * kShare : kShare < 1 ? 1 : kShare < 4 ? kShare : 4;
 constexpr int kParts = kShare < 4 ? 1 : kShare / 4;
 constexpr bool kPartsAhead = kParts <= 2;
 constexpr int kRankTiles = kRank ? (kRank + 7) / 8 : 1;  // of eight columns
@@ -52,12 +61,13 @@ static_assert(kSlots <= kLanes || kLanes == 1);
 static_assert(kRun >= 1 && kRows >= 1 && kRuns % 2 == 0);
 static_assert(!kTensorRank || kWarpChannels % 8 == 0);
 
-// Element `more` of a token's row. One multiplication: the compiler would take three for 64 bits.
+// Element `more` of a token's row. The product is an instruction of its own here, which becomes one with the addition
+// behind it; written in C++ it would be three.
 template <class T> DEVICE T* at_token(T* tensor, int token, long long stride, int more = 0) {
     __builtin_assume(__isGlobal(tensor));  // where a pointer comes from shared memory, this isn't seen
     long long at;
-    asm("mad.wide.s32 %0, %1, %2, %3;" : "=l"(at) : "r"(token), "r"((int)stride), "l"((long long)more));
-    return tensor + at;
+    asm("mul.wide.s32 %0, %1, %2;" : "=l"(at) : "r"(token), "r"((int)stride * (int)sizeof(T)));
+    return (T*)((char*)tensor + at) + more;
 }
 
 // V neighbouring floats in shared or device memory, four at a time where that is aligned.
@@ -128,19 +138,6 @@ DEVICE uint2 halves(float v0, float v1) {
     const unsigned high = narrow_pair<Bfloat>(v0, v1);
     return {high, narrow_pair<Bfloat>(v0 - __uint_as_float(high << 16), v1 - __uint_as_float(high & 0xffff0000u))};
 }
-// d += A B in tf32, 16 x 8 and 8 x 8: the lane gives of A the rows lane / 4 and lane / 4 + 8 of column lane % 4, then of
-// column lane % 4 + 4; of B column lane / 4 of those rows; and has of d those rows, columns 2 (lane % 4) and the next.
-// Of the numbers the upper 19 bits count.
-DEVICE void multiply_add_tf32(float* d, float a0, float a1, float a2, float a3, float b0, float b1) {
-#if __CUDA_ARCH__ >= 800
-    asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
-        "{%0, %1, %2, %3};"
-        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-        : "r"(__float_as_uint(a0)), "r"(__float_as_uint(a1)), "r"(__float_as_uint(a2)), "r"(__float_as_uint(a3)),
-          "r"(__float_as_uint(b0)), "r"(__float_as_uint(b1)));
-#endif
-}
-constexpr float kTruncated = 1.000352f;  // what cutting off 13 bits takes from a number on average, given back
 
 // What a thread has asked for of a row and not yet used: where a copy without registers is possible, on its way into a
 // place of its own in shared memory, so that no barrier is needed to read it; in registers elsewhere.
@@ -150,12 +147,12 @@ template <int kBytes> DEVICE void copy_async(void* to, const void* from, bool th
     if constexpr (kBytes % 16 == 0) {
 #pragma unroll
         for (int i = 0; i < kBytes; i += 16) {
-            asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
-                         :: "r"(at + i), "l"((const char*)from + i), "r"(there ? 16 : 0) : "memory");
+            asm volatile("{ .reg .pred none; setp.eq.u32 none, %2, 0; cp.async.cg.shared.global [%0], [%1], 16, none; }"
+                         :: "r"(at + i), "l"((const char*)from + i), "r"((unsigned)there) : "memory");
         }
     } else {
-        asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;"
-                     :: "r"(at), "l"(from), "n"(kBytes), "r"(there ? kBytes : 0) : "memory");
+        asm volatile("{ .reg .pred none; setp.eq.u32 none, %3, 0; cp.async.ca.shared.global [%0], [%1], %2, none; }"
+                     :: "r"(at), "l"(from), "n"(kBytes), "r"((unsigned)there) : "memory");
     }
 #endif
 }

@@ -16,7 +16,7 @@
 // dB, dC: summed over a lane's channels, over the lanes by the tensor cores (or by exchanges where lanes that share
 // states are fewer than four), over the warps through shared memory, over the blocks by the host's sum of partial
 // results: all in fixed order. A block takes groups of channels in turn (p.turns), adding to what it has written of both,
-// and items of the batch (p.items), adding to its sums over the batch.
+// and for each of them several items of the batch (p.items), whose share of the sums over the batch it keeps meanwhile.
 // kAdd: routes are added up in dx, of which there are p.apart shares; a block waits until the one that took the same
 // channels p.apart routes before is done. It has begun, since blocks are numbered as they begin, route by route.
 #pragma once
@@ -32,7 +32,11 @@ constexpr int kSub = SUB;
 constexpr int kHeld = kTile - kSub;
 constexpr bool kDirect = kWarps == 1;  // a warp's sums are the block's
 constexpr int kFlush = 64;             // tiles after which partial sums of dA leave the registers
-constexpr int kColumns = owned_count<2 * kRun, kRowHigh, kRowLow>();
+// Where there is room for them in shared memory a thread keeps its shares of dD and ddt_bias for all channels of its run,
+// else they are added over lanes after every tile.
+constexpr bool kColumnsApart = kRank == 0 && !kExact && kRun * sizeof(X_TYPE) <= 16;
+constexpr int kColumnLow = kColumnsApart ? 2 * kRowHigh : kRowLow;
+constexpr int kColumns = owned_count<2 * kRun, kRowHigh, kColumnLow>(), kColumnRun = kColumns < 4 ? kColumns : 4;
 
 static_assert(kSub % kSpan == 0 && kHeld % kSpan == 0);
 
@@ -57,6 +61,12 @@ DEVICE void pause() {
 #endif
 }
 
+// Where what is asked for of a tile comes to. It has a name, since NVRTC 12 does not find its members otherwise.
+struct Rows {
+    Places places;
+    alignas(16) unsigned dy[kRows][AskedDy::kApart ? kThreads : 1][AskedDy::kWords];
+};
+
 struct alignas(16) BlockMemory {
     const Y_TYPE* of_dy;  // of the block's channels, as what stage has
     DX_TYPE* dx;
@@ -72,15 +82,14 @@ struct alignas(16) BlockMemory {
     bool adds;  // to what another block has left of dx
     unsigned index;
     int turn, item;
+    float* middle;
+    long long sequence, share, dx_by_item;
     Stage stage;               // su: s, s x -> <g, B>; in between, halves of ddt, of two channels in the first's place
     float2 dz[kTile][kPitch];  // dy, x or none -> <g h A>
-    alignas(16) float columns[kThreads][kColumns];  // a thread's shares of dD and ddt_bias
+    alignas(16) float columns[kColumns / kColumnRun][kThreads][kColumnRun];  // a thread's shares of dD and ddt_bias
     float sums[kDirect ? 1 : kWarps][kDirect ? 1 : kTile][2 * kRow];  // dB, then dC
     union {
-        struct {  // between the scans of two tiles
-            Places places;
-            alignas(16) unsigned dy[kRows][AskedDy::kApart ? kThreads : 1][AskedDy::kWords];
-        };
+        Rows rows;  // between the scans of two tiles
         float held[kWarps][kHeld][kSlots][32][kStates];  // the states behind the first steps
     };
     alignas(16) float begin[kBegin ? kWarps : 1][kSlots][kBegin ? 32 : 1][kStates];  // the state before them
@@ -88,11 +97,27 @@ struct alignas(16) BlockMemory {
 };
 extern "C" __device__ int launch_shape[2] = {kThreads, (int)sizeof(BlockMemory)};
 
-// Of one of the block's groups of channels; the sums over channels of the groups before it are added to.
+// The next item of the batch.
+DEVICE void advance(const Params& p, BlockMemory& block, const Source& from) {
+    const long long states = from.states, rows = p.tokens * block.sums_stride;
+    block.stage.x += p.x_b, block.stage.dt += p.dt_b, block.stage.B += p.B_b, block.stage.C += p.C_b;
+    block.of_dy += p.dy_b;
+    block.dx += block.dx_by_item;
+    if (kTensorRank) block.ddt = (DDT_TYPE*)((float*)block.ddt + rows * kRank);
+    else block.ddt += p.ddt_b;
+    block.dB += rows * states, block.dC += rows * states;
+    block.saved += p.routes * ((from.tiles - 1) / kEvery) * p.channels * kRow;
+    if (block.initial) block.initial += p.routes * p.channels * states;
+    block.middle += p.routes * p.channels * kRow;
+    block.sequence += p.routes, ++block.item;
+}
+
+// Of one of the block's groups of channels, for one item of the batch after the other; the sums over channels of the
+// groups before it are added to.
 DEVICE void scan_back(const Params& p, BlockMemory& block) {
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
 
-    const Source from(p, -1, block.turn, block.index, block.item, (int)p.items);
+    const Source from(p, -1, block.turn, block.index, 0, (int)p.items);
     const int channels = from.channels, steps = from.steps, states = from.states, run = from.run;
     const int route = from.route, blocks = from.blocks, first = from.first;
     const long long batch = from.batch, sequence = from.sequence;
@@ -110,7 +135,12 @@ DEVICE void scan_back(const Params& p, BlockMemory& block) {
         block.dx = from.result<DX_TYPE>(p, p.dx, p.dx_b, p.dx_k, p.dx_d);
         block.ddt = (DDT_TYPE*)p.ddt + batch * p.ddt_b + route * p.ddt_k + first * p.ddt_d;
         block.dB = (SUM_TYPE*)p.dB + first_sum * states, block.dC = (SUM_TYPE*)p.dC + first_sum * states;
+        if (kTensorRank) block.ddt = (DDT_TYPE*)((float*)p.ddt + first_sum * kRank);
+        block.middle = p.middle + (sequence * from.segments + from.segment) * channels * kRow;
+        block.item = 0, block.sequence = sequence, block.share = share;
+        block.dx_by_item = p.first_share && from.share == 0 ? p.tokens * p.channels : p.dx_b;
     }
+    from.prepare(block.stage, p);
 
     int places[kSlots];  // of the slots' channels in the block
     float A[kSlots][kStates], dA[kSlots][kStates], carried[kSlots][kStates];
@@ -123,23 +153,16 @@ DEVICE void scan_back(const Params& p, BlockMemory& block) {
             const int state = q * kStates + n;
             const bool there = channel < channels && state < states;
             const long long at = (long long)channel * states + state;
-            A[j][n] = there ? p.A[(long long)route * channels * states + at] * kLog2e : 0.f;
-            const bool given = there && p.dlast_state && from.last_tile == from.tiles;
-            carried[j][n] = given ? p.dlast_state[sequence * channels * states + at] : 0.f;
+            A[j][n] = there ? p.A[(long long)route * channels * states + at] * kDecay : 0.f;
             dA[j][n] = 0.f;
-        }
-        if constexpr (kPass == 2) {
-            from.join(p, carried[j], A[j], places[j], q * kStates, from.segments - 1, from.segment, -1);
         }
     }
     float span[kSlots] = {};
-    float* columns = block.columns[threadIdx.x];
-    from.prepare(block.stage, p);
     for (int i = threadIdx.x; kTensorRank && i < (int)(sizeof(block.dweight) / sizeof(float4)); i += kThreads) {
         block.dweight[0][0][0][i] = make_float4(0.f, 0.f, 0.f, 0.f);
     }
 #pragma unroll
-    for (int i = 0; i < kColumns; ++i) columns[i] = 0.f;
+    for (int i = 0; i < kColumns; ++i) block.columns[i / kColumnRun][threadIdx.x][i % kColumnRun] = 0.f;
 
     const int tiles = from.tiles;
     auto copy = [](float (*to)[kStates], const float (*from)[kStates]) {
@@ -155,25 +178,28 @@ DEVICE void scan_back(const Params& p, BlockMemory& block) {
         for (int j = 0; j < kSlots; ++j) get<kStates>(to[j], held_at(t, j));
     };
     auto saved = [&](float (*h)[kStates], int tile) {  // the state before a tile, or before the one that precedes it
-        tile -= tile % kEvery;
-        const unsigned own = thread();
-        const int q = own % 32 / kGroups;
+        const unsigned own = thread(), q = own % 32 / kGroups, row = (unsigned)tile / kEvery;
+        auto place = [&](int j) { return kWhole ? place_of(own, j) : min(place_of(own, j), channels - 1 - block.first); };
+        auto begin = [&](int j) { return block.begin[kBegin ? own / 32 : 0][j][kBegin ? own % 32 : 0]; };
+        if (row > 0) {
+            unsigned long long skipped;
+            asm("mul.wide.u32 %0, %1, %2;" : "=l"(skipped) : "r"(row), "r"(channels * kRow * (int)sizeof(float)));
+            const float* first = (const float*)((const char*)block.saved + skipped);
 #pragma unroll
-        for (int j = 0; j < kSlots; ++j) {
-            const int place = min(place_of(own, j), kWhole ? kBlockChannels : channels - 1 - block.first);
-            float* begin = block.begin[kBegin ? own / 32 : 0][j][kBegin ? own % 32 : 0];
-            if (tile > 0) {
-                const long long row = (long long)((unsigned long long)(unsigned)(tile / kEvery) * (unsigned)channels);
-                const float* at = block.saved + row * kRow + place * kRow + q * kStates;
-                if (kBegin) copy_async<4 * kStates>(begin, at, true);
+            for (int j = 0; j < kSlots; ++j) {
+                const float* at = first + (place(j) * kRow + (int)q * kStates);
+                if (kBegin) copy_async<4 * kStates>(begin(j), at, true);
                 else get<kStates>(h[j], at);
-            } else {
+            }
+        } else {
+#pragma unroll
+            for (int j = 0; j < kSlots; ++j) {
 #pragma unroll
                 for (int n = 0; n < kStates; ++n) {
                     const int state = q * kStates + n;
-                    h[j][n] = block.initial && state < states ? block.initial[place * states + state] : 0.f;
+                    h[j][n] = block.initial && state < states ? block.initial[place(j) * states + state] : 0.f;
                 }
-                if (kBegin) put<kStates>(begin, h[j]);
+                if (kBegin) put<kStates>(begin(j), h[j]);
             }
         }
     };
@@ -181,14 +207,14 @@ DEVICE void scan_back(const Params& p, BlockMemory& block) {
     Incoming in;
     AskedDy dy_in[kRows];
     float h[kSlots][kStates];  // between two tiles the state before the next one
-    auto fetch = [&](int tile) {
-        const int* tokens = block.stage.tokens[tile % kRing];
-        in.fetch(from, p, block.stage, block.places, tile);
+    auto fetch = [&](int tile, unsigned own) {
+        const int* tokens = block.stage.tokens[(unsigned)tile % kRing];
+        in.fetch(from, p, block.stage, block.rows.places, tile, own);
 #pragma unroll
         for (int r = 0; r < kRows; ++r) {
-            const int token = tokens[own_row(r)];
+            const int token = tokens[own_row(r, own)];
             const Y_TYPE* at = at_token(block.of_dy, token, p.dy_l, from.run_at(p.dy_d));
-            unsigned* place = block.dy[r][AskedDy::kApart ? threadIdx.x : 0];
+            unsigned* place = block.rows.dy[r][AskedDy::kApart ? threadIdx.x : 0];
             dy_in[r].ask(place, at, (int)p.dy_d, token >= 0 && p.dy ? from.valid : 0);
         }
     };
@@ -196,8 +222,8 @@ DEVICE void scan_back(const Params& p, BlockMemory& block) {
         Pack<Y_TYPE, kRun> dy[kRows];
         wait_for_copies();
 #pragma unroll
-        for (int r = 0; r < kRows; ++r) dy[r] = dy_in[r].take(block.dy[r][AskedDy::kApart ? threadIdx.x : 0]);
-        in.unpack<true>(from, p, block.stage, block.places, tile, block.dz, [&](int r, int i) { return dy[r].get(i); });
+        for (int r = 0; r < kRows; ++r) dy[r] = dy_in[r].take(block.rows.dy[r][AskedDy::kApart ? threadIdx.x : 0]);
+        in.unpack<true>(from, p, block.stage, block.rows.places, tile, block.dz, [&](int r, int i) { return dy[r].get(i); });
     };
 
     auto steps_of = [&](float2* su, int t) {  // s, s x of the slots
@@ -216,26 +242,28 @@ DEVICE void scan_back(const Params& p, BlockMemory& block) {
         }
     };
     // The state between two that are saved. Forward's steps once more.
-    float* middle = p.middle + (sequence * from.segments + from.segment) * channels * kRow + q * kStates;
     const bool halved = kEvery > 1 && kPass != 1;
-    auto ask = [&](int tile) {
-        if (halved && tile % kEvery) in.fetch(from, p, block.stage, block.places, tile - 1);
-        else fetch(tile);
+    auto middle_of = [&](int j) {
+        return block.middle + (long long)min(first + places[j], channels - 1) * kRow + q * kStates;
+    };
+    auto ask = [&](int tile, unsigned own) {
+        if (halved && tile % kEvery) in.fetch(from, p, block.stage, block.rows.places, tile - 1, own);
+        else fetch(tile, own);
     };
     auto stage = [&](int tile) {
         if (halved && tile % kEvery) {
             if (kTensorRank) __syncthreads();  // every warp has multiplied with what is in the tile's place
-            in.unpack<false>(from, p, block.stage, block.places, tile - 1, block.dz, [](int, int) { return 0.f; });
+            in.unpack<false>(from, p, block.stage, block.rows.places, tile - 1, block.dz, [](int, int) { return 0.f; });
             __syncthreads();
             in.multiply_rank(from, block.stage, tile - 1, block.dz);
-            fetch(tile);
+            fetch(tile, thread());
             if (kBegin) recall(h, -1);
 #pragma unroll 4
             for (int t = 0; t < kTile; ++t) forwards(t);
 #pragma unroll
             for (int j = 0; j < kSlots; ++j) {
                 if (kBegin) put<kStates>(held_at(-1, j), h[j]);
-                else if (first + places[j] < channels) put<kStates>(middle + (long long)(first + places[j]) * kRow, h[j]);
+                else if (first + places[j] < channels) put<kStates>(middle_of(j), h[j]);
             }
             __syncthreads();
         }
@@ -248,281 +276,319 @@ DEVICE void scan_back(const Params& p, BlockMemory& block) {
     };
     auto keep_token = [&](int tile, int token) {
         const int of = tile - threadIdx.x / kTile;
-        if (of >= 0) block.stage.tokens[of % kRing][threadIdx.x % kTile] = token;
+        if (of >= 0) block.stage.tokens[(unsigned)of % kRing][threadIdx.x % kTile] = token;
     };
 
-    __syncthreads();
     // The first of two kernels has registers enough to read a tile while it scans another.
     constexpr int kTokensAhead = kPass == 1 ? 2 : 1;
-    for (int i = kTokensAhead; i > 0; --i) {
-        if (threadIdx.x < kEvery * kTile) keep_token(from.last_tile - i, token_of(from.last_tile - i));
-    }
-    __syncthreads();
-    ask(from.last_tile - 1);
-    if (kPass != 1) saved(h, from.last_tile - 1);
-    stage(from.last_tile - 1);
-    for (int tile = from.last_tile - 1; tile >= from.first_tile; --tile) {
-        const int start = tile * kTile;
-        const int* tokens = block.stage.tokens[tile % kRing];
-        const bool more = tile > from.first_tile;
-        int ahead = 0;
-        if (threadIdx.x < kEvery * kTile && more) ahead = token_of(tile - kTokensAhead);
+#pragma unroll 1
+    for (bool again = false;; again = true) {
+        if (again && threadIdx.x == 0) advance(p, block, from);
         __syncthreads();
-        in.multiply_rank(from, block.stage, tile, block.dz);
-        if constexpr (kPass == 1) {
-            if (more) fetch(tile - 1);
-            // The gradient of the state alone.
-#pragma unroll 4
-            for (int t = kTile - 1; t >= 0; --t) {
-                float c[kStates];
-                get<kStates>(c, block.stage.rows[0][t] + kRow + q * kStates);
-#pragma unroll
-                for (int j = 0; j < kSlots; ++j) {
-                    const float s = block.stage.su[0][t][places[j]].x, out = block.dz[t][places[j]].x;
-#pragma unroll
-                    for (int n = 0; n < kStates; ++n) {
-                        carried[j][n] = fmaf(c[n], out, carried[j][n]) * decay(s, A[j][n]);
-                    }
-                    span[j] += s;
-                }
-            }
-            __syncthreads();
-            if (threadIdx.x < kEvery * kTile && more) keep_token(tile - kTokensAhead, ahead);
-            if (more) unpack(tile - 1);
-            continue;
-        }
-
-        const bool whole = start + kHeld < steps;  // not only padding behind the first steps
-        float product_of_sums[4];
-        auto row_at = [&](int t) {
-            // The sums of a lone warp take the place of B and C, which nothing reads again.
-            return kDirect ? block.stage.rows[0][t] : block.sums[kDirect ? 0 : warp][kDirect ? 0 : t];
-        };
-        auto backwards = [&](int t, int span, const float (*before)[kStates], const float (*after)[kStates]) {
-            float b[kStates], c[kStates], g[kSlots][kStates], u[kSlots], out[kSlots];
-            float inner[2][kSlots];  // <g, B> and <g h A> of the slots
-            float2 su[kSlots];
-            steps_of(su, t);
-            get<kStates>(b, block.stage.rows[0][t] + q * kStates);
-            get<kStates>(c, block.stage.rows[0][t] + kRow + q * kStates);
-#pragma unroll
-            for (int j = 0; j < kSlots; ++j) {
-                u[j] = su[j].y, out[j] = block.dz[t][places[j]].x;
-#pragma unroll
-                for (int n = 0; n < kStates; ++n) {
-                    g[j][n] = fmaf(c[n], out[j], carried[j][n]);
-                    carried[j][n] = g[j][n] * decay(su[j].x, A[j][n]);
-                    const float product = carried[j][n] * before[j][n];
-                    inner[0][j] = n ? fmaf(g[j][n], b[n], inner[0][j]) : g[j][n] * b[n];
-                    inner[1][j] = n ? fmaf(product, A[j][n], inner[1][j]) : product * A[j][n];
-                    dA[j][n] = fmaf(product, su[j].x, dA[j][n]);
-                }
-            }
-            float sums[kSums], own[2];
-#pragma unroll
-            for (int j = 0; j < kSlots; ++j) {
-#pragma unroll
-                for (int n = 0; n < kStates; ++n) {
-                    sums[n] = j ? fmaf(g[j][n], u[j], sums[n]) : g[j][n] * u[j];
-                    sums[kStates + n] = j ? fmaf(out[j], after[j][n], sums[kStates + n]) : out[j] * after[j][n];
-                }
-            }
-#pragma unroll
-            for (int i = 0; i < 2; ++i) {
-                own[i] = inner[i][0];
-#pragma unroll
-                for (int j = 1; j < kSlots; ++j) own[i] += __shfl_xor_sync(kAll, inner[i][j], j * kGroups);
-            }
-            reduce_scatter<2, 16, kGroups * kSlots>(own, lane);
-            if (kDirect) __syncwarp();
-            sum_groups(product_of_sums, sums, t, span, lane, row_at);
-            __syncwarp();  // every lane has read this row
-            if (owns_first<2, 16, kGroups * kSlots>(lane)) {
-                const int owned = owned_from<2, 16, kGroups * kSlots>(lane);
-#pragma unroll
-                for (int i = 0; i < owned_count<2, 16, kGroups * kSlots>(); ++i) {
-                    (owned + i ? block.dz : block.stage.su[0])[t][places[0]].y = own[i];
-                }
-            }
-        };
-
-        auto hold = [&](int t) {
-#pragma unroll
-            for (int j = 0; j < kSlots; ++j) put<kStates>(held_at(t, j), h[j]);
-        };
-        if (kBegin) recall(h, -1);
-#pragma unroll 4
-        for (int t = 0; t < kHeld; ++t) {
-            forwards(t);
-            hold(t);
-        }
-        if (whole) {
-            float history[kSub][kSlots][kStates], before[kSlots][kStates];  // states after the last steps, and before
-#pragma unroll
-            for (int t = 0; t < kSub; ++t) {
-                forwards(kHeld + t);
-                copy(history[t], h);
-            }
-#pragma unroll
-            for (int t = kSub - 1; t > 0; --t) backwards(kHeld + t, t % kSpan, history[t - 1], history[t]);
-            recall(before, kHeld - 1);
-            backwards(kHeld, 0, before, history[0]);
-        }
-        float begin[kSlots][kStates];
-        if (!kBegin && kEvery > 1 && tile % kEvery) {
-#pragma unroll
-            for (int j = 0; j < kSlots; ++j) {
-                get<kStates>(begin[j], middle + (long long)min(first + places[j], channels - 1) * kRow);
-            }
-        } else if (!kBegin) {
-            saved(begin, tile);
-        }
-        recall(h, kHeld - 1);
-#pragma unroll
-        for (int last = kHeld - kSpan; last >= 0; last -= kSpan) {
-#pragma unroll
-            for (int span = kSpan - 1; span >= 0; --span) {
-                float before[kSlots][kStates];
-                if (kBegin || last + span > 0) recall(before, last + span - 1);
-                else copy(before, begin);
-                backwards(last + span, span, before, h);
-                copy(h, before);
-            }
-        }
-        if (threadIdx.x < kEvery * kTile) keep_token(tile - 1, ahead);
-        Pack<DX_TYPE, kRun> so_far[kRows];
-#pragma unroll
-        for (int r = 0; r < (kAdd ? kRows : 0); ++r) {
-            const int token = block.adds ? tokens[own_row(r)] : -1;
-            load<kVectorX, true>(so_far[r], at_token(block.dx, token, p.dx_l, from.run_at(p.dx_d)), (int)p.dx_d,
-                                 token >= 0 ? from.valid : 0);
-        }
-        __syncthreads();
-        Pack<X_TYPE, kRun> x_now[kRows];
-#pragma unroll
-        for (int r = 0; r < kRows; ++r) x_now[r] = in.taken_x(block.stage, tile, r);
-        if (more) ask(tile - 1);
-        if (more) saved(h, tile - 1);
-
-        // dx and ddt of a thread's run, and its shares of dD and ddt_bias.
-#pragma unroll
-        for (int r = 0; r < kRows; ++r) {
-            const int row = own_row(r), token = tokens[row];
-            float dx_out[kRun], ddt_out[kRun], skip[kRun], su[2 * kRun], dz[2 * kRun], shares[2 * kRun];
-            get<kRun>(skip, block.stage.D + run);
-            get<2 * kRun>(su, &block.stage.su[0][row][run].x);
-            get<2 * kRun>(dz, &block.dz[row][run].x);
-#pragma unroll
-            for (int i = 0; i < kRun; ++i) {
-                const float s = su[2 * i], gB = su[2 * i + 1], out = dz[2 * i], u = x_now[r].get(i);
-                dx_out[i] = fmaf(skip[i], out, s * gB);
-                if (kAdd) dx_out[i] += so_far[r].get(i);
-                ddt_out[i] = fmaf(u, gB, dz[2 * i + 1] * kLn2);
-                if (kSoftplus) ddt_out[i] *= softplus_slope<sizeof(DT_TYPE) == 2>(s);  // past the end s is 0, and so is this
-                else if (token == -2) ddt_out[i] = 0.f;
-                shares[i] = out * u, shares[kRun + i] = ddt_out[i];
-            }
-            if (token >= 0) {
-                Pack<DX_TYPE, kRun> dx_row;
-                dx_row.set(dx_out);
-                store_run<kVectorX>(dx_row, at_token(block.dx, token, p.dx_l, from.run_at(p.dx_d)), (int)p.dx_d,
-                                from.valid);
-                if constexpr (!kTensorRank) {
-                    Pack<DDT_TYPE, kRun> ddt_row;
-                    ddt_row.set(ddt_out);
-                    store_run<kVectorX>(ddt_row, at_token(block.ddt, token, p.ddt_l, from.run_at(p.ddt_d)), (int)p.ddt_d,
-                                    from.valid);
-                }
-            }
-            if constexpr (kTensorRank) {
-#pragma unroll
-                for (int i = 0; i < kRun; i += 2) {
-                    *reinterpret_cast<uint2*>(&block.stage.su[0][row][run + i]) = halves(ddt_out[i], ddt_out[i + 1]);
-                }
-            }
-            reduce_scatter<2 * kRun, kRowHigh, kRowLow>(shares, lane);
-            float so_far[kColumns];
-            get<kColumns>(so_far, columns);
-#pragma unroll
-            for (int i = 0; i < kColumns; ++i) so_far[i] += shares[i];
-            put<kColumns>(columns, so_far);
-        }
-        // dB and dC of the tile, added over the warps.
-#pragma unroll
-        for (int k = 0; k < kSumParts; ++k) {
-            const unsigned i = (k * kThreads + thread()) * kSumRun, row = i / (2 * kRow) % kTile, value = i % (2 * kRow);
-            const int token = tokens[row], state = value % kRow;
-            if ((kSumShare < 1 && i >= kTile * 2 * kRow) || token < 0) continue;
-            float sum[kSumRun];
-            get<kSumRun>(sum, (kDirect ? block.stage.rows[0][row] : block.sums[0][kDirect ? 0 : row]) + value);
-#pragma unroll
-            for (int w = 1; w < kWarps; ++w) {
-                float more[kSumRun];
-                get<kSumRun>(more, block.sums[w][row] + value);
-#pragma unroll
-                for (int n = 0; n < kSumRun; ++n) sum[n] += more[n];
-            }
-#pragma unroll
-            for (int n = 0; n < kSumRun; ++n) {
-                if constexpr (kTensor && !kTwoTerms) sum[n] *= kTruncated;
-            }
-            SUM_TYPE* to = at_token(value < kRow ? block.dB : block.dC, token, block.sums_stride * states, state);
-            Pack<SUM_TYPE, kSumRun> packed;
-            if (block.turn > 0) {
-                load<kVectorBC, true>(packed, to, 1, states - state);
-#pragma unroll
-                for (int n = 0; n < kSumRun; ++n) sum[n] += packed.get(n);
-            }
-            packed.set(sum);
-            store<kVectorBC>(packed, to, 1, states - state);
-        }
-        if ((tile - from.first_tile) % kFlush == 0) {
-            // Partial sums keep the rounding of a long route's sum down.
-            const unsigned own = thread();
-            const int q = own % 32 / kGroups;
-#pragma unroll
-            for (int j = 0; j < kSlots; ++j) {
-                const bool there = kWhole || block.first + places[j] < channels;
-#pragma unroll
-                for (int n = 0; n < kStates; ++n) {
-                    const int state = q * kStates + n;
-                    if (there && state < states) {
-                        float* at = block.dA + place_of(own, j) * states + state;
-                        *at = (block.item > 0 || tile + kFlush < block.last_tile ? *at : 0.f) + dA[j][n];
-                    }
-                    dA[j][n] = 0.f;
-                }
-            }
-        }
-        if constexpr (kTensorRank) {
-            __syncthreads();
-            multiply_back(block, tile, (float*)p.ddt + first_sum * kRank, block.sums_stride * kRank, block.turn > 0);
-        }
-        if (more) stage(tile - 1);
-    }
-    if constexpr (kPass == 1) {
 #pragma unroll
         for (int j = 0; j < kSlots; ++j) {
-            if (first + places[j] < channels) {
-                put<kStates>(from.edge(p, from.segment, places[j]) + q * kStates, carried[j]);
-                if (q == 0) *from.span(p, from.segment, places[j]) = span[j];
-            }
-        }
-        return;
-    }
-
-    if (p.dinitial_state && from.segment == 0) {
-#pragma unroll
-        for (int j = 0; j < kSlots; ++j) {
-            const int channel = first + places[j];
 #pragma unroll
             for (int n = 0; n < kStates; ++n) {
                 const int state = q * kStates + n;
-                if (channel < channels && state < states) {
-                    p.dinitial_state[(sequence * channels + channel) * states + state] = carried[j][n];
+                const bool there = first + places[j] < channels && state < states;
+                const bool given = p.dlast_state && there && from.last_tile == from.tiles;
+                const long long of = block.sequence * channels + first + places[j];
+                carried[j][n] = given ? p.dlast_state[of * states + state] : 0.f;
+            }
+            if constexpr (kPass == 2) {
+                from.join(p, carried[j], A[j], places[j], q * kStates, from.segments - 1, from.segment, -1);
+            }
+        }
+        for (int i = kTokensAhead; i > 0; --i) {
+            if (threadIdx.x < kEvery * kTile) keep_token(from.last_tile - i, token_of(from.last_tile - i));
+        }
+        __syncthreads();
+        ask(from.last_tile - 1, thread());
+        if (kPass != 1) saved(h, from.last_tile - 1);
+        stage(from.last_tile - 1);
+        for (int tile = from.last_tile - 1; tile >= from.first_tile; --tile) {
+            const int start = tile * kTile;
+            const int* tokens = block.stage.tokens[(unsigned)tile % kRing];
+            const bool more = tile > from.first_tile;
+            int ahead = 0;
+            if (threadIdx.x < kEvery * kTile && more) ahead = token_of(tile - kTokensAhead);
+            __syncthreads();
+            in.multiply_rank(from, block.stage, tile, block.dz);
+            if constexpr (kPass == 1) {
+                if (more) fetch(tile - 1, thread());
+                // The gradient of the state alone.
+#pragma unroll 4
+                for (int t = kTile - 1; t >= 0; --t) {
+                    float c[kStates];
+                    get<kStates>(c, block.stage.rows[0][t] + kRow + q * kStates);
+#pragma unroll
+                    for (int j = 0; j < kSlots; ++j) {
+                        const float s = block.stage.su[0][t][places[j]].x, out = block.dz[t][places[j]].x;
+#pragma unroll
+                        for (int n = 0; n < kStates; ++n) {
+                            carried[j][n] = fmaf(c[n], out, carried[j][n]) * decay(s, A[j][n]);
+                        }
+                        span[j] += s;
+                    }
+                }
+                __syncthreads();
+                if (threadIdx.x < kEvery * kTile && more) keep_token(tile - kTokensAhead, ahead);
+                if (more) unpack(tile - 1);
+                continue;
+            }
+
+            const bool whole = start + kHeld < steps;  // not only padding behind the first steps
+            float product_of_sums[4];
+            auto row_at = [&](int t) {
+                // The sums of a lone warp take the place of B and C, which nothing reads again.
+                return kDirect ? block.stage.rows[0][t] : block.sums[kDirect ? 0 : warp][kDirect ? 0 : t];
+            };
+            auto backwards = [&](int t, int span, const float (*before)[kStates], const float (*after)[kStates]) {
+                float b[kStates], c[kStates], g[kSlots][kStates], u[kSlots], out[kSlots];
+                float inner[2][kSlots];  // <g, B> and <g h A> of the slots
+                float2 su[kSlots];
+                steps_of(su, t);
+                get<kStates>(b, block.stage.rows[0][t] + q * kStates);
+                get<kStates>(c, block.stage.rows[0][t] + kRow + q * kStates);
+#pragma unroll
+                for (int j = 0; j < kSlots; ++j) {
+                    u[j] = su[j].y, out[j] = block.dz[t][places[j]].x;
+#pragma unroll
+                    for (int n = 0; n < kStates; ++n) {
+                        g[j][n] = fmaf(c[n], out[j], carried[j][n]);
+                        carried[j][n] = g[j][n] * decay(su[j].x, A[j][n]);
+                        const float product = carried[j][n] * before[j][n];
+                        inner[0][j] = n ? fmaf(g[j][n], b[n], inner[0][j]) : g[j][n] * b[n];
+                        inner[1][j] = n ? fmaf(product, A[j][n], inner[1][j]) : product * A[j][n];
+                        dA[j][n] = fmaf(product, su[j].x, dA[j][n]);
+                    }
+                }
+                float sums[kSums], own[2];
+#pragma unroll
+                for (int j = 0; j < kSlots; ++j) {
+#pragma unroll
+                    for (int n = 0; n < kStates; ++n) {
+                        sums[n] = j ? fmaf(g[j][n], u[j], sums[n]) : g[j][n] * u[j];
+                        sums[kStates + n] = j ? fmaf(out[j], after[j][n], sums[kStates + n]) : out[j] * after[j][n];
+                    }
+                }
+#pragma unroll
+                for (int i = 0; i < 2; ++i) {
+                    own[i] = inner[i][0];
+#pragma unroll
+                    for (int j = 1; j < kSlots; ++j) own[i] += __shfl_xor_sync(kAll, inner[i][j], j * kGroups);
+                }
+                reduce_scatter<2, 16, kGroups * kSlots>(own, lane);
+                if (kDirect) __syncwarp();
+                sum_groups(product_of_sums, sums, t, span, lane, row_at);
+                __syncwarp();  // every lane has read this row
+                if (owns_first<2, 16, kGroups * kSlots>(lane)) {
+                    const int owned = owned_from<2, 16, kGroups * kSlots>(lane);
+#pragma unroll
+                    for (int i = 0; i < owned_count<2, 16, kGroups * kSlots>(); ++i) {
+                        (owned + i ? block.dz : block.stage.su[0])[t][places[0]].y = own[i];
+                    }
+                }
+            };
+
+            auto hold = [&](int t) {
+#pragma unroll
+                for (int j = 0; j < kSlots; ++j) put<kStates>(held_at(t, j), h[j]);
+            };
+            if (kBegin) recall(h, -1);
+#pragma unroll 4
+            for (int t = 0; t < kHeld; ++t) {
+                forwards(t);
+                hold(t);
+            }
+            if (whole) {
+                float history[kSub][kSlots][kStates], before[kSlots][kStates];  // states after the last steps, and before
+#pragma unroll
+                for (int t = 0; t < kSub; ++t) {
+                    forwards(kHeld + t);
+                    copy(history[t], h);
+                }
+#pragma unroll
+                for (int t = kSub - 1; t > 0; --t) backwards(kHeld + t, t % kSpan, history[t - 1], history[t]);
+                recall(before, kHeld - 1);
+                backwards(kHeld, 0, before, history[0]);
+            }
+            // What another block has left of dx comes while the rest is scanned.
+            Pack<DX_TYPE, kRun> so_far[kRows];
+#pragma unroll
+            for (int r = 0; r < (kAdd ? kRows : 0); ++r) {
+                const int token = block.adds ? tokens[own_row(r)] : -1;
+                load<kVectorX, true>(so_far[r], at_token(block.dx, token, p.dx_l, from.run_at(p.dx_d)), (int)p.dx_d,
+                                     token >= 0 ? from.valid : 0);
+            }
+            float begin[kSlots][kStates];
+            if (!kBegin && kEvery > 1 && tile % kEvery) {
+#pragma unroll
+                for (int j = 0; j < kSlots; ++j) {
+                    get<kStates>(begin[j], middle_of(j));
+                }
+            } else if (!kBegin) {
+                saved(begin, tile);
+            }
+            recall(h, kHeld - 1);
+#pragma unroll
+            for (int last = kHeld - kSpan; last >= 0; last -= kSpan) {
+#pragma unroll
+                for (int span = kSpan - 1; span >= 0; --span) {
+                    float before[kSlots][kStates];
+                    if (kBegin || last + span > 0) recall(before, last + span - 1);
+                    else copy(before, begin);
+                    backwards(last + span, span, before, h);
+                    copy(h, before);
+                }
+            }
+            if (threadIdx.x < kEvery * kTile) keep_token(tile - 1, ahead);
+            __syncthreads();
+            const unsigned own = thread();
+            Pack<X_TYPE, kRun> x_now[kRows];
+#pragma unroll
+            for (int r = 0; r < kRows; ++r) x_now[r] = in.taken_x(block.stage, tile, r);
+            if (more) ask(tile - 1, own);
+            if (more) saved(h, tile - 1);
+
+            // dx and ddt of a thread's run, and its shares of dD and ddt_bias.
+#pragma unroll
+            for (int r = 0; r < kRows; ++r) {
+                const int row = own_row(r, own), token = tokens[row];
+                float dx_out[kRun], ddt_out[kRun], skip[kRun], su[2 * kRun], dz[2 * kRun];
+                float columns[kColumns], shares[2 * kRun];
+                get<kRun>(skip, block.stage.D + run);
+#pragma unroll
+                for (int i = 0; i < kColumns; i += kColumnRun) {
+                    get<kColumnRun>(columns + i, block.columns[i / kColumnRun][threadIdx.x]);
+                }
+                get<2 * kRun>(su, &block.stage.su[0][row][run].x);
+                get<2 * kRun>(dz, &block.dz[row][run].x);
+#pragma unroll
+                for (int i = 0; i < kRun; ++i) {
+                    const float s = su[2 * i], gB = su[2 * i + 1], out = dz[2 * i], u = x_now[r].get(i);
+                    dx_out[i] = fmaf(skip[i], out, s * gB);
+                    if (kAdd) dx_out[i] += so_far[r].get(i);
+                    const float through_decay = dz[2 * i + 1];
+                    ddt_out[i] = kExact ? fmaf(u, gB, through_decay * kLn2) : fmaf(u, gB * kLog2e, through_decay);
+                    // Past the end s is 0, and so is the slope.
+                    if (kSoftplus) ddt_out[i] *= kExact ? softplus_slope(s) : softplus2_slope(s);
+                    else if (token == -2) ddt_out[i] = 0.f;
+                    shares[i] = out * u, shares[kRun + i] = ddt_out[i];
+                    if constexpr (kColumnsApart) columns[i] = fmaf(out, u, columns[i]), columns[kRun + i] += ddt_out[i];
+                }
+                if constexpr (!kColumnsApart) {
+                    reduce_scatter<2 * kRun, kRowHigh, kColumnLow>(shares, lane);
+#pragma unroll
+                    for (int i = 0; i < kColumns; ++i) columns[i] += shares[i];
+                }
+#pragma unroll
+                for (int i = 0; i < kColumns; i += kColumnRun) {
+                    put<kColumnRun>(block.columns[i / kColumnRun][threadIdx.x], columns + i);
+                }
+                if (token >= 0) {
+                    Pack<DX_TYPE, kRun> dx_row;
+                    dx_row.set(dx_out);
+                    store_run<kVectorX>(dx_row, at_token(block.dx, token, p.dx_l, from.run_at(p.dx_d)), (int)p.dx_d,
+                                    from.valid);
+                    if constexpr (!kTensorRank) {
+                        Pack<DDT_TYPE, kRun> ddt_row;
+                        ddt_row.set(ddt_out);
+                        store_run<kVectorX>(ddt_row, at_token(block.ddt, token, p.ddt_l, from.run_at(p.ddt_d)),
+                                            (int)p.ddt_d, from.valid);
+                    }
+                }
+                if constexpr (kTensorRank) {
+#pragma unroll
+                    for (int i = 0; i < kRun; i += 2) {
+                        uint2* at = reinterpret_cast<uint2*>(&block.stage.su[0][row][run + i]);
+                        *at = halves(ddt_out[i], ddt_out[i + 1]);
+                    }
+                }
+            }
+            // dB and dC of the tile, added over the warps.
+#pragma unroll
+            for (int k = 0; k < kSumParts; ++k) {
+                const unsigned i = (k * kThreads + own) * kSumRun, row = i / (2 * kRow) % kTile, value = i % (2 * kRow);
+                const int token = tokens[row], state = value % kRow;
+                if ((kSumShare < 1 && i >= kTile * 2 * kRow) || token < 0) continue;
+                float sum[kSumRun];
+                get<kSumRun>(sum, (kDirect ? block.stage.rows[0][row] : block.sums[0][kDirect ? 0 : row]) + value);
+#pragma unroll
+                for (int w = 1; w < kWarps; ++w) {
+                    float more[kSumRun];
+                    get<kSumRun>(more, block.sums[w][row] + value);
+#pragma unroll
+                    for (int n = 0; n < kSumRun; ++n) sum[n] += more[n];
+                }
+#pragma unroll
+                for (int n = 0; n < kSumRun; ++n) {
+                    if (kTensor && !kTwoTerms) sum[n] *= value < kRow ? kTruncated * kUnit : kTruncated;
+                    else if (!kExact && value < kRow) sum[n] *= kUnit;
+                }
+                SUM_TYPE* to = at_token(value < kRow ? block.dB : block.dC, token, block.sums_stride * states, state);
+                Pack<SUM_TYPE, kSumRun> packed;
+                if (block.turn > 0) {
+                    load<kVectorBC, true>(packed, to, 1, states - state);
+#pragma unroll
+                    for (int n = 0; n < kSumRun; ++n) sum[n] += packed.get(n);
+                }
+                packed.set(sum);
+                store<kVectorBC>(packed, to, 1, states - state);
+            }
+            // Partial sums keep the rounding of a long route's sum down.
+            const bool often = (from.last_tile - from.first_tile) * (int)p.items > kFlush;
+            if ((tile - from.first_tile) % kFlush == 0 && (often || block.item + 1 == (int)p.items)) {
+                const int q = own % 32 / kGroups;
+#pragma unroll
+                for (int j = 0; j < kSlots; ++j) {
+                    const bool there = kWhole || block.first + places[j] < channels;
+#pragma unroll
+                    for (int n = 0; n < kStates; ++n) {
+                        const int state = q * kStates + n;
+                        if (there && state < states) {
+                            float* at = block.dA + place_of(own, j) * states + state;
+                            const bool adding = often && (block.item > 0 || tile + kFlush < block.last_tile);
+                            *at = (adding ? *at : 0.f) + dA[j][n] * kUnit;
+                        }
+                        dA[j][n] = 0.f;
+                    }
+                }
+            }
+            if constexpr (kTensorRank) {
+                __syncthreads();
+                multiply_back(block, tile, (float*)block.ddt, block.sums_stride * kRank, block.turn > 0);
+            }
+            if (more) stage(tile - 1);
+        }
+        if constexpr (kPass == 1) {
+#pragma unroll
+            for (int j = 0; j < kSlots; ++j) {
+                if (first + places[j] < channels) {
+                    put<kStates>(from.edge(p, from.segment, places[j]) + q * kStates, carried[j]);
+                    if (q == 0) *from.span(p, from.segment, places[j]) = span[j];
+                }
+            }
+            return;
+        }
+
+        if (p.dinitial_state && from.segment == 0) {
+#pragma unroll
+            for (int j = 0; j < kSlots; ++j) {
+                const int channel = first + places[j];
+#pragma unroll
+                for (int n = 0; n < kStates; ++n) {
+                    const int state = q * kStates + n;
+                    if (channel < channels && state < states) {
+                        const long long of = block.sequence * channels + channel;
+                        p.dinitial_state[of * states + state] = carried[j][n];
+                    }
                 }
             }
         }
+        const bool last = block.item + 1 == (int)p.items;
+        __syncthreads();
+        if (last) break;
     }
 
     // Of a tile of dweight a lane has channels lane / 4 and lane / 4 + 8, columns 2 (lane % 4) and the next.
@@ -531,32 +597,31 @@ DEVICE void scan_back(const Params& p, BlockMemory& block) {
         const int of = 16 * m + lane / 4 + i % 4 / 2 * 8, channel = first + warp * kWarpChannels + of;
         const int rank = 8 * tile + 2 * (lane % 4) + i % 2;
         if (of < kWarpChannels && channel < channels && rank < kRank) {
-            float* at = p.ddt_weight + (share * channels + channel) * kRank + rank;
-            *at = (block.item > 0 ? *at : 0.f) + (&block.dweight[warp][m][tile][lane].x)[i % 4];
+            p.ddt_weight[(block.share * channels + channel) * kRank + rank] = (&block.dweight[warp][m][tile][lane].x)[i % 4];
         }
     }
     // dD and ddt_bias, over the rows.
     __syncthreads();
-    float* parts = block.held[0][0][0][0];
-    if (owns_first<2 * kRun, kRowHigh, kRowLow>(lane)) {
-        const int owned = owned_from<2 * kRun, kRowHigh, kRowLow>(lane);
+    constexpr int kParts = kTile / kRows / (kColumnsApart ? 1 : kRowsTogether);
+    float(*parts)[2][kBlockChannels] = reinterpret_cast<float(*)[2][kBlockChannels]>(block.held);
+    static_assert(sizeof(block.held) >= sizeof(*parts) * kParts);
+    if (owns_first<2 * kRun, kRowHigh, kColumnLow>(lane)) {
+        const int owned = owned_from<2 * kRun, kRowHigh, kColumnLow>(lane);
+        const int part = own_row(0) / (kColumnsApart ? 1 : kRowsTogether);
 #pragma unroll
         for (int i = 0; i < kColumns; ++i) {
-            const int kind = (owned + i) / kRun, channel = run + (owned + i) % kRun;
-            parts[(own_row(0) / kRowsTogether * 2 + kind) * kBlockChannels + channel] = columns[i];
+            const float sum = block.columns[i / kColumnRun][threadIdx.x][i % kColumnRun];
+            parts[part][(owned + i) / kRun][run + (owned + i) % kRun] = sum;
         }
     }
     __syncthreads();
     for (int i = threadIdx.x; i < 2 * kBlockChannels; i += kThreads) {
         float sum = 0.f;
 #pragma unroll
-        for (int r = 0; r < kTile / kRowsTogether / kRows; ++r) sum += parts[r * 2 * kBlockChannels + i];
+        for (int n = 0; n < kParts; ++n) sum += parts[n][i / kBlockChannels][i % kBlockChannels];
         const int channel = first + i % kBlockChannels;
         float* to = i < kBlockChannels ? p.dD : p.ddt_bias;
-        if (to && channel < channels) {
-            float* at = to + share * channels + channel;
-            *at = (block.item > 0 ? *at : 0.f) + sum;
-        }
+        if (to && channel < channels) to[block.share * channels + channel] = sum;
     }
 }
 
@@ -565,7 +630,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, MIN_BLOCKS) wide_backward
     BlockMemory& block = *reinterpret_cast<BlockMemory*>(shared);
     volatile int* done = p.order + 1;
     if (threadIdx.x == 0) {
-        block.turn = block.item = 0, block.index = blockIdx.x;
+        block.turn = 0, block.index = blockIdx.x;
         if constexpr (kAdd) {
             // Blocks are numbered as they begin, so that the one waited for has begun.
             const unsigned apart = gridDim.x / (unsigned)p.routes * (unsigned)p.apart;
@@ -577,13 +642,10 @@ extern "C" __global__ void __launch_bounds__(kThreads, MIN_BLOCKS) wide_backward
         }
     }
     __syncthreads();
-    for (;;) {
+    for (int turn = 0; turn < (int)p.turns; ++turn) {
+        if (threadIdx.x == 0) block.turn = turn;
+        __syncthreads();
         scan_back(p, block);
-        __syncthreads();
-        const bool next = block.turn + 1 == (int)p.turns;
-        if (next && block.item + 1 == (int)p.items) break;
-        __syncthreads();
-        if (threadIdx.x == 0) block.turn = next ? 0 : block.turn + 1, block.item += next;
         __syncthreads();
     }
     if (kAdd && threadIdx.x == 0) {

@@ -7,8 +7,8 @@
 // kSlots - 1 exchanges and no selection.
 // One barrier a tile: while a tile is scanned, threads write the results of the one before, unpack the next and fetch the
 // one after it. Registers are what is scarce (the compiler keeps pointers in slow local memory otherwise), so the rows of
-// x that are wanted again for D x, and whatever belongs to the block, wait in shared memory; with kCopies all that is read
-// ahead does.
+// x that are wanted again for D x, and whatever belongs to the block, wait in shared memory. Where sequences are many,
+// wide_flow.cuh takes them.
 // kMerge: a block takes the routes one after the other and adds them up in y, which it alone writes.
 #pragma once
 // Of long segments the first kernel does the first one whole, the second the others; no one waits for the last one's end.
@@ -20,13 +20,14 @@ constexpr bool kThrift = false;  // with registers
 
 constexpr bool kMerge = MERGE;
 constexpr int kHalf = kTile / 2;
+static_assert(!kCopies);
 
-constexpr int kYPitch = kBlockChannels + 4;  // of y, which with copies takes the place of s
+constexpr int kYPitch = kBlockChannels + 4;
 
 struct alignas(16) BlockMemory {
     Stage stage;
     Places places;
-    float y[2][kCopies ? 1 : kTile][kCopies ? 1 : kYPitch];
+    float y[2][kTile][kYPitch];
     Y_TYPE* out;
 };
 extern "C" __device__ int launch_shape[2] = {kThreads, (int)sizeof(BlockMemory)};
@@ -45,14 +46,12 @@ DEVICE void scan_route(const Params& p, BlockMemory& block, const Source& from, 
     Incoming in;
     auto unpack = [&](int tile) {
         in.unpack<false>(from, p, stage, block.places, tile, stage.su[tile % kBuffers], [](int, int) { return 0.f; });
-        if constexpr (!AskedX::kApart) {
 #pragma unroll
-            for (int r = 0; r < kRows; ++r) {
-                unsigned* place = stage.x_places[tile % kRingX][r][threadIdx.x];
-                const Pack<X_TYPE, kRun> x = in.x[r].take(place);
+        for (int r = 0; r < kRows; ++r) {
+            unsigned* place = stage.x_places[tile % kRingX][r][threadIdx.x];
+            const Pack<X_TYPE, kRun> x = in.x[r].take(place);
 #pragma unroll
-                for (int i = 0; i < AskedX::kWords; ++i) place[i] = x.words[i];
-            }
+            for (int i = 0; i < AskedX::kWords; ++i) place[i] = x.words[i];
         }
     };
     Pack<Y_TYPE, kRun> so_far[kMerge ? kRows : 1];
@@ -65,14 +64,7 @@ DEVICE void scan_route(const Params& p, BlockMemory& block, const Source& from, 
             Y_TYPE* to = at_token(block.out, token, p.y_l, from.run_at(p.y_d));
             float out[kRun], skip[kRun];
             Pack<Y_TYPE, kRun> packed;
-            if constexpr (kCopies) {
-                float pairs[2 * kRun];
-                get<2 * kRun>(pairs, &stage.su[tile % kBuffers][row][run].x);
-#pragma unroll
-                for (int i = 0; i < kRun; ++i) out[i] = pairs[2 * i];
-            } else {
-                get<kRun>(out, block.y[tile & 1][row] + run);
-            }
+            get<kRun>(out, block.y[tile & 1][row] + run);
             get<kRun>(skip, stage.D + run);
             Pack<X_TYPE, kRun> x;
 #pragma unroll
@@ -107,7 +99,7 @@ DEVICE void scan_route(const Params& p, BlockMemory& block, const Source& from, 
             const int state = q * kStates + n;
             const bool there = channel < channels && state < states;
             const long long at = (long long)channel * states + state;
-            A[j][n] = there ? p.A[(long long)from.route * channels * states + at] * kLog2e : 0.f;
+            A[j][n] = there ? p.A[(long long)from.route * channels * states + at] * kDecay : 0.f;
             const bool given = there && p.initial_state && from.segment == 0;
             h[j][n] = given ? p.initial_state[from.sequence * channels * states + at] : 0.f;
         }
@@ -142,7 +134,7 @@ DEVICE void scan_route(const Params& p, BlockMemory& block, const Source& from, 
                 load<kVectorX, true>(so_far[r], at, (int)p.y_d, token >= 0 ? from.valid : 0);
             }
         }
-        float2(*su_rows)[kPitch] = stage.su[tile % kBuffers];
+        const float2(*su_rows)[kPitch] = stage.su[tile % kBuffers];
         const float(*rows)[2 * kRow] = stage.rows[tile % kBuffers];
 
 #pragma unroll 1
@@ -178,13 +170,9 @@ DEVICE void scan_route(const Params& p, BlockMemory& block, const Source& from, 
                 results[t] = sum[0];
             }
             if (!kResults) continue;
-            if (kCopies) __syncwarp();  // every lane has read these steps
             if (kSlots == kLanes || q < kSlots) {
 #pragma unroll
-                for (int t = 0; t < kHalf; ++t) {
-                    if (kCopies) su_rows[start + t][places[0]].x = results[t];
-                    else block.y[tile & 1][start + t][places[0]] = results[t];
-                }
+                for (int t = 0; t < kHalf; ++t) block.y[tile & 1][start + t][places[0]] = results[t];
             }
         }
         if (threadIdx.x < kTile) stage.tokens[(tile + 3) % kRing][threadIdx.x] = ahead;

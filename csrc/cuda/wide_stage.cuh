@@ -19,22 +19,21 @@ DEVICE unsigned thread() {  // the compiler must not keep what is worked out fro
     if (kThrift) asm volatile("" : "+r"(t));
     return t;
 }
-DEVICE int own_run() {
-    const unsigned t = thread();
+DEVICE int own_run(unsigned t = thread()) {
     return kTokensFirst ? t / kTile : (t & 1) + 2 * ((t >> 3) % (kRuns / 2));
 }
-DEVICE int own_row(int r) {
-    const unsigned t = thread();
+DEVICE int own_row(int r, unsigned t = thread()) {
     return kTokensFirst ? t % kTile : (t >> 1 & 3) + 4 * ((r * kThreads + t) / 8 / (kRuns / 2));
 }
 
 // A thread's share of the rows of B and C.
 struct Part {
     int row, state;
-    bool there;
-    DEVICE explicit Part(int k) {
-        const int i = (k * kThreads + thread()) * kRowRun;
-        row = i / kRow % kTile, state = i % kRow, there = kShare > 0 || i < kTile * kRow;
+    bool there, of_C;  // of_C: of kHalves
+    DEVICE explicit Part(int k, unsigned t = thread()) {
+        const unsigned i = (k * kThreads + t) * kRowRun;
+        row = i / kRow % kTile, state = i % kRow;
+        there = kShare > 0 || i < kTile * kRow, of_C = t >= kThreads / 2;
     }
 };
 
@@ -50,6 +49,7 @@ struct alignas(16) Stage {
     float2 su[kBuffers][kTile][kPitch];     // s, s x
     float rows[kBuffers][kTile][2 * kRow];  // B, then C
     float bias[kBlockChannels];
+    float nothing[kRun < 2 ? 2 : kRun];  // a bias whose step sizes are 0
     float D[kBlockChannels];
     int tokens[kRing][kTile];  // of tiles in turn
     // Where the block's channels begin; kept here since registers are scarce.
@@ -69,7 +69,7 @@ struct alignas(16) Stage {
 struct alignas(16) Places {
     alignas(16) unsigned dt[kRank ? 1 : kRows][kRank ? 1 : kThreads][AskedDt::kWords];
     alignas(16) unsigned B[kPartsAhead ? kParts : 1][kThreads][AskedB::kWords];
-    alignas(16) unsigned C[kPartsAhead ? kParts : 1][kThreads][AskedC::kWords];
+    alignas(16) unsigned C[kPartsAhead ? kParts : 1][kHalves ? 1 : kThreads][AskedC::kWords];
 };
 
 constexpr int kFirstLess = 4;  // as FIRST_LESS in cuda_kernels.py
@@ -142,6 +142,10 @@ struct Source {
     DEVICE int run_at(long long stride) const { return kVectorX ? run : run * (int)stride; }
     DEVICE int token_at(int step) const { return step < steps ? __ldg(indices + step) : -2; }
 
+    // The bias of a step's channels from `first` on; past the end the state stays as it is.
+    static DEVICE const float* bias(const Stage& stage, int first, int token) {
+        return token == -2 ? stage.nothing : stage.bias + first;
+    }
     // What belongs to the channels; those past the last are all 0.
     DEVICE void prepare(Stage& stage, const Params& p) const {
         if (threadIdx.x == 0) {
@@ -150,10 +154,11 @@ struct Source {
             stage.B = (const B_TYPE*)p.B + batch * p.B_b + route * p.B_k;
             stage.C = (const C_TYPE*)p.C + batch * p.C_b + route * p.C_k;
         }
+        if (threadIdx.x < kRun || threadIdx.x < 2) stage.nothing[threadIdx.x] = kSoftplus ? -1e30f : 0.f;
         for (int i = threadIdx.x; i < kBlockChannels; i += kThreads) {
             const bool there = first + i < channels;
             const long long at = (long long)route * channels + first + i;
-            stage.bias[i] = there && p.dt_bias ? p.dt_bias[at] : 0.f;
+            stage.bias[i] = there && p.dt_bias ? p.dt_bias[at] * kPerUnit : 0.f;
             stage.D[i] = there && p.D ? p.D[at] : 0.f;
             for (int r = 0; r < (kTensorRank ? 0 : kRank); ++r) {
                 stage.weight[r][i] = there ? p.dt_weight[at * kRank + r] : 0.f;
@@ -179,19 +184,26 @@ struct Incoming {
     Asked<DT_TYPE, 2, kVectorRank> low[kRankParts];
 
     DEVICE void fetch_part(const Source& from, const Params& p, const Stage& stage, Places& places, const int* tokens, int k,
-                           int slot) {
-        const Part part(k);
+                           int slot, unsigned own) {
+        const Part part(k, own);
         const int token = part.there ? tokens[part.row] : -1, valid = token >= 0 ? from.states - part.state : 0;
+        if constexpr (kHalves) {
+            const void* rows = part.of_C ? (const void*)stage.C : stage.B;
+            const B_TYPE* at = at_token((const B_TYPE*)rows, token, part.of_C ? p.C_l : p.B_l, part.state);
+            B[slot].ask(places.B[slot][threadIdx.x], at, 1, valid);
+            return;
+        }
         const int in_B = part.state * (kVectorBC ? 1 : (int)p.B_n), in_C = part.state * (kVectorBC ? 1 : (int)p.C_n);
         B[slot].ask(places.B[slot][threadIdx.x], at_token(stage.B, token, p.B_l, in_B), (int)p.B_n, valid);
         C[slot].ask(places.C[slot][threadIdx.x], at_token(stage.C, token, p.C_l, in_C), (int)p.C_n, valid);
     }
-    DEVICE void fetch(const Source& from, const Params& p, Stage& stage, Places& places, int tile) {
-        const int* tokens = stage.tokens[tile % kRing];
+    DEVICE void fetch(const Source& from, const Params& p, Stage& stage, Places& places, int tile,
+                      unsigned own = thread()) {
+        const int* tokens = stage.tokens[(unsigned)tile % kRing];
 #pragma unroll
         for (int r = 0; r < kRows; ++r) {
-            const int token = tokens[own_row(r)], valid = token >= 0 ? from.valid : 0;
-            x[r].ask(stage.x_places[tile % kRingX][r][threadIdx.x],
+            const int token = tokens[own_row(r, own)], valid = token >= 0 ? from.valid : 0;
+            x[r].ask(stage.x_places[(unsigned)tile % kRingX][r][threadIdx.x],
                      at_token(stage.x, token, p.x_l, from.run_at(p.x_d)), (int)p.x_d, valid);
             if constexpr (kRank == 0) {
                 dt[r].ask(places.dt[r][threadIdx.x], at_token(stage.dt, token, p.dt_l, from.run_at(p.dt_d)),
@@ -199,14 +211,14 @@ struct Incoming {
             }
         }
 #pragma unroll
-        for (int k = 0; kPartsAhead && k < kParts; ++k) fetch_part(from, p, stage, places, tokens, k, k);
+        for (int k = 0; kPartsAhead && k < kParts; ++k) fetch_part(from, p, stage, places, tokens, k, k, own);
         if constexpr (kTensorRank) {
 #pragma unroll
             for (int k = 0; k < kRankParts; ++k) {
                 const int i = k * kThreads + thread(), row = i / kRankWords, rank = 2 * (i % kRankWords);
                 const int token = row < kTile ? tokens[row] : -1;
                 if (row < kTile) {
-                    low[k].ask(&stage.low[tile % kLowRing][row][i % kRankWords],
+                    low[k].ask(&stage.low[(unsigned)tile % kLowRing][row][i % kRankWords],
                                at_token(stage.dt, token, p.dt_l) + rank * (int)p.dt_d, (int)p.dt_d,
                                token >= 0 ? kRank - rank : 0);
                 }
@@ -214,14 +226,14 @@ struct Incoming {
         }
     }
     DEVICE Pack<X_TYPE, kRun> taken_x(const Stage& stage, int tile, int r) const {
-        return x[r].take(stage.x_places[tile % kRingX][r][threadIdx.x]);
+        return x[r].take(stage.x_places[(unsigned)tile % kRingX][r][threadIdx.x]);
     }
     // beside(r, i): what goes beside x or takes its place in `through`, where backward keeps dL/dy.
     template <bool kBeside, class Beside>
     DEVICE void unpack(const Source& from, const Params& p, Stage& stage, Places& places, int tile,
                        float2 (*through)[kPitch], Beside beside) {
         wait_for_copies();
-        const int* tokens = stage.tokens[tile % kRing];
+        const int* tokens = stage.tokens[(unsigned)tile % kRing];
 #pragma unroll
         for (int r = 0; r < kRows; ++r) {
             const int row = own_row(r), token = tokens[row];
@@ -230,10 +242,10 @@ struct Incoming {
             if constexpr (kRank == 0) {
                 const Pack<DT_TYPE, kRun> dt = this->dt[r].take(places.dt[r][threadIdx.x]);
                 float bias[kRun];
-                get<kRun>(bias, stage.bias + from.run);
+                get<kRun>(bias, from.bias(stage, from.run, token));
 #pragma unroll
                 for (int i = 0; i < kRun; ++i) {
-                    const float s = step_size(dt.get(i) + bias[i], token);
+                    const float s = step_size(fmaf(dt.get(i), kPerUnit, bias[i]));
                     su[2 * i] = s, su[2 * i + 1] = s * x.get(i);
                 }
                 put<2 * kRun>(&stage.su[tile % kBuffers][row][from.run].x, su);
@@ -249,50 +261,54 @@ struct Incoming {
             const Part part(k);
             const int slot = kPartsAhead ? k : 0;
             if (!kPartsAhead) {
-                fetch_part(from, p, stage, places, tokens, k, 0);
+                fetch_part(from, p, stage, places, tokens, k, 0, thread());
                 wait_for_copies();
             }
             if (!part.there) continue;
             float values[kRowRun];
+            float* row = stage.rows[tile % kBuffers][part.row] + part.state;
+            const float unit = kHalves && part.of_C ? 1.f : kUnit;
             const Pack<B_TYPE, kRowRun> b = B[slot].take(places.B[slot][threadIdx.x]);
-            const Pack<C_TYPE, kRowRun> c = C[slot].take(places.C[slot][threadIdx.x]);
 #pragma unroll
-            for (int n = 0; n < kRowRun; ++n) values[n] = b.get(n);
-            put<kRowRun>(stage.rows[tile % kBuffers][part.row] + part.state, values);
+            for (int n = 0; n < kRowRun; ++n) values[n] = b.get(n) * unit;
+            put<kRowRun>(kHalves && part.of_C ? row + kRow : row, values);
+            if constexpr (!kHalves) {
+                const Pack<C_TYPE, kRowRun> c = C[slot].take(places.C[slot][threadIdx.x]);
 #pragma unroll
-            for (int n = 0; n < kRowRun; ++n) values[n] = c.get(n);
-            put<kRowRun>(stage.rows[tile % kBuffers][part.row] + kRow + part.state, values);
+                for (int n = 0; n < kRowRun; ++n) values[n] = c.get(n);
+                put<kRowRun>(row + kRow, values);
+            }
         }
         if constexpr (kTensorRank) {
 #pragma unroll
             for (int k = 0; k < kRankParts; ++k) {
                 const int i = k * kThreads + thread();
-                unsigned* at = &stage.low[tile % kLowRing][i / kRankWords][i % kRankWords];
+                unsigned* at = &stage.low[(unsigned)tile % kLowRing][i / kRankWords][i % kRankWords];
                 if (!low[k].kApart && i < kTile * kRankWords) *at = low[k].take(at).words[0];
             }
         } else if constexpr (kRank > 0) {
             for (int i = threadIdx.x; i < kTile * kRank; i += kThreads) {
                 const int row = i / kRank, rank = i % kRank, token = tokens[row];
                 const DT_TYPE* at = at_token(stage.dt, token, p.dt_l) + rank * (int)p.dt_d;
-                stage.low_wide[tile % kBuffers][row][rank] = token >= 0 ? widen(*at) : 0.f;
+                stage.low_wide[tile % kBuffers][row][rank] = token >= 0 ? widen(*at) * kPerUnit : 0.f;
             }
         }
     }
-    // Past the end the state stays as it is.
-    static DEVICE float step_size(float v, int token) {
-        if (kSoftplus) v = softplus<sizeof(DT_TYPE) == 4>(v);
-        return token == -2 ? 0.f : v;
+    static DEVICE float step_size(float v) {
+        if constexpr (!kSoftplus) return v;
+        else return kExact ? softplus<true>(v) : softplus2(v);
     }
     // Behind the barrier: (s, s x) from a low-rank step size and the x beside.
     DEVICE void multiply_rank(const Source& from, Stage& stage, int tile, float2 (*through)[kPitch]) const {
-        const int* tokens = stage.tokens[tile % kRing];
+        const int* tokens = stage.tokens[(unsigned)tile % kRing];
         const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
         if constexpr (kTensorRank) {
             unsigned a[(kRankTiles + 1) / 2][4];
 #pragma unroll
             for (int i = 0; i < (kRankTiles + 1) / 2 * 4; ++i) {
                 const int eight = i / 4 * 2 + i % 4 / 2, word = eight * 4 + lane % 4;
-                a[i / 4][i % 4] = eight < kRankTiles ? stage.low[tile % kLowRing][lane / 4 + 8 * (i % 2)][word] : 0;
+                const unsigned(*low)[kTensorRank ? kRankPitch : 1] = stage.low[(unsigned)tile % kLowRing];
+                a[i / 4][i % 4] = eight < kRankTiles ? low[lane / 4 + 8 * (i % 2)][word] : 0;
             }
 #pragma unroll
             for (int c = 0; c < kOwnTiles; ++c) {
@@ -308,16 +324,15 @@ struct Incoming {
                     multiply_add(d, a[i], rest);
                 }
                 const int channel = warp * kWarpChannels + 8 * c + 2 * (lane % 4);
-                float bias[2];
-                get<2>(bias, stage.bias + channel);
 #pragma unroll
                 for (int half = 0; half < 2; ++half) {
                     const int row = lane / 4 + 8 * half, token = tokens[row];
-                    float pair[4];
+                    float pair[4], bias[2];
                     get<4>(pair, &through[row][channel].x);
+                    get<2>(bias, from.bias(stage, channel, token));
 #pragma unroll
                     for (int i = 0; i < 2; ++i) {
-                        const float s = step_size(d[2 * half + i] + bias[i], token);
+                        const float s = step_size(fmaf(d[2 * half + i], kPerUnit, bias[i]));
                         pair[2 * i] = s, pair[2 * i + 1] *= s;
                     }
                     put<4>(&stage.su[tile % kBuffers][row][channel].x, pair);
@@ -329,7 +344,7 @@ struct Incoming {
             for (int r = 0; r < kRows; ++r) {
                 const int row = own_row(r), token = tokens[row];
                 float s[kRun], su[2 * kRun], pairs[2 * kRun];
-                get<kRun>(s, stage.bias + from.run);
+                get<kRun>(s, from.bias(stage, from.run, token));
                 get<2 * kRun>(pairs, &through[row][from.run].x);
 #pragma unroll 4
                 for (int c = 0; c < kRank; ++c) {
@@ -340,7 +355,7 @@ struct Incoming {
                 }
 #pragma unroll
                 for (int i = 0; i < kRun; ++i) {
-                    su[2 * i] = step_size(s[i], token);
+                    su[2 * i] = step_size(s[i]);
                     su[2 * i + 1] = su[2 * i] * pairs[2 * i + 1];
                 }
                 put<2 * kRun>(&stage.su[tile % kBuffers][row][from.run].x, su);

@@ -19,7 +19,6 @@ DEVICE float one_if_equal(float a, float b) {
     asm("set.eq.f32.f32 %0, %1, %2;" : "=f"(r) : "f"(a), "f"(b));
     return r;
 }
-DEVICE float rest(float v) { return v - __uint_as_float(__float_as_uint(v) & 0xffffe000u); }
 
 // Sum dB and dC of a lane's states, values[0 .. kSums), over the groups of lanes, and leave them in row_at(t)[kind kRow +
 // state]. On the tensor cores, A holds four values at a time, and B is 1 in one column for the first two of them and in

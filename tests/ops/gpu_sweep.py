@@ -21,7 +21,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from tests.cases import BF16, F16, Case, double, make_call, run
 from tests.tolerances import assert_close
 from vision_mamba.ops import autograd, registry
-from vision_mamba.ops.backends import cuda
+from vision_mamba.ops.backends import backward_cuda, forward_cuda
+from vision_mamba.ops.backends import few_cuda as few
 from vision_mamba.ops.call import GRADIENTS, ScanCall
 
 #: Channels and lengths that fill no tile, with each thing that a kernel may read or write.
@@ -134,11 +135,11 @@ def check(case: Case, backend: str, place: str) -> None:
 
 def main(backend: str, place: str | None = None) -> None:
     torch.zeros(1, device="cuda")  # makes torch's context current for the driver's calls
-    cuda.room_for = _apart
+    forward_cuda.room_for = _apart
     # What is few, and the same as if it were many.
-    for takes in (cuda.few.takes, lambda *_: False) if backend == "cuda" else (cuda.few.takes,):
-        cuda.few.takes = takes
-        for known in (cuda._forward_plans, cuda._backward_plans, autograd.operator.known):
+    for takes in (few.takes, lambda *_: False) if backend == "cuda" else (few.takes,):
+        few.takes = takes
+        for known in (forward_cuda.runners, backward_cuda.plans, autograd.operator.known):
             known.clear()
         for case in CASES:
             sys.stderr.write(f"{case}\n")  # the last one written is the one that failed

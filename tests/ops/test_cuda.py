@@ -14,7 +14,9 @@ from tests.cases import BF16, F16, F32, Case, make_call, run
 from tests.tolerances import assert_close
 from vision_mamba import ops
 from vision_mamba.ops import autograd
-from vision_mamba.ops.backends import cuda
+from vision_mamba.ops.backends import backward_cuda, cuda, forward_cuda, gpu, wide_cuda
+from vision_mamba.ops.backends import cuda_kernels as kernels
+from vision_mamba.ops.backends import few_cuda as few
 from vision_mamba.ops.call import GRADIENTS, ScanCall
 from vision_mamba.ops.known import Known
 
@@ -50,10 +52,10 @@ def tuned() -> list[Case]:
 @pytest.fixture
 def many_sequences(monkeypatch: pytest.MonkeyPatch) -> None:
     """No sequences are few, so that small scans go the way of large ones."""
-    monkeypatch.setattr(cuda.few, "takes", lambda *_: False)
-    monkeypatch.setattr(cuda, "_forward_plans", {})
+    monkeypatch.setattr(few, "takes", lambda *_: False)
+    monkeypatch.setattr(forward_cuda, "runners", {})
     monkeypatch.setattr(autograd.operator, "known", Known(10, 5))
-    monkeypatch.setattr(cuda, "_backward_plans", {})
+    monkeypatch.setattr(backward_cuda, "plans", {})
 
 
 @functools.cache
@@ -90,14 +92,14 @@ def walked() -> list[Case]:
 @pytest.mark.parametrize("case", walked(), ids=str)
 def test_walks(case: Case, pieces: str, poisoned: None, many_sequences: None, monkeypatch: pytest.MonkeyPatch) -> None:
     launched = []
-    walks = cuda.kernels.walk_forward
-    monkeypatch.setattr(cuda.kernels, "walk_forward", lambda *how: launched.append(how) or walks(*how))
-    monkeypatch.setattr(cuda.kernels, "walks", lambda *_: True)
+    walks = kernels.walk_forward
+    monkeypatch.setattr(kernels, "walk_forward", lambda *how: launched.append(how) or walks(*how))
+    monkeypatch.setattr(kernels, "walks", lambda *_: True)
     if pieces != "segments":
-        monkeypatch.setattr(cuda.kernels, "wide_segments", lambda *_: (1, 0))
+        monkeypatch.setattr(kernels, "wide_segments", lambda *_: (1, 0))
     if pieces == "batch in turn":
         assert case.batch % 2 == 0
-        monkeypatch.setattr(cuda.kernels, "walk_items", lambda *_: 2)
+        monkeypatch.setattr(kernels, "walk_items", lambda *_: 2)
     found = run(make_call(case, device="cuda"), "cuda")
     assert launched
     for name, reference in expected(case).items():
@@ -130,7 +132,7 @@ def test_walks_that_add_up_routes(
     many_sequences: None,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    kernels, launched = cuda.kernels, []
+    launched = []
     how = kernels.Merged(per_lane, turns, stages, 8, rank=case.rank, sums=LONG if case.dtypes[0] != BF16 else sums)
     walks = kernels.walk_merged
     monkeypatch.setattr(kernels, "walk_merged", lambda *how: launched.append(how) or walks(*how))
@@ -159,7 +161,7 @@ def many() -> list[Case]:
 
 @pytest.mark.parametrize("case", many(), ids=str)
 def test_routes_in_one_piece(case: Case, poisoned: None, many_sequences: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cuda.kernels, "wide_segments", lambda *_: (1, 0))
+    monkeypatch.setattr(kernels, "wide_segments", lambda *_: (1, 0))
     found = run(make_call(case, device="cuda"), "cuda")
     for name, reference in expected(case).items():
         assert_close(name, found[name], reference)
@@ -177,7 +179,7 @@ def plentiful() -> list[Case]:
     return [*found, Case(channels=80, states=16, dtypes=(BF16, BF16, F32, BF16), out_dtype=F32, grid=(1, 40))]
 
 
-@pytest.mark.parametrize("routes", ["together", "in turn", "in segments", "in long segments"])
+@pytest.mark.parametrize("routes", ["together", "in turn", "in order", "in segments", "in long segments"])
 @pytest.mark.parametrize(("many", "lean"), [(False, False), (True, False), (True, True)], ids=["few", "many", "lean"])
 @pytest.mark.parametrize("case", plentiful(), ids=str)
 def test_blocks_of_many_sequences(
@@ -189,19 +191,20 @@ def test_blocks_of_many_sequences(
     many_sequences: None,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(cuda, "_forward_tile", lambda call, _: cuda.kernels.forward_tiles(call.states, call.rank)[many])
-    monkeypatch.setattr(cuda, "_in_turn", lambda *_: routes == "in turn")
-    monkeypatch.setattr(cuda.kernels, "LEAN", lean)
-    monkeypatch.setattr(cuda.kernels, "MANY", 0)
+    monkeypatch.setattr(wide_cuda, "_forward_tile", lambda call, _: kernels.forward_tiles(call.states, call.rank)[many])
+    monkeypatch.setattr(wide_cuda, "_in_turn", lambda *_: routes == "in turn")
+    monkeypatch.setattr(wide_cuda, "_in_order", lambda *_: routes == "in order")
+    monkeypatch.setattr(kernels, "LEAN", lean)
+    monkeypatch.setattr(kernels, "MANY", 0)
     if many:  # so that blocks add to what others have left, and if they are lean take channels in turn
-        monkeypatch.setattr(cuda, "_multiprocessors", lambda _: 1)
+        monkeypatch.setattr(gpu, "multiprocessors", lambda _: 1)
         if not lean:
-            monkeypatch.setattr(cuda.kernels, "wide_items", lambda _, batch, *__: batch)
+            monkeypatch.setattr(kernels, "wide_items", lambda _, batch, *__: batch)
     tiles = (case.grid[0] * case.grid[1] + 15) // 16
     segments = (tiles, 1) if "segments" in routes else (1, tiles)
-    monkeypatch.setattr(cuda.kernels, "wide_segments", lambda *_: segments)
+    monkeypatch.setattr(kernels, "wide_segments", lambda *_: segments)
     if "long" in routes:
-        monkeypatch.setattr(cuda.kernels, "LONG", 1)
+        monkeypatch.setattr(kernels, "LONG", 1)
     found = run(make_call(case, device="cuda"), "cuda")
     for name, reference in expected(case).items():
         assert_close(name, found[name], reference)

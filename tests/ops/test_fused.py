@@ -92,9 +92,9 @@ def test_on_gpu_no_epsilon_is_needed() -> None:
 
 
 def test_kernels_leave_wrong_shapes_and_types_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
-    from vision_mamba.ops.backends import rows_cuda
+    from vision_mamba.ops.backends import gpu, rows_cuda
 
-    monkeypatch.setattr(rows_cuda, "_unavailable", lambda device: None)
+    monkeypatch.setattr(gpu, "unavailable", lambda device: None)
     x, weight, bias = torch.randn(2, 5, 8), torch.rand(8), torch.randn(8)
     options = dict(eps=1e-5, rms=False, out_dtype=None, stream=False)
     assert not rows_cuda.NORM.refuses((x, None, weight, bias), options)

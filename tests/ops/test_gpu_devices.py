@@ -18,7 +18,7 @@ from tests.tolerances import assert_close
 from vision_mamba import ops
 from vision_mamba.ops import autograd, ssd_call
 from vision_mamba.ops import call as scan_call
-from vision_mamba.ops.backends import cuda, nvrtc
+from vision_mamba.ops.backends import calls_cuda, forward_cuda, nvrtc
 from vision_mamba.scans import ScanOrder, reverse, row_major
 from vision_mamba.scans import order as scan_orders
 
@@ -175,7 +175,7 @@ def test_in_a_graph_from_the_first_call_on(states: int, mode: str) -> None:
     call = cases.make_call(Case(grid=(3, 5 + states), routes=2, states=states, channels=40, dtypes=HALF), device="cuda")
     scan, order = torch.ops.vision_mamba.cross_selective_scan, ScanOrder("twice", (reverse(row_major), row_major))
     nvrtc.kernel.cache_clear()
-    cuda._forward_plans.clear()
+    forward_cuda.runners.clear()
     autograd.operator.known.clear()
 
     def run() -> tuple[Tensor, Tensor]:
@@ -185,7 +185,7 @@ def test_in_a_graph_from_the_first_call_on(states: int, mode: str) -> None:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, capture_error_mode=mode):
         captured = run()
-    for tables in (cuda._in_order, scan_orders._tables):
+    for tables in (calls_cuda.tables_in_order, scan_orders._tables):
         tables._kept.clear()
     others = [torch.full((2, 3 * (5 + states)), 7, dtype=torch.int32, device="cuda") for _ in range(64)]
     for _ in range(2):

@@ -16,7 +16,7 @@ from tests.cases import BF16, F16, F32, Case, make_call
 from vision_mamba import ops
 from vision_mamba.ops import autograd, contract, use_backend
 from vision_mamba.ops import known as known_calls
-from vision_mamba.ops.backends import cuda
+from vision_mamba.ops.backends import forward_cuda
 from vision_mamba.ops.known import Known
 from vision_mamba.ops.operator import nobody_looks
 
@@ -121,7 +121,7 @@ def test_a_call_run_again_gives_what_it_gives_anew(case: Case) -> None:
         assert known.find((*call, "cuda"), False, contract.visits_all(call)) is not None
         again = scan(*other, "cuda")
         known.clear()
-        cuda._forward_plans.clear()
+        forward_cuda.runners.clear()
         anew = scan(*other, "cuda")
     for a, b in zip(again, anew, strict=True):
         assert torch.equal(a, b) and a.stride() == b.stride() and a.dtype == b.dtype

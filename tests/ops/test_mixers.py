@@ -23,7 +23,7 @@ from vision_mamba.layers.noncausal import MapAttention, NonCausalSSD
 from vision_mamba.layers.norm import LayerNorm, RMSNorm
 from vision_mamba.models import vim, vmamba, vssd
 from vision_mamba.ops import compiled, conv, fused, mixers, norm
-from vision_mamba.ops.backends import mixers_cuda, routes_cuda, rows_cuda, sums_cuda
+from vision_mamba.ops.backends import gpu, mixers_cuda, routes_cuda, rows_cuda, sums_cuda
 from vision_mamba.ops.backends.sums_cuda import Parts
 from vision_mamba.ops.fused import Kernels
 from vision_mamba.ops.known import Guards
@@ -161,7 +161,7 @@ def stand_ins(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     plain = dict(CONV_MAP=conv.plain_conv_map, GATED=conv.plain_gated, NORM=norm.plain_normed)
     plain |= dict(CONV_BOTH_WAYS=conv.plain_conv_both_ways)
     # They refuse what the kernels refuse, on any device.
-    monkeypatch.setattr(rows_cuda, "_unavailable", lambda device: None)
+    monkeypatch.setattr(gpu, "unavailable", lambda device: None)
     kernels = {name: _stand_in(function, getattr(rows_cuda, name).refuses) for name, function in plain.items()}
     for name, kernel in kernels.items():
         monkeypatch.setattr(rows_cuda, name, kernel)

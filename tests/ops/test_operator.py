@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.utils import counters
+from torch._inductor.utils import fresh_cache
 from torch.autograd import forward_ad
 from torch.utils.flop_counter import FlopCounterMode
 
 from tests.cases import BF16, F32, Case, make_call, run
 from vision_mamba import ops, scans
-from vision_mamba.ops import registry
+from vision_mamba.ops import disk_caches, registry
 from vision_mamba.ops.autograd import scan_flops
 from vision_mamba.ops.call import GRADIENTS, ScanCall
 
 scan = torch.ops.vision_mamba.cross_selective_scan
 BACKENDS = ("cpu", "eager")
+WITH_FIXED_SIZES = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_static")
 
 
 def watched(call: ScanCall) -> ScanCall:
@@ -38,8 +42,10 @@ def watched(call: ScanCall) -> ScanCall:
 )
 def test_opcheck(case: Case, backend: str) -> None:
     arguments = (*watched(make_call(case)), backend)
+    # Traced as plain torch, sizes that vary take thousands of guards: there on few tokens, below.
+    sizes = ("test_aot_dispatch_dynamic",) if registry.get(backend).backward is not None else ()
     # Two runs of a bfloat16 scan differ by nothing; opcheck compares them with the tolerance of their type.
-    torch.library.opcheck(scan.default, arguments)
+    torch.library.opcheck(scan.default, arguments, test_utils=(*WITH_FIXED_SIZES, *sizes))
     forward = torch.ops.vision_mamba.cross_selective_scan_forward.default
     plain = tuple(a.detach() if isinstance(a, Tensor) else a for a in arguments)
     torch.library.opcheck(forward, plain, test_utils=("test_schema", "test_faketensor"))
@@ -48,6 +54,11 @@ def test_opcheck(case: Case, backend: str) -> None:
         gradients = (saved, torch.randn_like(y), torch.randn_like(last) if case.state else None)
         backward = torch.ops.vision_mamba.cross_selective_scan_backward.default
         torch.library.opcheck(backward, (*gradients, *plain), test_utils=("test_schema", "test_faketensor"))
+
+
+def test_opcheck_of_plain_torch_for_any_size() -> None:
+    arguments = (*watched(make_call(Case(order="local_2", rank=3, grid=(1, 2)))), "eager")
+    torch.library.opcheck(scan.default, arguments, test_utils=("test_aot_dispatch_dynamic",))
 
 
 @pytest.mark.parametrize("order", scans.names())
@@ -219,3 +230,39 @@ def test_a_slow_backend_is_said_once_with_the_fix(caplog: pytest.LogCaptureFixtu
     assert [r.getMessage() for r in caplog.records if r.levelno == logging.INFO] == [
         "selective scan on cpu: backend 'cpu'"
     ]
+
+
+def test_caches_on_disk_know_what_decides_a_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was compiled for another backend, or by another version, is not taken for what is asked for."""
+    call = make_call(Case(grid=(1, 3), states=2))
+
+    def found() -> bool:
+        """Whether a cache had it."""
+        torch.compiler.reset()
+        counters.clear()
+        with torch.no_grad():
+            torch.compile(lambda x: scan(x, *call[1:])[0])(call.x)
+        hits, misses = (counters["aot_autograd"][f"autograd_cache_{what}"] for what in ("hit", "miss"))
+        assert hits + misses == 1
+        return bool(hits)
+
+    monkeypatch.setattr(torch.compiler.config, "cache_key_tag", "mine")
+    with fresh_cache():
+        assert not found() and found()
+        monkeypatch.setattr(disk_caches, "_decisive", lambda forced: f"another version, {forced}")
+        with ops.use_backend("eager"):
+            assert not found()
+    assert torch.compiler.config.cache_key_tag == "mine vision_mamba-another version, eager"
+    torch.compiler.reset()
+
+
+def test_what_decides_a_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    decisive = disk_caches._decisive.__wrapped__
+    before = [decisive(None), decisive("cpu")]
+    backend = registry.get("cpu")
+    monkeypatch.setitem(registry.scans.backends, "cpu", replace(backend, keeps="lean"))
+    before.append(decisive(None))
+    monkeypatch.setitem(registry.scans.backends, "cpu", replace(backend, unavailable=lambda device: "it is gone."))
+    before.append(decisive(None))
+    monkeypatch.setattr(disk_caches, "__file__", __file__)
+    assert len({*before, decisive(None)}) == 5

@@ -39,8 +39,7 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(triton, "BACKWARD", {1: Tile(1, 2, 4), 256: Tile(1, 2, 4, parts=2)})
     monkeypatch.setattr(triton, "LOW_RANK", {256: Product(4, 4)})
     monkeypatch.setattr(triton, "_LEAST_RANK", 2)
-    for name in ("_RANK_INSIDE", "_RANK_INSIDE_BUSY"):  # of the cases above, one goes into the scan and one does not
-        monkeypatch.setattr(triton, name, 2)
+    monkeypatch.setattr(triton, "_RANK_INSIDE", 2)  # of the cases above, one goes into the scan and one does not
 
 
 @pytest.mark.parametrize("case", TINY, ids=str)

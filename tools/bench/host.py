@@ -29,7 +29,7 @@ from bench.cases import CASES, make_call  # noqa: E402
 from bench.run import MEASURED  # noqa: E402
 from vision_mamba import ops  # noqa: E402
 from vision_mamba.ops.autograd import operator  # noqa: E402
-from vision_mamba.ops.backends import cuda, nvrtc  # noqa: E402
+from vision_mamba.ops.backends import forward_cuda, nvrtc  # noqa: E402
 from vision_mamba.ops.call import GRADIENTS, ScanCall  # noqa: E402
 from vision_mamba.provenance import provenance  # noqa: E402
 
@@ -49,7 +49,7 @@ def microseconds(work: Callable[[], Any]) -> float:
 
 def _forget() -> None:
     operator.known.clear()
-    cuda._forward_plans.clear()
+    forward_cuda.runners.clear()
 
 
 @torch.no_grad()

@@ -20,6 +20,7 @@ from torch.fx.experimental.symbolic_shapes import has_static_value
 from torch.nn import Parameter
 from torch.nn.modules import module as of_modules
 
+from vision_mamba.ops.disk_caches import tagging
 from vision_mamba.ops.operator import _aligned, _watched, library
 from vision_mamba.ops.registry import forced
 
@@ -91,7 +92,7 @@ class ChainOperator:
         name = self.name + part
         library.define(f"{name}({arguments}) -> Tensor[]")
         library.impl(name, kernel, "CompositeExplicitAutograd")
-        torch.library.register_fake(f"vision_mamba::{name}", fake, lib=library)
+        torch.library.register_fake(f"vision_mamba::{name}", tagging(fake), lib=library)
         if autograd is not None:
             library.impl(name, autograd, "Autograd")
 

@@ -17,6 +17,7 @@ from torch.overrides import has_torch_function
 from torch.utils.flop_counter import register_flop_formula
 
 from vision_mamba.ops.contract import covers
+from vision_mamba.ops.disk_caches import tagging
 from vision_mamba.ops.known import Known
 from vision_mamba.ops.reference import without_autocast
 from vision_mamba.ops.registry import Backend, Registry
@@ -94,7 +95,7 @@ class Operator:
         library.define(f"{name}({arguments}) -> {results}")
         # No autocast rule is registered on purpose: an operator without one takes its arguments in the types they have.
         library.impl(name, kernel, "CompositeExplicitAutograd")
-        torch.library.register_fake(f"vision_mamba::{name}", fake, lib=library)
+        torch.library.register_fake(f"vision_mamba::{name}", tagging(fake), lib=library)
         if autograd is not None:
             library.impl(name, autograd, "Autograd")
 

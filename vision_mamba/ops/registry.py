@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import itertools
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -38,6 +39,7 @@ class Backend:
         fast_on: types of devices where one that is not fast is the fastest way all the same.
         prepare: (call, save) -> `forward` for each call that differs from this one in values and addresses alone, given
             the addresses of its tensors; None for a call that is looked at anew each time.
+        keeps: how it saves what backward wants, where a process decides that once.
     """
 
     name: str
@@ -50,6 +52,7 @@ class Backend:
     automatic: bool = True
     fast_on: tuple[str, ...] = ()
     prepare: Callable[[Any, bool], Callable[[list[int]], tuple[Tensor, Tensor, Tensor]] | None] | None = None
+    keeps: str = ""
 
 
 _forced: str | None = None
@@ -145,10 +148,16 @@ def available_backends(
             f"operator as in torch.ops.vision_mamba."
         )
     if device is None:
-        # By itself it names what torch was built for, whether or not there is one.
-        device = (torch.accelerator.is_available() and torch.accelerator.current_accelerator()) or "cpu"
+        device = _accelerator()
     device = torch.device(device)
     return {name: backend.unavailable(device) for name, backend in _registries[operator].backends.items()}
+
+
+def _accelerator() -> torch.device:
+    """The accelerator if there is one, else the CPU."""
+    # By itself torch names what it was built for, whether or not there is one.
+    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return found or torch.device("cpu")
 
 
 class use_backend(contextlib.AbstractContextManager):
@@ -175,6 +184,17 @@ class use_backend(contextlib.AbstractContextManager):
     def __exit__(self, *_: Any) -> None:
         global _forced
         _forced = self._before
+
+
+def choices() -> list[tuple[str, str, str, str]]:
+    """Operator, kind of device, name of a backend that runs there, and how it saves; of all that this machine has."""
+    devices = {torch.device("cpu"), _accelerator()}
+    return [
+        (operator, device.type, backend.name, backend.keeps)
+        for operator, device in itertools.product(_registries, sorted(devices, key=str))
+        for backend in _registries[operator].backends.values()
+        if backend.unavailable(device) is None
+    ]
 
 
 def forced() -> str | None:

@@ -21,6 +21,14 @@ LEAN, MANY = os.environ.get("VISION_MAMBA_LEAN") == "1", 2**15
 WARPS = 4  # of a block of the wide kernels
 BACKWARD_WARPS = 12  # of the wide backward kernel that a multiprocessor holds
 NARROW_CHANNELS = 16  # of a block of the narrow kernels
+WAVE_STATES = 16  # of a channel that the wave kernels take
+WAVE_FORWARD = 16  # channels of a block of the forward one
+WAVE_TURNS, WAVE_BLOCKS = 4, 3  # its warps, and how many of these blocks a multiprocessor holds
+WAVE_FORWARD_STEPS = 128  # of a route from which on it is taken that way
+WAVE_COLUMNS = 6  # of 8 channels, of a block of the backward wave kernel
+WAVE_CHANNELS = 8 * WAVE_COLUMNS
+WAVE_SHARED = 223 * 1024  # bytes of shared memory that its block needs, at most
+WAVE_STEPS = 256  # of a route from which on it is taken that way
 WALK_FORWARD = 16  # warps of the walking kernels that a multiprocessor holds
 WALK_BACKWARD = 12
 WALK_ROOM = 8  # warps for which routes are cut into segments, going back; twice as many going forwards
@@ -67,11 +75,9 @@ class Tile(NamedTuple):
 
 
 def forward_tiles(states: int, rank: int) -> tuple[Tile, Tile]:
-    """For few sequences and for many: eight states a lane read B and C half as often, but leave fewer warps. More of
-    them share the weights of a low-rank step size."""
+    """For few sequences and for many: eight states a lane read B and C half as often."""
     few = Tile(wide_shape(states, 2), WARPS, 4)
-    warps = 4 if rank else 2
-    return few, Tile(wide_shape(states, 2, 8), warps, 12 // warps) if 8 < states <= 16 else few
+    return few, Tile(wide_shape(states, 2, 8), 2, 6) if 8 < states <= 16 else few
 
 
 def backward_tile(states: int, shared: int) -> Tile:
@@ -95,11 +101,11 @@ class Wide(NamedTuple):
     tokens_first: bool  # tokens are neighbours in memory, channels are not
     part: int = 0  # of two kernels over a route in segments, or 0
     merge: bool = False  # a block takes the routes one after the other and adds them up
-    copies: bool = False  # what is read ahead waits in shared memory, where sequences are many, not in registers
+    copies: bool = False  # what is read ahead waits in shared memory, where sequences are many; forwards by wide_flow
     long: bool = False  # segments are: the first of two kernels does all of the first one going forwards
     every: int = 1  # tiles between two states that are saved
-    add: bool = False  # going back, to what blocks of another route have left
-    whole: bool = False  # going back, blocks are full of channels, and lanes of states
+    add: bool = False  # to what blocks of another route have left
+    whole: bool = False  # blocks are full of channels, and lanes of states
 
 
 def wide_every(sequences: Any, channels: Any) -> Any:
@@ -137,6 +143,32 @@ def wide_segments(steps: int, blocks: int, room: int, shorter: bool = False) -> 
 
     each = next(n for n in range((tiles + wanted - 1) // wanted, tiles + 1) if n * wanted - less(n) >= tiles)
     return (tiles + less(each) + each - 1) // each, each
+
+
+class WaveForward(NamedTuple):
+    """What the forward wave kernel is specialised on beside its types; see csrc/cuda/wave_forward.cuh."""
+
+    softplus: bool
+    whole: bool  # blocks are full of channels, and lanes of states
+    every: int = 1  # as of the wide kernels
+
+
+def wave_forward_fills(steps: int, blocks: int, multiprocessors: int) -> bool:
+    """Whether routes are long enough, and so many blocks, each of which waits most of the time, keep a device busy."""
+    return steps >= WAVE_FORWARD_STEPS and 5 * blocks >= 7 * multiprocessors
+
+
+class WaveBackward(NamedTuple):
+    """What the backward wave kernel is specialised on beside its types; see csrc/cuda/wave_backward.cuh."""
+
+    softplus: bool
+    whole: bool  # blocks are full of channels
+
+
+def wave_fills(steps: int, blocks: int, multiprocessors: int) -> bool:
+    """Whether routes are long enough, and so many blocks, one a multiprocessor, leave few of these idle."""
+    waves = -(-blocks // multiprocessors)
+    return steps >= WAVE_STEPS and 3 * blocks >= 2 * waves * multiprocessors
 
 
 class Narrow(NamedTuple):
@@ -276,7 +308,8 @@ def narrow_shared(warps: int, rank: int, tokens: int) -> int:
 
 
 def wide_forward(types: Types, how: Wide) -> Specialisation:
-    return Specialisation("wide_forward", _macros(types, **_wide(how), MERGE=how.merge))
+    name = "wide_flow" if how.copies else "wide_forward"
+    return Specialisation(name, _macros(types, **_wide(how), MERGE=how.merge, ADD=how.add))
 
 
 def wide_backward(types: Types, how: Wide, dx: str, ddt: str) -> Specialisation:
@@ -284,6 +317,18 @@ def wide_backward(types: Types, how: Wide, dx: str, ddt: str) -> Specialisation:
     shape = how.tile.shape
     more = dict(SUB=min(8, 64 // (shape.slots * shape.states)), TWO_TERMS=exact, DX_TYPE=dx, DDT_TYPE=ddt, ADD=how.add)
     return Specialisation("wide_backward", _macros(types, **_wide(how), **more, SUM_TYPE=sums(*types[2:4])))
+
+
+def wave_forward(types: Types, how: WaveForward) -> Specialisation:
+    sizes = dict(TURNS=WAVE_TURNS, MIN_BLOCKS=WAVE_BLOCKS, EVERY=how.every)
+    return Specialisation("wave_forward", _macros(types, **sizes, SOFTPLUS=how.softplus, WHOLE=how.whole))
+
+
+def wave_backward(types: Types, how: WaveBackward, dx: str, ddt: str) -> Specialisation:
+    exact = types[2:4] != ("Bfloat", "Bfloat")  # dB or dC has more digits than one term on the tensor cores
+    flags = dict(TWO_TERMS=exact, SOFTPLUS=how.softplus, WHOLE=how.whole)
+    more = dict(DX_TYPE=dx, DDT_TYPE=ddt, SUM_TYPE=sums(*types[2:4]))
+    return Specialisation("wave_backward", _macros(types, COLUMNS=WAVE_COLUMNS, **flags, **more))
 
 
 def sums(B: str, C: str) -> str:
@@ -404,7 +449,8 @@ SHIPPED = (
     narrow_forward(_FULL, Narrow(8, 8, 0, True, False, False, True, False, False)),
     narrow_backward(_HALF, Narrow(7, 4, 6, True, True, True, True, True, True), "Bfloat", "Bfloat"),
     *(wide_forward(_HALF, _shipped(forward_tiles(16, rank)[0], rank)) for rank in (0, 24)),
-    *(wide_forward(_HALF, _many(forward_tiles(16, rank)[1], rank, merge=rank > 0)) for rank in (0, 24)),
+    wide_forward(_HALF, _many(forward_tiles(16, 0)[1], 0, add=True, whole=True)),
+    wide_forward(_HALF, _many(forward_tiles(16, 24)[1], 24)._replace(copies=True, add=True, whole=True)),
     wide_forward(_FULL, _shipped(forward_tiles(64, 0)[0], 0)),
     wide_backward(_HALF, _shipped(backward_tile(16, 2**17), 24)._replace(whole=True), "Bfloat", "Bfloat"),
     wide_backward(_HALF, _many(backward_tile(16, 2**17), 0, whole=True), "Bfloat", "Bfloat"),
@@ -412,8 +458,10 @@ SHIPPED = (
         wide_backward(_HALF, _many(backward_tile(16, 2**17), rank, add=True, whole=True), "Bfloat", "Bfloat")
         for rank in (0, 24)
     ),
-    wide_forward(_HALF, _many(forward_tiles(16, 0)[1], 0, every=2)),
     wide_backward(_HALF, _many(backward_tile(16, 2**17), 0, add=True, every=2, whole=True), "Bfloat", "Bfloat"),
+    wave_forward(_HALF, WaveForward(True, True)),
+    wave_forward(_FULL, WaveForward(True, False)),
+    wave_backward(_HALF, WaveBackward(True, True), "Bfloat", "Bfloat"),
     finish(("Bfloat",) * 3, 1, 6, 8),
     finish(("Bfloat",) * 3, 16, 24, 8),
     merge("Bfloat", "Bfloat", 8),

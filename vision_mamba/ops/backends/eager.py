@@ -29,12 +29,14 @@ def linear_scan(a: Tensor, b: Tensor) -> Tensor:
     steps = a.shape[1]
     if steps == 1:
         return b
-    even, odd = slice(0, steps - steps % 2, 2), slice(1, None, 2)
-    second = linear_scan(a[:, even] * a[:, odd], torch.addcmul(b[:, odd], a[:, odd], b[:, even]))
-    first = torch.addcmul(b[:, 2::2], a[:, 2::2], second[:, : (steps - 1) // 2])
-    first = torch.cat((b[:, :1], first), 1)
-    pairs = torch.stack((first[:, : steps // 2], second), 2).flatten(1, 2)
-    return torch.cat((pairs, first[:, -1:]), 1) if steps % 2 else pairs
+    half = steps // 2
+    (even_a, odd_a), (even_b, odd_b) = (t[:, : 2 * half].unflatten(1, (half, 2)).unbind(2) for t in (a, b))
+    odd = linear_scan(even_a * odd_a, torch.addcmul(odd_b, odd_a, even_b))
+    even = torch.cat((b[:, :1], torch.addcmul(even_b[:, 1:], even_a[:, 1:], odd[:, :-1])), 1)
+    pairs = torch.stack((even, odd), 2).flatten(1, 2)
+    if steps % 2 == 0:
+        return pairs
+    return torch.cat((pairs, torch.addcmul(b[:, -1:], a[:, -1:], odd[:, -1:])), 1)
 
 
 def forward(call: ScanCall, save: bool = False) -> tuple[Tensor, Tensor, Tensor]:

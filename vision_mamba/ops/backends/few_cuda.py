@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from vision_mamba.ops.backends import cuda_kernels as kernels
-from vision_mamba.ops.backends.cuda_kernels import Types, vector
+from vision_mamba.ops.backends import gpu, nvrtc
+from vision_mamba.ops.backends.cuda_kernels import TYPES, Types, vector
 from vision_mamba.ops.backends.nvrtc import Specialisation
 from vision_mamba.ops.call import ScanCall
 
@@ -23,7 +24,7 @@ SAVED = 64  # steps between two states that are saved
 _SEGMENTS = 8  # of a warp
 _STEPS = 8  # of a segment
 _FEW_STEPS, _HELD = 4, 4  # of a segment, where a lane goes through it once more with up to so many held states
-_CLUSTERS = (1, 2, 4, 8)  # blocks; more than 8 no device promises
+_CLUSTERS = (1, 2, 4, 8, 16)  # blocks
 _WARPS = (1, 2, 4, 8)  # of a block
 # Of a block that scans one state forwards, which leaves them registers: 13 x 64 steps are a map of 28 x 28, or a
 # quarter of one of 56 x 56.
@@ -50,6 +51,7 @@ class Few(NamedTuple):
     together: int = 1  # groups of channels of a cluster, whose shares of sums over channels are added up
     once: bool = False  # one round is enough
     chain: bool = False  # blocks take one round each, and leave the state to the next one
+    whole_rows: bool = False  # a cluster has all channels: what it sums up over them are the gradients of B and C
 
     @property
     def route_warps(self) -> int:
@@ -73,16 +75,21 @@ class Few(NamedTuple):
         """As often a route's warps begin anew; of a chain, its blocks."""
         return -(-call.steps // (self.route_warps * self.warp_steps))
 
+    @property
+    def joined(self) -> int:
+        """Blocks of a cluster."""
+        return self.cluster * self.together
+
     def clusters(self, call: ScanCall) -> int:
         each = call.batch * tiles(call) // self.together * (1 if self.merge else call.routes)
         return each * (self.rounds(call) if self.chain else 1)
 
     def grid(self, call: ScanCall) -> int:
-        return self.clusters(call) * self.cluster * self.together
+        return self.clusters(call) * self.joined
 
     def words(self, call: ScanCall) -> int:
-        """Of eight bytes, for the states that blocks leave to each other and for their numbers."""
-        return 1 + self.grid(call) * self.states * CHANNELS if self.chain else 0
+        """For the states that blocks leave to each other."""
+        return self.grid(call) * self.states * CHANNELS if self.chain else 0
 
     def sum_shared(self, tokens: int) -> int:
         """Bytes for the sum over routes."""
@@ -115,10 +122,38 @@ def takes(states: int, lanes: Any, steps: Any) -> Any:
     return (work < 2**22 and work * states < 2**24) or (lanes <= 512 and work * states <= 2**26)
 
 
+def goes_back(states: int, lanes: Any, steps: Any) -> Any:
+    """Whether so many sequences are few for the backward pass alone, where that takes longer than the wide kernels do,
+    but half of their memory or less, and less time than published kernels: small batches of short sequences, and many
+    states."""
+    of_two = 16 <= states <= 64 and states & (states - 1) == 0  # as the wide kernels save them
+    return of_two and lanes < 2**14 and (steps <= 256 or states > 16) and lanes * steps * states <= 2**26
+
+
+def takes_call(call: ScanCall, back: bool = False) -> bool:
+    """Whether the kernels for few sequences take a call, or its backward pass, by sizes, types and device alone: how
+    much of the states is saved hangs on it, and has to be known where tensors have no addresses."""
+    sizes = (call.states, call.batch * call.routes * call.channels, call.steps)
+    if not (takes(*sizes) or (back and goes_back(*sizes) and (call.states <= 16 or not call.rank))):
+        return False  # with more states a low rank's gradient is not multiplied in the kernels
+    device = call.x.device.index
+    if 0 < call.rank <= kernels.MAX_RANK:  # beyond, it is multiplied out
+        on_cores = kernels.on_tensor_cores(call.rank, TYPES.get(call.dt.dtype, ""))
+        if call.rank % 2 or not on_cores or gpu.capability(device) < (8, 0):
+            return False
+    return fits(call, nvrtc.shared_limit(device))
+
+
 def fits(call: ScanCall, limit: int) -> bool:
     """Whether the smallest block, of one warp and no sum over routes, has room for a call in both passes."""
-    least = Few(call.states, 1, 1, 1, False, call.rank, True, False, False, True, 1, False)
+    rank = call.rank if call.rank <= kernels.MAX_RANK else 0
+    least = Few(call.states, 1, 1, 1, False, rank, True, False, False, True, 1, False)
     return least.shared(call, True) <= limit
+
+
+def saved(call: ScanCall) -> tuple[int, ...]:
+    """The shape of the states that are saved; before the first step it is the initial one."""
+    return (call.batch, call.routes, (call.steps - 1) // SAVED, call.channels, call.states)
 
 
 def tiles(call: ScanCall) -> int:
@@ -141,13 +176,13 @@ def _fields(how: Few) -> dict[str, Any]:
 
 
 def options(
-    call: ScanCall, merge: bool, clusters: bool, in_order: bool, back: bool, out: Tensor, *more: Tensor
+    call: ScanCall, merge: bool, largest: int, in_order: bool, back: bool, out: Tensor, *more: Tensor
 ) -> Iterator[Few]:
     """Ways to take a call.
 
     Args:
         merge: routes are added up in the cluster.
-        clusters: blocks can be joined to clusters.
+        largest: blocks that can be joined to a cluster, 8 or 16; 1 where none can.
         out: what the sum over routes goes into.
         more: what else is read or written channel by channel, beside x and dt.
     """
@@ -160,13 +195,14 @@ def options(
     )  # fmt: skip
     one_forwards = call.states == 1 and not back
     lengths = (_FEW_STEPS, _STEPS) if 1 < call.states <= _HELD and not back else (_STEPS,)
-    for cluster, steps in itertools.product(_CLUSTERS if clusters else (1,), lengths):
-        most = _CLUSTERS[-1] // cluster if clusters and back else 1
+    for cluster, steps in itertools.product((n for n in _CLUSTERS if n <= min(largest, 8)), lengths):
+        # Of 16 blocks none share steps with seven others: that took longer than it saved.
+        most = (largest if cluster < 8 else 8) // cluster if back else 1
         together = (n for n in reversed(_CLUSTERS) if n <= most and tiles(call) % n == 0)
         for n, warps in itertools.product(together, (*_WARPS, *(_MORE_WARPS if one_forwards else ()))):
             how = one._replace(warps=warps, cluster=cluster, together=n, steps=steps)
             if how.possible():
-                how = how._replace(once=how.rounds(call) == 1)
+                how = how._replace(once=how.rounds(call) == 1, whole_rows=n > 1 and n == tiles(call))
                 if merge or how.once:
                     yield how
             if not merge and cluster == 1 and warps in _WARPS and steps == _STEPS:
@@ -200,6 +236,8 @@ def cycles(how: Few, call: ScanCall, back: bool, processors: int, limit: int) ->
     computing = part * instructions * max(2.7 if back else 2.0, 1.35 * min(held, busiest) * how.warps / 4)
     waiting = 1500 + (500 + 200 * states if how.span > 1 else 0)
     begin = 4000 + (1800 if how.cluster > 1 else 0)
+    if how.merge and how.cluster > 1:  # what the routes send to a block goes through a bottleneck
+        begin += 4 * CHANNELS * how.routes * call.tokens // how.cluster // 8
     waves = -(-busiest // held)
     # Going back, shares of sums over channels are added up one after the other; and they take memory.
     adding = 700 * (tiles(call) // how.together) if back else 0

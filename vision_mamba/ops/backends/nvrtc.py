@@ -7,16 +7,24 @@ renamed, which makes processes that race harmless; an entry that does not match 
 
 from __future__ import annotations
 
+import atexit
+import contextlib
 import ctypes
+import errno
 import functools
 import hashlib
+import importlib
 import io
 import logging
 import os
+import secrets
+import shutil
 import tempfile
+import threading
 from array import array
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -26,9 +34,11 @@ from vision_mamba.ops.backends.sources import source_dir
 
 _log = logging.getLogger("vision_mamba")
 
+PORTABLE = 8  # blocks of a cluster, where there are any
 OLDEST = (7, 0)  # compute capability: independent thread scheduling, which the exchanges between lanes rely on
 _STANDARD = "c++17"
 _CHECKSUM = hashlib.sha256().digest_size
+_importing = threading.Lock()
 
 
 class Specialisation(NamedTuple):
@@ -44,6 +54,7 @@ class Kernel(NamedTuple):
     handle: int
     threads: int  # of a block; 0 = chosen at each launch
     shared: int  # bytes of dynamic shared memory a block takes at least
+    joined: int = 1  # blocks of a cluster
 
     def bound(self, grid: int, params: array[int], threads: int = 0, more_shared: int = 0) -> Bound:
         """Ready to be launched; `params` are the eight-byte fields of its argument in their order.
@@ -56,6 +67,22 @@ class Kernel(NamedTuple):
             pointers, None,
         )  # fmt: skip
         return Bound(params, queue, functools.partial(_launcher(), *arguments), arguments)
+
+    def runs(self, threads: int, more_shared: int) -> bool:
+        """Whether the device has room for a cluster: one of more blocks than it promises may find none."""
+        from cuda.bindings import driver
+
+        if self.joined <= PORTABLE:
+            return True
+        cluster = driver.CUlaunchAttribute()
+        cluster.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
+        cluster.value.clusterDim.x, cluster.value.clusterDim.y, cluster.value.clusterDim.z = self.joined, 1, 1
+        config = driver.CUlaunchConfig()
+        config.gridDimX, config.gridDimY, config.gridDimZ = self.joined, 1, 1
+        config.blockDimX, config.blockDimY, config.blockDimZ = threads or self.threads, 1, 1
+        config.sharedMemBytes, config.attrs, config.numAttrs = self.shared + more_shared, [cluster], 1
+        (count,) = _checked(driver.cuOccupancyMaxActiveClusters(driver.CUfunction(self.handle), config))
+        return int(count) > 0
 
 
 class Bound(NamedTuple):
@@ -98,10 +125,16 @@ def _launcher() -> Callable[..., int]:
     return ctypes.CFUNCTYPE(ctypes.c_int)(int(address))
 
 
+def _core() -> ModuleType:
+    """cuda-core. Its package takes its own place while it is imported, and a second thread would find half of it."""
+    with _importing:
+        return importlib.import_module("cuda.core")
+
+
 def missing() -> str | None:
     """None if kernels can be compiled here, else what is missing and how to get it."""
     try:
-        import cuda.core  # noqa: F401
+        _core()
     except ImportError as error:
         return f"cuda-core can't be imported ({error}); run `pip install cuda-core`."
     try:
@@ -164,9 +197,8 @@ def compile_source(wanted: Specialisation, architecture: int) -> tuple[bytes, st
     Returns: machine code, and the assembler's report of registers and spills.
     Raises: RuntimeError with the compiler's log.
     """
-    from cuda.core import Program, ProgramOptions
-
-    options = ProgramOptions(
+    core = _core()
+    options = core.ProgramOptions(
         std=_STANDARD,
         arch=f"sm_{architecture}",
         include_path=str(source_dir() / "cuda"),
@@ -175,7 +207,7 @@ def compile_source(wanted: Specialisation, architecture: int) -> tuple[bytes, st
     )
     log = io.StringIO()
     try:
-        code = Program(f'#include "{wanted.name}.cuh"\n', "c++", options).compile("cubin", logs=log).code
+        code = core.Program(f'#include "{wanted.name}.cuh"\n', "c++", options).compile("cubin", logs=log).code
     except Exception as error:  # cuda-core's own type of it is private
         raise RuntimeError(f"vision_mamba: {wanted} does not compile for sm_{architecture}: {error}") from error
     return bytes(code), log.getvalue()
@@ -183,20 +215,34 @@ def compile_source(wanted: Specialisation, architecture: int) -> tuple[bytes, st
 
 @functools.cache
 def cache_dir() -> Path:
-    """Where compiled kernels are kept: $VISION_MAMBA_CACHE, else the user's cache directory, else a temporary one."""
-    home = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
-    place = Path(os.environ.get("VISION_MAMBA_CACHE") or os.path.join(home, "vision_mamba"))
+    """Where compiled kernels are kept; a temporary directory of this process where they can't be."""
+    place, obstacle = cache_wanted()
+    if obstacle is None:
+        return place
+    spare = Path(tempfile.mkdtemp(prefix="vision_mamba-"))
+    atexit.register(shutil.rmtree, spare, ignore_errors=True)
+    _log.warning("%s They go to %s for this run.", obstacle, spare)
+    return spare
+
+
+def cache_wanted() -> tuple[Path, str | None]:
+    """Where compiled kernels should be kept, $VISION_MAMBA_CACHE or else the user's cache directory; and None, or why
+    they can't be, with the way out."""
+    named, of_caches = os.environ.get("VISION_MAMBA_CACHE"), os.environ.get("XDG_CACHE_HOME", "")
+    if not os.path.isabs(of_caches):  # to be passed over then
+        of_caches = os.path.join("~", ".cache")
+    place = Path(os.path.expanduser(named or os.path.join(of_caches, "vision_mamba")))
     try:
+        if not named and not place.is_absolute():
+            raise OSError(errno.ENOENT, "this user has no home directory")
         place.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=place):
-            return place
+            return place, None
     except OSError as error:
-        spare = Path(tempfile.mkdtemp(prefix="vision_mamba-"))
-        _log.warning(
-            "compiled kernels can't be kept in %s (%s) and go to %s for this run; set VISION_MAMBA_CACHE to a writable "
-            "directory.", place, error.strerror, spare,
-        )  # fmt: skip
-        return spare
+        return place, (
+            f"compiled kernels can't be kept in {place} ({error.strerror}); set VISION_MAMBA_CACHE to a writable "
+            f"directory."
+        )
 
 
 def _read(entry: Path) -> bytes | None:
@@ -213,16 +259,15 @@ def _read(entry: Path) -> bytes | None:
 
 def _write(entry: Path, code: bytes) -> None:
     """Write aside and rename, so that no other process ever reads half an entry."""
-    name = None
+    aside = entry.with_suffix(f".{secrets.token_hex(8)}")
     try:
-        with tempfile.NamedTemporaryFile(dir=entry.parent, prefix=entry.stem, delete=False) as file:
-            name = file.name
+        with open(aside, "xb") as file:  # as readable for others as the user has new files
             file.write(hashlib.sha256(code).digest() + code)
-        os.replace(name, entry)
+        os.replace(aside, entry)
     except OSError as error:
         _log.warning("the compiled kernel %s can't be kept: %s", entry.name, error)
-        if name is not None and os.path.exists(name):
-            os.unlink(name)
+        with contextlib.suppress(OSError):
+            aside.unlink()
 
 
 @functools.cache
@@ -236,10 +281,9 @@ def kernel(wanted: Specialisation, device: int) -> Kernel:
 
 def _load(wanted: Specialisation, machine_code: bytes, device: int) -> Kernel:
     from cuda.bindings import driver
-    from cuda.core import ObjectCode
 
     _use_context(device)
-    code = ObjectCode.from_cubin(machine_code, name=wanted.name)
+    code = _core().ObjectCode.from_cubin(machine_code, name=wanted.name)
     handle = driver.CUkernel(int(code.get_kernel(wanted.name).handle))
     _loaded.append(code)
     # Every source ends in these two numbers, so that they are defined where the kernel is.
@@ -254,7 +298,12 @@ def _load(wanted: Specialisation, machine_code: bytes, device: int) -> Kernel:
     if limit > 48 * 1024:
         attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
         _checked(driver.cuKernelSetAttribute(attribute, limit, handle, driver.CUdevice(device)))
-    return Kernel(int(handle), threads, shared)
+    macros = dict(wanted.macros)
+    joined = int(macros.get("CLUSTER", 1)) * int(macros.get("TOGETHER", 1))
+    if joined > PORTABLE:
+        attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_NON_PORTABLE_CLUSTER_SIZE_ALLOWED
+        _checked(driver.cuKernelSetAttribute(attribute, 1, handle, driver.CUdevice(device)))
+    return Kernel(int(handle), threads, shared, joined)
 
 
 def _use_context(device: int) -> None:

@@ -8,9 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vision_mamba.ops.backends import nvrtc
+from vision_mamba.ops.backends import gpu, nvrtc
 from vision_mamba.ops.backends import rows_cuda as rows
-from vision_mamba.ops.backends.cuda import _multiprocessors
 from vision_mamba.ops.contract import covers
 from vision_mamba.ops.fused import Kernels, Tensors
 
@@ -138,7 +137,7 @@ def _attention_forward(
     run = rows._run(4, y, z)
     z_type = None if z is None else z.dtype
     groups = 128 // rows.norm_lanes(width, run)
-    wanted = -(-8 * _multiprocessors(y.device.index) // (batch * routes))
+    wanted = -(-8 * gpu.multiprocessors(y.device.index) // (batch * routes))
     count = max(1, min(wanted, length // (4 * groups)))
     fields = _fields(y, z, count)
     parts = torch.empty((batch, fields["chunks"], routes, width), dtype=torch.float32, device=y.device)
@@ -162,7 +161,7 @@ def _fields(y: Tensor, z: Tensor | None, count: int) -> dict[str, int]:
 def _weigh_sizes(y: Tensor, z: Tensor | None, run: int) -> tuple[int, dict[str, int]]:
     batch, length, _, width = y.shape
     threads = batch * (width // run)
-    fields = _fields(y, z, rows.chunks(length, threads, 1024 * _multiprocessors(y.device.index))[0])
+    fields = _fields(y, z, rows.chunks(length, threads, 1024 * gpu.multiprocessors(y.device.index))[0])
     return (threads * fields["chunks"] + 127) // 128, fields
 
 

@@ -10,8 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vision_mamba.ops.backends import nvrtc
-from vision_mamba.ops.backends.cuda import _multiprocessors, _unavailable
+from vision_mamba.ops.backends import gpu, nvrtc
 from vision_mamba.ops.backends.cuda_kernels import TYPES, vector
 from vision_mamba.ops.backends.launch import Launch, on
 from vision_mamba.ops.backends.sums_cuda import Parts, finished
@@ -150,14 +149,14 @@ def _run(most: int, *tensors: Tensor | None) -> int:
 
 def available() -> bool:
     """Whether the current device runs these kernels."""
-    return _unavailable(torch.device("cuda", torch.cuda.current_device())) is None
+    return gpu.unavailable(torch.device("cuda", torch.cuda.current_device())) is None
 
 
 def _unfit(*tensors: Tensor | None) -> bool:
     """Whether kernels cannot take these: no NVRTC, nothing to do, or float64."""
     first = tensors[0]
     assert first is not None
-    if _unavailable(first.device) is not None or first.numel() == 0:
+    if gpu.unavailable(first.device) is not None or first.numel() == 0:
         return True
     return any(t is not None and t.dtype not in TYPES for t in tensors)
 
@@ -236,7 +235,7 @@ def norm_parts(
     y = _norm_type(x, options) if dy is None else dy.dtype
     how = (False, x.dtype, kind, y, width, options["rms"], options["eps"], run, again is not None, shift is not None)
     per_block = 256 // norm_lanes(width, run)
-    blocks = min(2 * _multiprocessors(x.device.index), (rows + per_block - 1) // per_block)
+    blocks = min(2 * gpu.multiprocessors(x.device.index), (rows + per_block - 1) // per_block)
     parts = torch.empty((blocks, 2 + (shift is not None), width), dtype=torch.float32, device=x.device)
     _start(
         norm, how, blocks, dict(batch=rows), x=x, weight=_whole(weight), bias=_whole(bias), shift=_whole(shift), dy=dy,
@@ -283,7 +282,7 @@ def chunks(length: int, others: int, room: int) -> tuple[int, int]:
 def _conv_sizes(x: Tensor, run: int, reach: int, routes: int = 1) -> tuple[int, dict[str, int]]:
     batch, length, channels = x.shape
     threads = batch * routes * (channels // run)
-    count = -(-CONV_ROOM[reach == 0] * _multiprocessors(x.device.index) // threads)
+    count = -(-CONV_ROOM[reach == 0] * gpu.multiprocessors(x.device.index) // threads)
     steps = max(1, -(-length // count))
     steps = -(-(steps + reach) // _RING) * _RING - reach  # what is taken seven at a time anyhow
     count = (length + steps - 1) // steps
@@ -392,7 +391,7 @@ def _map_sizes(x: Tensor, run: int, strip: int) -> tuple[int, dict[str, int]]:
     batch, height, width, channels = x.shape
     strips = (height + strip - 1) // strip
     steps = width
-    room = 512 * _multiprocessors(x.device.index)
+    room = 512 * gpu.multiprocessors(x.device.index)
     while steps > 8 and batch * strips * (channels // run) * ((width + steps - 1) // steps) < room:
         steps = (steps + 1) // 2
     count = (width + steps - 1) // steps
@@ -430,7 +429,7 @@ def map_parts(
     pieces, fields = _map_sizes(x, run, MAP_STRIPS[False])
     channels = x.shape[3]
     fields["workers"] = workers = min(
-        pieces, max(1, 128 * MAP_BLOCKS[False] * _multiprocessors(x.device.index) * run // channels)
+        pieces, max(1, 128 * MAP_BLOCKS[False] * gpu.multiprocessors(x.device.index) * run // channels)
     )
     fields |= dict(dx_b=dx.stride(0), dx_l=dx.stride(2))
     parts = torch.empty((workers, 10, channels), dtype=torch.float32, device=x.device)
@@ -460,7 +459,7 @@ def _gelu_start(h: Tensor, dy: Tensor | None, a: Tensor | None, dh: Tensor | Non
     rows, channels = h.shape
     run = _run(16 // h.element_size(), h, dy)
     tiles = (channels // run + 15) // 16
-    blocks = max(1, min(4 * _multiprocessors(h.device.index) // tiles, (rows + 31) // 32))
+    blocks = max(1, min(4 * gpu.multiprocessors(h.device.index) // tiles, (rows + 31) // 32))
     parts = torch.empty((blocks, channels), dtype=torch.float32, device=h.device)
     how = (h.dtype, h.dtype if dy is None else dy.dtype, run, dy is None)
     _start(

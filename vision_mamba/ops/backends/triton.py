@@ -24,13 +24,14 @@ from vision_mamba.ops.registry import Backend
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # kernels run in numpy, for tests on machines without a GPU
 _DEVICES = ("cuda", "xpu")  # torch calls ROCm devices cuda too
 _OLDEST = (7, 0)
+_DEPENDENT = (9, 0)  # compute capability that lets a launch come up while the one before runs
 _MAX_RANK = 256
 _INT32 = 2**31
 _MOST_ROWS = 2**30  # of columns of low rank, which are counted in 32 bits
 _LEAST_RANK = 16  # columns of the least product of matrices
-_RANK_INSIDE = 64  # of one state, a step size of a higher rank is multiplied out before the scan,
-_RANK_INSIDE_BUSY = 16  # which saves a launch; a busy backward pass, short of registers, takes it for less
+_RANK_INSIDE = 64  # of one state, a step size of a higher rank is multiplied out before the scan
 _CHUNKS = 1024  # of tokens, in programs that multiply back
+_STAGES = 2  # tiles that such a program loads or multiplies at a time, where tensor cores multiply
 _MERGED = 1024  # sums of one program of `merge`
 _PROGRAMS = 1536  # that keep a GPU busy: a route in fewer sequences than that is cut into segments;
 _SEGMENTS = range(5, 33)  # fewer cost as much as they gain, of more the last waits for what the others hand on,
@@ -76,7 +77,7 @@ class Product(NamedTuple):
 FORWARD = {
     1: Tile(1, 32, 16, registers=168),
     4: Tile(2, 16, 8, parts=2),
-    16: Tile(2, 16, 8, parts=2, registers=168),
+    16: Tile(2, 16, 4, parts=2, registers=168),
     64: Tile(1, 8, 4, parts=4),
     256: Tile(1, 2, 4, parts=16, warps=4),
 }
@@ -88,8 +89,16 @@ BACKWARD = {
     256: Tile(2, 1, 4, parts=32, warps=8),
 }
 
-#: Tiles of the products that make up a step size of low rank, by the rank.
-LOW_RANK = {8: Product(32, 128), 16: Product(64, 64), 64: Product(64, 128, 8), 256: Product(16, 32)}
+#: Tiles of the products that make up a step size of low rank, by the rank; of those back from a gradient in two terms.
+#: With two stages they fit into the 99 KiB of shared memory of smaller GPUs.
+LOW_RANK = {
+    8: Product(32, 128),
+    16: Product(64, 64),
+    32: Product(64, 128, 8),
+    64: Product(64, 64),
+    256: Product(16, 32),
+}
+LOW_RANK_HALVED = {8: Product(64, 128), 64: Product(64, 64), 256: Product(16, 32)}
 
 
 def tile_for(table: Mapping[int, _T], size: int) -> _T:
@@ -172,7 +181,7 @@ def _forward(call: ScanCall, save: bool) -> tuple[Tensor, Tensor, Tensor]:
     if partial:
         shares.zero_()
     with _on(call.x.device):
-        call = _taken(call, _RANK_INSIDE)
+        call = _taken(call)
         edges = _new_edges(call, segments)
         for ends in (True, False)[segments == 1 :]:
             _scan(call).forward[_grid(call, tile, segments - ends, together)](
@@ -198,18 +207,22 @@ def _backward(call: ScanCall, saved: Tensor, dy: Tensor | None, dlast: Tensor | 
     tile = tile_for(BACKWARD, call.states)
     blocks = -(-call.channels // tile.channels)
     dx, dB, dC = (torch.empty_like(t) for t in (call.x, call.B, call.C))
-    ddt = _new_whole(call) if call.rank else torch.empty_like(call.dt)
+    ddt = _new_whole(call, halved=_is_halved(call)) if call.rank else torch.empty_like(call.dt)
     dx_shares = _shares(dx, call.routes, _rounded(dx)) if call.shared_x else dx
     dx_target = dx_shares.movedim(0, 2) if call.shared_x else dx
-    dB_shares, dC_shares = _shares(dB, blocks), _shares(dC, blocks)
+    on_way = (blocks, call.batch, call.routes, call.steps)  # shares of one state are written in the order of steps
+    dB_shares, dC_shares = (
+        t.new_empty(on_way, dtype=torch.float32) if call.states == 1 else _shares(t, blocks) for t in (dB, dC)
+    )
+    by_token = (dB, dC) if call.states == 1 else (dB_shares[0], dC_shares[0])
     dinitial = None if call.initial_state is None else call.initial_state.new_empty(call.initial_state.shape)
     if not contract.visits_all(call):
-        for shares in (dx_shares, ddt, dB_shares, dC_shares):
+        for shares in (dx_shares, ddt, *((dB, dC) if call.states == 1 else (dB_shares, dC_shares))):
             shares.zero_()
     if dy is not None and call.merge:
         dy = dy.unsqueeze(2).expand(-1, -1, call.routes, -1)
     with _on(call.x.device):
-        small = _taken(call, _RANK_INSIDE if _grid(call, tile)[0] < _PROGRAMS else _RANK_INSIDE_BUSY)
+        small = _taken(call)
         segments = _segments(call, tile, tile.steps)
         edges = _new_edges(call, segments)
         rows = (call.batch * segments, call.states + 2, call.routes, call.channels)
@@ -231,10 +244,10 @@ def _backward(call: ScanCall, saved: Tensor, dy: Tensor | None, dlast: Tensor | 
                 *((0,) * 4 if dy is None else dy.stride()),
                 *dx_target.stride(),
                 *ddt.stride(),
-                *dB_shares.stride(),
-                *dC_shares.stride(),
+                *((call.batch,) if call.states == 1 else (*dB_shares.stride(), *dC_shares.stride())),
                 ENDS=ends,
-                **_constants(small, tile, dy, dx_target, ddt, dB_shares[0], dC_shares[0]),
+                **(dict(HALVED=_is_halved(call)) if call.states == 1 else {}),
+                **_constants(small, tile, dy, dx_target, ddt, *by_token),
             )
         sums = [(dB_shares, dB), (dC_shares, dC)]
         if call.shared_x:
@@ -246,36 +259,45 @@ def _backward(call: ScanCall, saved: Tensor, dy: Tensor | None, dlast: Tensor | 
             ddt = torch.empty_like(call.dt) if len(dlow_shares) > 1 else dlow_shares[0]
             sums.append((dlow_shares, ddt))
         per_channel = _sum(per_channel, sums)
-        _merge(*sums)
+        _merge(*sums, on_way=call if call.states == 1 else None)
     dA = per_channel[0].unsqueeze(-1) if call.states == 1 else per_channel[:-2].movedim(0, -1)
     found: dict[str, Tensor | None] = dict(x=dx, dt=ddt, A=dA, B=dB, C=dC, D=per_channel[-2])
     found |= dict(dt_bias=per_channel[-1], dt_weight=dweight, initial_state=dinitial)
     return tuple(_like(getattr(call, name), found[name]) for name in GRADIENTS)
 
 
-def _new_whole(call: ScanCall) -> Tensor:
-    """An uninitialised dt, or gradient of it, of all channels."""
-    return call.x.new_empty((call.batch, call.tokens, call.routes, call.channels), dtype=torch.float32)
+def _is_halved(call: ScanCall) -> bool:
+    """Whether the gradient of all of dt is two terms of bfloat16, ready for tensor cores."""
+    tensor_cores = _precision(call.x.device) != "ieee"
+    return bool(call.rank) and call.states == 1 and call.dt.dtype == torch.bfloat16 and tensor_cores
 
 
-def _taken(call: ScanCall, most: int) -> ScanCall:
-    """The call as the scan takes it: dt of one state and of such a rank at most as it is, else multiplied out."""
-    if not call.rank or (call.states == 1 and call.rank <= most):
+def _new_whole(call: ScanCall, halved: bool = False) -> Tensor:
+    """An uninitialised dt, or gradient of it, of all channels; halved, rests follow each row of first terms."""
+    width, dtype = (2 * call.channels, torch.bfloat16) if halved else (call.channels, torch.float32)
+    return call.x.new_empty((call.batch, call.tokens, call.routes, width), dtype=dtype)
+
+
+def _taken(call: ScanCall) -> ScanCall:
+    """The call as the scan takes it: dt of one state and of a small rank as it is, of another multiplied out."""
+    if not call.rank or (call.states == 1 and call.rank <= _RANK_INSIDE):
         return call
-    dt = _new_whole(call)
-    _kernels("low_rank").multiply_out[_low_rank_grid(call)](
-        call.dt, _dense(call.dt_weight), dt, *_low_rank_sizes(call), **_low_rank_constants(call)
+    dt, tile = _new_whole(call), tile_for(LOW_RANK, call.rank)
+    _kernels("low_rank").multiply_out[_low_rank_grid(call, tile)](
+        call.dt, _dense(call.dt_weight), dt, *_low_rank_sizes(call), **_low_rank_constants(call, tile)
     )
     return call._replace(dt=dt, dt_weight=None)
 
 
 def _multiply_back(call: ScanCall, ddt: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients of the columns of dt, a share of each block of channels, and of dt_weight, one of each chunk."""
-    tiles, routes, blocks = _low_rank_grid(call)
+    halved = _is_halved(call)
+    tile = tile_for(LOW_RANK_HALVED if halved else LOW_RANK, call.rank)
+    tiles, routes, blocks = _low_rank_grid(call, tile)
     at_once = -(-tiles * routes * blocks // _CHUNKS)
     chunks = -(-tiles // at_once)
     dlow = _shares(torch.empty_like(call.dt), blocks)
-    dweight = ddt.new_empty((chunks, call.routes, call.channels, call.rank))
+    dweight = ddt.new_empty((chunks, call.routes, call.channels, call.rank), dtype=torch.float32)
     _kernels("low_rank").multiply_back[chunks, routes, blocks](
         ddt,
         call.dt,
@@ -285,14 +307,16 @@ def _multiply_back(call: ScanCall, ddt: Tensor) -> tuple[Tensor, Tensor]:
         *_low_rank_sizes(call),
         *dlow.stride(),
         at_once,
-        **_low_rank_constants(call, dlow[0]),
+        HALVED=halved,
+        STAGES=1 if _precision(call.x.device) == "ieee" else _STAGES,
+        **_low_rank_constants(call, tile, dlow[0]),
+        **_following(call.x.device),
     )
     return dlow, dweight
 
 
-def _low_rank_grid(call: ScanCall) -> tuple[int, int, int]:
+def _low_rank_grid(call: ScanCall, tile: Product) -> tuple[int, int, int]:
     """Tiles of tokens, routes, blocks of channels."""
-    tile = tile_for(LOW_RANK, call.rank)
     return -(-call.batch * call.tokens // tile.tokens), call.routes, -(-call.channels // tile.channels)
 
 
@@ -300,8 +324,7 @@ def _low_rank_sizes(call: ScanCall) -> tuple[int, ...]:
     return call.batch * call.tokens, call.tokens, call.channels, call.rank, *call.dt.stride()
 
 
-def _low_rank_constants(call: ScanCall, *others: Tensor) -> dict[str, Any]:
-    tile = tile_for(LOW_RANK, call.rank)
+def _low_rank_constants(call: ScanCall, tile: Product, *others: Tensor) -> dict[str, Any]:
     return dict(
         ROWS=tile.tokens,
         BLOCK_D=tile.channels,
@@ -403,13 +426,20 @@ def _constants(call: ScanCall, tile: Tile, *results: Tensor | None) -> dict[str,
     if call.states == 1:
         columns = _columns(call) if call.rank else 1
         constants |= dict(CHANNELS=tile.channels, BLOCK_R=columns, PRECISION=_precision(call.x.device))
-        constants |= dict(ALIGNED=_aligned(call) if call.rank else 1)
+        constants |= dict(ALIGNED=_aligned(call) if call.rank else 1, **_following(call.x.device))
     else:
         constants |= dict(states=call.states, GROUPS=tile.groups, LANES=tile.lanes, WARPS=tile.warps)
         constants |= dict(PARTS=tile.parts, BLOCK_N=_block(call.states))
     if _is_nvidia(call.x.device):
         constants |= dict(maxnreg=tile.registers)
     return constants
+
+
+def _following(device: torch.device) -> dict[str, Any]:
+    """The constant of kernels that `_follow`, and the option of their launch."""
+    if not _is_nvidia(device) or torch.cuda.get_device_capability(device) < _DEPENDENT:
+        return dict(FOLLOWS=False)
+    return dict(FOLLOWS=True, launch_pdl=True)
 
 
 def _grid(call: ScanCall, tile: Tile, segments: int = 1, together: int = 1) -> tuple[int, int]:
@@ -449,17 +479,30 @@ def _sum(shares: Tensor, sums: list[tuple[Tensor, Tensor]]) -> Tensor:
     return total
 
 
-def _merge(*sums: tuple[Tensor, Tensor]) -> None:
-    """Add up to six buffers of shares into their totals, all in one launch; a single share is its total."""
+def _merge(*sums: tuple[Tensor, Tensor], on_way: ScanCall | None = None) -> None:
+    """Add up to six buffers of shares into their totals, all in one launch; a single share is its total.
+
+    The first two may come in the order of steps, of the routes of the call `on_way`.
+    """
     arguments: list[Any] = []
     blocks = 0
-    for shares, total in sums:
-        if len(shares) > 1:
-            arguments += [shares, total, len(shares), total.numel()]
-            blocks += -(-total.numel() // _MERGED)
-    if blocks:
-        arguments += [None, None, 0, 0] * (6 - len(arguments) // 4)
-        _kernels("kernels").merge[(blocks,)](*arguments, BLOCK=_MERGED)
+    for number, (shares, total) in enumerate(sums):
+        if len(shares) > 1 or (on_way and number < 2):
+            arguments += [shares, total, len(shares), shares[0].numel()]
+            blocks += -(-shares[0].numel() // _MERGED)
+    if not blocks:
+        return
+    arguments += [None, None, 0, 0] * (6 - len(arguments) // 4)
+    if on_way:
+        strides = (stride for _, total in sums[:2] for stride in total.stride()[:3])
+        arguments += [_dense(on_way.indices), on_way.routes, on_way.steps, *strides]
+    else:
+        arguments += [None] + [0] * 8
+    device = sums[0][1].device
+    largest = max(shares[0].numel() for shares, _ in sums)
+    _kernels("sums").merge[(blocks,)](
+        *arguments, ON_WAY=on_way is not None, BLOCK=_MERGED, LONG=largest > _INT32 - _MERGED, **_following(device)
+    )
 
 
 def _dense(tensor: Tensor | None) -> Tensor | None:

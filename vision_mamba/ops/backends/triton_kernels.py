@@ -1,4 +1,4 @@
-"""The scan in Triton for one state a channel, what all of its kernels share, and the sum of what they leave in parts.
+"""The scan in Triton for one state a channel, and what all of its kernels share.
 
 Along every route, with v_t = dt_t + dt_bias and s_t = softplus(v_t):
 
@@ -19,11 +19,14 @@ which is the cheaper place for it, and does all that follows in both layouts, so
 one tile is concerned, so `_float` pretends that there are two.
 
 Low rank: a tile of dt is the product of rows of columns with dt_weight, on the tensor cores where there are any, with
-each float32 in several terms. The backward pass writes the gradient of all of dt, which triton_low_rank.py multiplies
-back: sums of weights' gradients beside the rest of a tile would not fit into the registers.
+each float32 in several terms. The backward pass writes the gradient of all of dt, in two terms if dt is bfloat16, which
+triton_low_rank.py multiplies back: sums of weights' gradients beside the rest of a tile would not fit into registers.
+
+Gradients of B and C are written in the order of steps, side by side: single numbers at tokens far apart were a third of
+the time, since memory is written in sectors.
 
 Routes: where there are programs enough, one takes ROUTES of a batch item in turn and adds up their y in memory, which
-the nearest cache holds, so that fewer shares are left to `merge`.
+the nearest cache holds, so that fewer shares are left to triton_sums.py.
 
 Backward: forward saves the states every STEPS steps. From there a program computes the tile's states once more, keeps
 them in registers, and walks back with g_t = dL/dh_t = C_t dy_t + exp(s_{t+1} A) g_{t+1}. No (B, L, D, N) anywhere.
@@ -33,7 +36,7 @@ adds to the state at its end, and its sum of step sizes; in the second, a segmen
 of the initial state, backward with what those after it make of the gradient of the last one.
 
 Precision: states and sums float32; log2(e) is folded into A, so that a decay is one exp2. Sums that cross programs are
-written as shares and added in order by `merge`, so results are equal bit by bit from run to run.
+written as shares and added in order by triton_sums.py, so results are equal bit by bit from run to run.
 
 Names: p_ pointer, b_ block loaded, o_ offsets, m_ mask, i_ index; sizes are words; s_xl is the stride of x along its
 tokens (b batch, l tokens, k routes, d channels, n states, r rank).
@@ -150,6 +153,22 @@ def _terms(b_weight, p_low, PRECISION: tl.constexpr):
     else:
         b_high = (b_weight.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)
         return b_high, b_weight - b_high
+
+
+@triton.jit
+def _halved(tile):
+    """A float32 tile in two terms of bfloat16: its first bits, cut off, and the rest, rounded."""
+    bits = tile.to(tl.int32, bitcast=True)
+    rest = tile - (bits & -65536).to(tl.float32, bitcast=True)
+    return (bits >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True), rest.to(tl.bfloat16)
+
+
+@triton.jit
+def _follow(FOLLOWS: tl.constexpr):
+    """Where a GPU can, let the next launch come up while this one runs; nothing is touched before the last one ends."""
+    if FOLLOWS:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
 
 
 @triton.jit
@@ -287,7 +306,9 @@ def forward(
     LONG: tl.constexpr,
     PRECISION: tl.constexpr,
     ALIGNED: tl.constexpr,  # elements that columns of low rank come in
+    FOLLOWS: tl.constexpr,
 ):
+    _follow(FOLLOWS)
     blocks = tl.cdiv(channels, CHANNELS)
     i_d, i_group = tl.program_id(0) % blocks, (tl.program_id(0) // blocks).to(tl.int64)
     i_s, groups = tl.program_id(1), routes // ROUTES
@@ -403,7 +424,7 @@ def backward(
     p_spans,
     p_dx,
     p_ddt,  # of the whole dt, of low rank too
-    p_dB,  # a share of each block of channels, as dC
+    p_dB,  # (blocks, B, K, S): a share of each block of channels in the order of steps, as dC
     p_dC,
     p_dper_channel,  # (B, segments, N + 2, K, D): gradients of A, D, dt_bias
     p_dinitial,  # (B, K, D, N) or None
@@ -440,16 +461,7 @@ def backward(
     s_ddtl,
     s_ddtk,
     s_ddtd,
-    s_dBp,
-    s_dBb,
-    s_dBl,
-    s_dBk,
-    s_dBn,
-    s_dCp,
-    s_dCb,
-    s_dCl,
-    s_dCk,
-    s_dCn,
+    items,
     SOFTPLUS: tl.constexpr,
     ENDS: tl.constexpr,
     STEPS: tl.constexpr,
@@ -458,7 +470,10 @@ def backward(
     LONG: tl.constexpr,
     PRECISION: tl.constexpr,
     ALIGNED: tl.constexpr,  # elements that columns of low rank come in
+    HALVED: tl.constexpr,  # p_ddt takes two terms of bfloat16, the second `channels` elements behind the first
+    FOLLOWS: tl.constexpr,
 ):
+    _follow(FOLLOWS)
     blocks = tl.cdiv(channels, CHANNELS)
     i_d, i_bk = tl.program_id(0) % blocks, tl.program_id(0) // blocks
     i_s = tl.program_id(1)
@@ -474,9 +489,9 @@ def backward(
     p_C += i_b * s_Cb + i_k * s_Ck
     p_dx += i_b * s_dxb + i_k * s_dxk
     p_ddt += i_b * s_ddtb + i_k * s_ddtk
-    i_share = i_d.to(tl.int64)
-    p_dB += i_share * s_dBp + i_b * s_dBb + i_k * s_dBk
-    p_dC += i_share * s_dCp + i_b * s_dCb + i_k * s_dCk
+    i_share = (i_d.to(tl.int64) * items + i_b) * routes + i_k
+    p_dB += i_share * steps
+    p_dC += i_share * steps
     if p_dy is not None:
         p_dy += i_b * s_dyb + i_k * s_dyk
     if p_indices is not None:
@@ -572,8 +587,9 @@ def backward(
                 b_gs = _put(b_gs, o_t, t, b_g)
             b_g *= _row(b_at, o_t, 0)
             b_kept = b_a * b_before  # the part of h_t that was there before
-            tl.store(p_dC + o_token * s_dCl, tl.sum((b_kept + b_u) * b_dy, 1), mask=o_token >= 0)
-            tl.store(p_dB + o_token * s_dBl, tl.sum(b_gs * b_sx, 1), mask=o_token >= 0)
+            m_t = start + o_t < steps
+            tl.store(p_dC + start + o_t, tl.sum((b_kept + b_u) * b_dy, 1), mask=m_t)
+            tl.store(p_dB + start + o_t, tl.sum(b_gs * b_sx, 1), mask=m_t)
             b_dsx = b_gs * b_Bs
             b_kept *= b_gs
             b_dA += b_s * b_kept
@@ -587,7 +603,12 @@ def backward(
             b_dD += b_dy * b_x
             b_dbias += b_dv
             _store_rows(p_dx, b_dx, o_token, o_d, m_d, s_dxl, s_dxd)
-            _store_rows(p_ddt, b_dv, o_token, o_d, m_d, s_ddtl, s_ddtd)
+            if HALVED:
+                b_ddt, b_ddt_rest = _halved(b_dv)
+                _store_rows(p_ddt, b_ddt, o_token, o_d, m_d, s_ddtl, s_ddtd)
+                _store_rows(p_ddt + channels, b_ddt_rest, o_token, o_d, m_d, s_ddtl, s_ddtd)
+            else:
+                _store_rows(p_ddt, b_dv, o_token, o_d, m_d, s_ddtl, s_ddtd)
         o_token, o_next = o_next, o_after
         b_x, b_dt, b_B, b_C, b_dy, b_h = next_x, next_dt, next_B, next_C, next_dy, next_h
 
@@ -603,68 +624,3 @@ def backward(
         if p_dinitial is not None:  # noqa: SIM102
             if i_s == 0:
                 tl.store(p_dinitial + o_state, b_g, mask=m_d)
-
-
-@triton.jit
-def _add_up(p_shares, p_sum, shares, size, i_block, BLOCK: tl.constexpr):
-    o = i_block * BLOCK + tl.arange(0, BLOCK)
-    m = o < size
-    b_sum = tl.zeros((BLOCK,), tl.float32)
-    for _ in range(0, shares):
-        # (BLOCK,)
-        b_sum += tl.load(p_shares + o, mask=m, other=0.0).to(tl.float32)
-        p_shares += size
-    tl.store(p_sum + o, b_sum, mask=m)
-
-
-@triton.jit
-def merge(
-    p_first,
-    p_first_sum,
-    first_shares,
-    first_size,
-    p_second,  # or None, as those that follow
-    p_second_sum,
-    second_shares,
-    second_size,
-    p_third,
-    p_third_sum,
-    third_shares,
-    third_size,
-    p_fourth,
-    p_fourth_sum,
-    fourth_shares,
-    fourth_size,
-    p_fifth,
-    p_fifth_sum,
-    fifth_shares,
-    fifth_size,
-    p_sixth,
-    p_sixth_sum,
-    sixth_shares,
-    sixth_size,
-    BLOCK: tl.constexpr,
-):
-    """Add up the leading axis of up to six (shares, size) in order; one program = BLOCK sums."""
-    i = tl.program_id(0).to(tl.int64)
-    second = tl.cdiv(first_size, BLOCK)
-    third = second + tl.cdiv(second_size, BLOCK)
-    fourth = third + tl.cdiv(third_size, BLOCK)
-    fifth = fourth + tl.cdiv(fourth_size, BLOCK)
-    sixth = fifth + tl.cdiv(fifth_size, BLOCK)
-    if i < second:
-        _add_up(p_first, p_first_sum, first_shares, first_size, i, BLOCK)
-    elif i < third:
-        if p_second is not None:
-            _add_up(p_second, p_second_sum, second_shares, second_size, i - second, BLOCK)
-    elif i < fourth:
-        if p_third is not None:
-            _add_up(p_third, p_third_sum, third_shares, third_size, i - third, BLOCK)
-    elif i < fifth:
-        if p_fourth is not None:
-            _add_up(p_fourth, p_fourth_sum, fourth_shares, fourth_size, i - fourth, BLOCK)
-    elif i < sixth:
-        if p_fifth is not None:
-            _add_up(p_fifth, p_fifth_sum, fifth_shares, fifth_size, i - fifth, BLOCK)
-    elif p_sixth is not None:
-        _add_up(p_sixth, p_sixth_sum, sixth_shares, sixth_size, i - sixth, BLOCK)

@@ -10,7 +10,7 @@ over blocks of channels, are written as shares and added up in a fixed order.
 import triton
 import triton.language as tl
 
-from vision_mamba.ops.backends.triton_kernels import _load_weight
+from vision_mamba.ops.backends.triton_kernels import _follow, _halved, _load_weight
 
 
 @triton.jit
@@ -21,31 +21,25 @@ def _offsets(o_row, tokens, s_b, s_l, FLAT: tl.constexpr):
 
 
 @triton.jit
-def _halved(tile):
-    """A float32 tile in two terms of bfloat16: its first bits, cut off, and the rest, rounded."""
-    bits = tile.to(tl.int32, bitcast=True)
-    rest = tile - (bits & -65536).to(tl.float32, bitcast=True)
-    return (bits >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True), rest.to(tl.bfloat16)
-
-
-@triton.jit
-def _products_back(b_ddt, b_low, b_weight, PRECISION: tl.constexpr):
+def _products_back(b_ddt, b_rest, b_low, b_weight, PRECISION: tl.constexpr):
     """The gradients of columns, (ROWS, BLOCK_R), and of weights, (BLOCK_R, BLOCK_D).
 
-    Beside bfloat16 a float32 is two terms of it, 16 bits, and a sum of many is closer than each. What is added up
-    further is transposed, so that the compiler does not do that in the tensor cores, which cut off instead of rounding.
+    Beside bfloat16 a float32 is two terms of it, 16 bits, as which b_ddt may come, with b_rest; a sum of many is closer
+    than each. What is added up further is transposed, so that the compiler does not do that in the tensor cores, which
+    cut off instead of rounding.
     """
     if PRECISION == "ieee" or b_low.dtype != tl.bfloat16:
         b_dlow = tl.dot(b_ddt, tl.trans(b_weight), input_precision=PRECISION)
         return b_dlow, tl.trans(tl.dot(tl.trans(b_ddt), b_low.to(tl.float32), input_precision=PRECISION))
     else:
-        b_high, b_rest = _halved(b_ddt)
+        if b_ddt.dtype == tl.float32:
+            b_ddt, b_rest = _halved(b_ddt)
         b_weight_high, b_weight_rest = _halved(b_weight)
         b_dlow = tl.dot(b_rest, tl.trans(b_weight_high))
-        b_dlow = tl.dot(b_high, tl.trans(b_weight_rest), b_dlow)
-        b_dlow = tl.dot(b_high, tl.trans(b_weight_high), b_dlow)
+        b_dlow = tl.dot(b_ddt, tl.trans(b_weight_rest), b_dlow)
+        b_dlow = tl.dot(b_ddt, tl.trans(b_weight_high), b_dlow)
         b_dweight = tl.dot(tl.trans(b_rest), b_low)
-        return b_dlow, tl.trans(tl.dot(tl.trans(b_high), b_low, b_dweight))
+        return b_dlow, tl.trans(tl.dot(tl.trans(b_ddt), b_low, b_dweight))
 
 
 @triton.jit
@@ -82,7 +76,7 @@ def multiply_out(
 
 @triton.jit
 def multiply_back(
-    p_ddt,  # (B, L, K, D)
+    p_ddt,  # (B, L, K, D), HALVED (B, L, K, 2, D)
     p_low,
     p_weight,  # (K, D, R)
     p_dlow,  # a share of each block of channels
@@ -106,7 +100,11 @@ def multiply_back(
     BLOCK_R: tl.constexpr,
     PRECISION: tl.constexpr,
     FLAT: tl.constexpr,
+    HALVED: tl.constexpr,
+    STAGES: tl.constexpr,  # tiles that are loaded or multiplied at a time
+    FOLLOWS: tl.constexpr,
 ):
+    _follow(FOLLOWS)
     i_chunk, i_k, routes = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.num_programs(1)
     first, end = i_chunk * tiles * ROWS, tl.minimum((i_chunk + 1) * tiles * ROWS, rows)
     o_t, o_r = tl.arange(0, ROWS), tl.arange(0, BLOCK_R)
@@ -114,27 +112,25 @@ def multiply_back(
     m_r, m_d = (o_r < rank)[None, :], (o_d < channels)[None, :]
     p_low += i_k * s_k
     p_dlow += tl.program_id(2).to(tl.int64) * s_dp + i_k * s_dk
-    p_ddt += (first.to(tl.int64) * routes + i_k) * channels
-    o_ddt = o_t[:, None] * (routes * channels) + o_d[None, :]
+    width = channels * (2 if HALVED else 1)
+    p_ddt += (first.to(tl.int64) * routes + i_k) * width
+    o_ddt = o_t[:, None] * (routes * width) + o_d[None, :]
     b_weight = _load_weight(p_weight, i_k, channels, rank, o_d, o_r, o_d < channels, o_r < rank)
     b_dweight = tl.zeros((BLOCK_R, BLOCK_D), tl.float32)
-    # (ROWS, BLOCK_R), (ROWS, BLOCK_D): read a tile ahead
-    o_row = first + o_t
-    m_row = (o_row < end)[:, None]
-    b_low = tl.load(p_low + _offsets(o_row, tokens, s_b, s_l, FLAT) + o_r[None, :] * s_r, mask=m_row & m_r, other=0.0)
-    b_ddt = tl.load(p_ddt + o_ddt, mask=m_row & m_d, other=0.0)
-    for _ in range(0, tiles):
-        o_next = o_row + ROWS
-        m_next = (o_next < end)[:, None]
-        p_ddt += ROWS * routes.to(tl.int64) * channels
-        o_low = _offsets(o_next, tokens, s_b, s_l, FLAT) + o_r[None, :] * s_r
-        next_low = tl.load(p_low + o_low, mask=m_next & m_r, other=0.0)
-        next_ddt = tl.load(p_ddt + o_ddt, mask=m_next & m_d, other=0.0)
-        b_dlow, b_product = _products_back(b_ddt, b_low, b_weight, PRECISION)
+    for _ in tl.range(0, tiles, num_stages=STAGES):
+        # (ROWS, BLOCK_R), (ROWS, BLOCK_D)
+        o_row = first + o_t
+        m_row = (o_row < end)[:, None]
+        o_low = _offsets(o_row, tokens, s_b, s_l, FLAT) + o_r[None, :] * s_r
+        b_low = tl.load(p_low + o_low, mask=m_row & m_r, other=0.0)
+        b_ddt = tl.load(p_ddt + o_ddt, mask=m_row & m_d, other=0.0)
+        b_rest = tl.load(p_ddt + channels + o_ddt, mask=m_row & m_d, other=0.0) if HALVED else b_ddt
+        b_dlow, b_product = _products_back(b_ddt, b_rest, b_low, b_weight, PRECISION)
         b_dweight += b_product
         o_low = _offsets(o_row, tokens, s_db, s_dl, FLAT) + o_r[None, :] * s_dr
         tl.store(p_dlow + o_low, b_dlow, mask=m_row & m_r)
-        o_row, m_row, b_low, b_ddt = o_next, m_next, next_low, next_ddt
+        first += ROWS
+        p_ddt += ROWS * routes.to(tl.int64) * width
     p_dweight += (i_chunk * routes + i_k) * channels * rank
     o_weight = o_d[None, :] * rank + o_r[:, None]
     tl.store(p_dweight + o_weight, b_dweight, mask=(o_r < rank)[:, None] & m_d)

@@ -8,7 +8,9 @@ GROUPS, RUNS, RUN): of what is loaded, the compiler gives a thread the RUN <= 4 
 the lanes. A tile of time is (STEPS, GROUPS, WARPS, LANES, PARTS), the same for all PARTS, or (STEPS, RUNS, RUN, WARPS,
 LANES, PARTS), the same for all WARPS and LANES: what is not loaded, the compiler lays out from the last axis on. So
 both have the same lanes, and taking a row out of a tile moves nothing between them. What changes lanes is done a tile
-at a time, before the loop over its steps and after it.
+at a time, before the loop over its steps and after it. Lanes of neighbouring PARTS have neighbouring runs, so that
+states are written in whole sectors of memory. A sum over lanes is a change of layout and a sum within threads, not
+shuffles: a sixth fewer instructions in all at 16 states.
 """
 
 import triton
@@ -18,12 +20,14 @@ from vision_mamba.ops.backends.triton_kernels import (
     BIAS,
     LN2,
     LOG2E,
+    _float,
     _load_rows,
     _segment,
     _slope,
     _softplus,
     _store_rows,
     _token,
+    _turned,
 )
 
 #: The same number to 24 bits, written otherwise.
@@ -55,7 +59,7 @@ def _spread_states(
     PARTS: tl.constexpr,
 ):
     """(STEPS, BLOCK_N) as (STEPS, RUNS, RUN, WARPS, LANES, PARTS), in float32."""
-    tile = tl.permute(tl.reshape(tile.to(tl.float32), (STEPS, PARTS, RUNS, RUN)), (0, 2, 3, 1))
+    tile = tl.permute(tl.reshape(tile, (STEPS, RUNS, PARTS, RUN)), (0, 1, 3, 2))
     return tl.broadcast_to(tile[:, :, :, None, None, :], (STEPS, RUNS, RUN, WARPS, LANES, PARTS))
 
 
@@ -98,7 +102,9 @@ def _gather_channels(tile, STEPS: tl.constexpr, CHANNELS: tl.constexpr):
 @triton.jit
 def _gather_states(tile, STEPS: tl.constexpr, BLOCK_N: tl.constexpr):
     """The sum of a tile over WARPS and LANES as (STEPS, BLOCK_N)."""
-    return tl.reshape(tl.permute(tl.sum(tl.sum(tile, 4), 3), (0, 3, 1, 2)), (STEPS, BLOCK_N))
+    tile = tl.permute(tile, (3, 4, 0, 1, 5, 2))
+    tile = _turned(tl.reshape(tile, (tile.shape[0] * tile.shape[1], STEPS * BLOCK_N)))
+    return tl.reshape(tl.sum(tile, 0), (STEPS, BLOCK_N))
 
 
 @triton.jit
@@ -191,7 +197,7 @@ def forward(
     # Channels and states of (PARTS, LANES, WARPS, GROUPS, RUNS, RUN)
     o_channel = tl.arange(0, WARPS)[None, :] * LANES + tl.arange(0, LANES)[:, None]
     o_channel = first + (o_channel[:, :, None] * GROUPS + tl.arange(0, GROUPS))[None, :, :, :, None, None]
-    o_state = tl.arange(0, PARTS)[:, None] * RUNS + tl.arange(0, RUNS)[None, :]
+    o_state = tl.arange(0, RUNS)[None, :] * PARTS + tl.arange(0, PARTS)[:, None]  # 16 bytes of each part in turn
     o_state = (o_state[:, :, None] * RUN + tl.arange(0, RUN))[:, None, None, None, :, :]
     m_h, o_h = (o_channel < channels) & (o_state >= 0), o_channel * BLOCK_N + o_state
     m_given, o_given = m_h & (o_state < states), o_channel * states + o_state
@@ -233,14 +239,15 @@ def forward(
         # (STEPS,)
         o_after = _token(p_indices, start + 2 * STEPS + o_t, steps, LONG)
 
+        loaded_B, loaded_C = b_B, b_C
         b_x = b_x.to(tl.float32)
         b_v = b_dt.to(tl.float32) + b_bias[None, :]
         b_s = _softplus(b_v) if SOFTPLUS else b_v
         b_s = tl.where((start + o_t < steps)[:, None], b_s, 0.0)  # past the end the state stays as it is
         b_ss = _spread_channels(b_s, STEPS, GROUPS, WARPS, LANES, PARTS)
         b_us = _spread_channels(b_s * b_x, STEPS, GROUPS, WARPS, LANES, PARTS)
-        b_Bs = _spread_states(b_B, STEPS, RUNS, RUN, WARPS, LANES, PARTS)
-        b_Cs = _spread_states(b_C, STEPS, RUNS, RUN, WARPS, LANES, PARTS)
+        b_Bs = _spread_states(_float(b_B, loaded_C, o_t), STEPS, RUNS, RUN, WARPS, LANES, PARTS)
+        b_Cs = _spread_states(_float(b_C, loaded_B, o_t), STEPS, RUNS, RUN, WARPS, LANES, PARTS)
         b_ys = tl.zeros((STEPS, GROUPS, WARPS, LANES, PARTS), tl.float32)
         for t in tl.static_range(STEPS):
             if p_saved is not None and SAVED <= STEPS and t % SAVED == 0:
@@ -355,7 +362,7 @@ def backward(
     # Channels and states of (PARTS, LANES, WARPS, GROUPS, RUNS, RUN)
     o_channel = tl.arange(0, WARPS)[None, :] * LANES + tl.arange(0, LANES)[:, None]
     o_channel = first + (o_channel[:, :, None] * GROUPS + tl.arange(0, GROUPS))[None, :, :, :, None, None]
-    o_state = tl.arange(0, PARTS)[:, None] * RUNS + tl.arange(0, RUNS)[None, :]
+    o_state = tl.arange(0, RUNS)[None, :] * PARTS + tl.arange(0, PARTS)[:, None]  # 16 bytes of each part in turn
     o_state = (o_state[:, :, None] * RUN + tl.arange(0, RUN))[:, None, None, None, :, :]
     m_h, o_h = (o_channel < channels) & (o_state >= 0), o_channel * BLOCK_N + o_state
     m_given, o_given = m_h & (o_state < states), o_channel * states + o_state
@@ -416,6 +423,7 @@ def backward(
         o_after = start - 2 * STEPS + o_t
         o_after = _token(p_indices, tl.where(o_after < 0, steps, o_after), steps, LONG)
 
+        loaded_B, loaded_C = b_B, b_C
         b_x = b_x.to(tl.float32)
         b_v = b_dt.to(tl.float32) + b_bias[None, :]
         m_t = (start + o_t < steps)[:, None]
@@ -426,7 +434,7 @@ def backward(
             b_dy = tl.zeros((STEPS, CHANNELS), tl.float32)
         b_ss = _spread_channels(b_s, STEPS, GROUPS, WARPS, LANES, PARTS)
         b_dys = _spread_channels(b_dy, STEPS, GROUPS, WARPS, LANES, PARTS)
-        b_Cs = _spread_states(b_C, STEPS, RUNS, RUN, WARPS, LANES, PARTS)
+        b_Cs = _spread_states(_float(b_C, loaded_B, o_t), STEPS, RUNS, RUN, WARPS, LANES, PARTS)
         if ENDS:
             for t in tl.static_range(STEPS - 1, -1, -1):
                 b_g += _states(b_Cs, o_t, t) * _channels(b_dys, o_t, t)
@@ -434,7 +442,7 @@ def backward(
             b_span += b_s
         else:
             b_us = _spread_channels(b_s * b_x, STEPS, GROUPS, WARPS, LANES, PARTS)
-            b_Bs = _spread_states(b_B, STEPS, RUNS, RUN, WARPS, LANES, PARTS)
+            b_Bs = _spread_states(_float(b_B, loaded_C, o_t), STEPS, RUNS, RUN, WARPS, LANES, PARTS)
             history = (b_h,)
             for t in tl.static_range(STEPS):
                 b_a = tl.exp2(_channels(b_ss, o_t, t) * b_A + BIAS)

@@ -1,0 +1,290 @@
+// wave_forward.cuh: h_t = exp(s_t A) h_{t-1} + s_t B_t x_t, y_t = <C_t, h_t> + D x_t, for long routes of few sequences that
+// go in order through tokens which are neighbours in memory.
+//
+// Grid: a block = one (b, k) and 16 channels, which each of its kTurns warps holds whole; they take the tiles of eight
+// steps in turn (wave.cuh). Lane (group, q), q in the low bits, holds states 4 q to 4 q + 3 of channels group and
+// group + 8, and x and dt of steps q and q + 4 of these channels; only the step sizes are exchanged through shared memory.
+// s x B and <C, h> are products on the tensor cores, whose layout is that of the states and of x: of s x, in two halves,
+// with the B of one step, the others being 0; and of the states behind a step with the C of all eight, of which one counts.
+// The decays of a tile do not hang on the state before it; the chain leaves the states behind every step in the decays'
+// place, for <C, h> once the last one is handed on.
+// Precision: states and sums in float32. s x B is good to 2^-17 where B is bfloat16, to 2^-21 otherwise. <C, h> takes 11
+// digits of h where y is stored in 16 bits, two terms of each otherwise.
+#pragma once
+#include "wave.cuh"
+
+constexpr int kTurns = TURNS;  // warps
+constexpr bool kSoftplus = SOFTPLUS;
+constexpr bool kWhole = WHOLE;  // blocks are full of channels, and lanes of states
+
+constexpr int kTile = 8;            // steps
+constexpr int kSaved = 16 * EVERY;  // steps between two states that are saved
+constexpr int kRow = 16;            // states
+constexpr int kChannels = 16;
+constexpr int kThreads = 32 * kTurns;
+constexpr int kPitch = kTile + 4;  // so that rows meet other banks
+
+template <class T> constexpr bool kIsBfloat = false;
+template <> constexpr bool kIsBfloat<Bfloat> = true;
+constexpr bool kShort = kIsBfloat<B_TYPE>;
+constexpr bool kFewDigits = sizeof(Y_TYPE) == 2;
+
+// Of a number whose softplus is 0 whatever bias is added: dt past the end.
+template <class T> constexpr unsigned kLowest = 0xf149f2cau;
+template <> constexpr unsigned kLowest<Bfloat> = 0xf14au;
+template <> constexpr unsigned kLowest<Half> = 0xfbffu;
+
+template <class T> DEVICE unsigned bits_at(const T* at) {
+    if constexpr (sizeof(T) == 4) return __ldg(reinterpret_cast<const unsigned*>(at));
+    else return __ldg(reinterpret_cast<const unsigned short*>(at));
+}
+template <class T> DEVICE float number(unsigned bits) {
+    if constexpr (sizeof(T) == 4) return __uint_as_float(bits);
+    else return widen(T{(unsigned short)bits});
+}
+template <class T> DEVICE void write(T* at, float v) {
+    if constexpr (sizeof(T) == 4) *reinterpret_cast<unsigned*>(at) = __float_as_uint(v);
+    else *reinterpret_cast<unsigned short*>(at) = narrow<T>(v).bits;
+}
+
+// A number that the compiler keeps rather than work it out again.
+DEVICE unsigned kept(unsigned v) { return __shfl_sync(kAll, v, threadIdx.x & 31); }
+DEVICE void put_shared(unsigned at, float v) { asm volatile("st.shared.f32 [%0], %1;" :: "r"(at), "f"(v) : "memory"); }
+DEVICE float4 get_shared(unsigned at) {
+    float4 v;
+    asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
+                 : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w) : "r"(at) : "memory");
+    return v;
+}
+
+// d = A B + c in TF32, 16 x 8 and 8 x 8: the lane gives of A the rows lane / 4 and lane / 4 + 8 of column lane % 4, then
+// of column lane % 4 + 4; of B column lane / 4 of those rows; and has of d those rows, columns 2 (lane % 4) and the next.
+DEVICE void product(float* d, float a0, float a1, float a2, float a3, float b0, float b1, const float* c) {
+#if __CUDA_ARCH__ >= 800
+    asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+        "{%10, %11, %12, %13};"
+        : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
+        : "r"(__float_as_uint(a0)), "r"(__float_as_uint(a1)), "r"(__float_as_uint(a2)), "r"(__float_as_uint(a3)),
+          "r"(__float_as_uint(b0)), "r"(__float_as_uint(b1)), "f"(c[0]), "f"(c[1]), "f"(c[2]), "f"(c[3]));
+#endif
+}
+// d = A B in bfloat16: of A these rows, columns 2 (lane % 4) and the next; of B those rows.
+DEVICE void product(float* d, unsigned a0, unsigned a1, unsigned b) {
+#if __CUDA_ARCH__ >= 800
+    asm("mma.sync.aligned.m16n8k8.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%7, %7, %7, %7};"
+        : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3]) : "r"(a0), "r"(a1), "r"(b), "f"(0.f));
+#endif
+}
+// What TF32 leaves of a number, and what it takes.
+DEVICE float upper(float v) { return __uint_as_float(__float_as_uint(v) & 0xffffe000u); }
+DEVICE float rest_of(float v) { return v - upper(v); }
+constexpr float kTruncated = 1.000352f;  // what cutting off 13 bits takes from a number on average, given back
+
+struct BlockMemory {
+    Wave<kTurns, 8> wave;
+    float s[kTurns][kChannels][kPitch];  // of each warp's tile
+};
+extern "C" __device__ int launch_shape[2] = {kThreads, (int)sizeof(BlockMemory)};
+
+extern "C" __global__ void __launch_bounds__(kThreads, MIN_BLOCKS) wave_forward(const __grid_constant__ Params p) {
+    extern __shared__ __align__(16) char shared[];
+    BlockMemory& block = *reinterpret_cast<BlockMemory*>(shared);
+    const int lane = threadIdx.x & 31, turn = __shfl_sync(kAll, (int)threadIdx.x >> 5, 0);
+    const int q = lane % 4, group = lane / 4;
+    const int channels = (int)p.channels, steps = (int)p.steps, states = kWhole ? kRow : (int)p.states;
+    const int blocks = (channels + kChannels - 1) / kChannels, first = blockIdx.x % blocks * kChannels + group;
+    const unsigned sequence = blockIdx.x / blocks;
+    const int route = sequence % (int)p.routes;
+    const long long batch = sequence / (int)p.routes;
+    const int tiles = (steps + kTile - 1) / kTile;
+    // Of B a lane reads steps q and q + 4 of states state_B and state_B + 2, of C its four states of step_C: these are what
+    // it gives to the products, whose columns are then the states as lanes hold them, and steps as lanes have x.
+    const int state_B = 4 * (group / 2) + group % 2, step_C = group / 2 + 4 * (group % 2);
+    const X_TYPE* x = (const X_TYPE*)p.x + batch * p.x_b + route * p.x_k + first * p.x_d + q;
+    const DT_TYPE* dt = (const DT_TYPE*)p.dt + batch * p.dt_b + route * p.dt_k + first * p.dt_d + q;
+    const B_TYPE* B = (const B_TYPE*)p.B + batch * p.B_b + route * p.B_k + state_B * p.B_n + q;
+    const C_TYPE* C = (const C_TYPE*)p.C + batch * p.C_b + route * p.C_k + 4 * q * p.C_n + step_C;
+    Y_TYPE* y = (Y_TYPE*)p.y + batch * p.y_b + route * p.y_k + first * p.y_d + q;
+    bool there[2];
+    float bias[2], skip[2], A[2][4], h[8];  // of h, as of what goes into it, both channels of a state are neighbours
+#pragma unroll
+    for (int j = 0; j < 2; ++j) {
+        const int channel = first + 8 * j;
+        const long long at = (long long)route * channels + channel;
+        there[j] = kWhole || channel < channels;
+        bias[j] = there[j] && p.dt_bias ? p.dt_bias[at] : 0.f;
+        skip[j] = there[j] && p.D ? p.D[at] : 0.f;
+#pragma unroll
+        for (int n = 0; n < 4; ++n) {
+            const bool both = there[j] && 4 * q + n < states;
+            const bool given = both && turn == 0 && p.initial_state;
+            A[j][n] = both ? p.A[at * states + 4 * q + n] * kLog2e : 0.f;
+            const long long state = ((long long)sequence * channels + channel) * states + 4 * q + n;
+            h[2 * n + j] = given ? p.initial_state[state] : 0.f;
+        }
+    }
+
+    // dt of steps q and q + 4 of both channels is asked for a tile ahead.
+    unsigned in_dt[2][2];
+    auto fetch = [&](int tile) {
+        const bool full = (tile + 1) * kTile <= steps;
+        const DT_TYPE* from = dt + tile * kTile;
+#pragma unroll
+        for (int j = 0; j < 2; ++j, from += 8 * p.dt_d) {
+#pragma unroll
+            for (int k = 0; k < 2; ++k) {
+                if (full) in_dt[j][k] = there[j] ? bits_at(from + 4 * k) : 0;
+                else if (tile * kTile + q + 4 * k >= steps) in_dt[j][k] = kLowest<DT_TYPE>;
+                else in_dt[j][k] = there[j] ? bits_at(from + 4 * k) : 0;
+            }
+        }
+    };
+    // Where the lane's states before the first tile would be saved; the first that are come one row later.
+    const long long pieces = ((steps + 15) / 16 - 1) / EVERY;
+    float* saved = p.saved + (((long long)sequence * pieces - 1) * channels + first) * kRow + 4 * q;
+    const unsigned saved_by = (unsigned)channels * kRow;
+    const unsigned own = kept((unsigned)__cvta_generic_to_shared(block.s[turn][group])), own_s = kept(own + 4 * q);
+    const float none[4] = {0.f, 0.f, 0.f, 0.f};
+    fetch(turn);
+    for (int tile = turn; tile < tiles; tile += kTurns) {
+        const bool full = (tile + 1) * kTile <= steps;
+        unsigned in_x[2][2], in_B[2][2], in_C[4];
+        auto ask = [&](bool all) {
+            const X_TYPE* from_x = x + tile * kTile;
+            const B_TYPE* from_B = B + tile * kTile;
+            const C_TYPE* from_C = C + tile * kTile;
+#pragma unroll
+            for (int j = 0; j < 2; ++j, from_x += 8 * p.x_d, from_B += 2 * p.B_n) {
+                const bool has = kWhole || state_B + 2 * j < states;
+#pragma unroll
+                for (int k = 0; k < 2; ++k) {
+                    const bool in_time = all || tile * kTile + q + 4 * k < steps;
+                    in_x[j][k] = in_time && there[j] ? bits_at(from_x + 4 * k) : 0;
+                    in_B[j][k] = in_time && has ? bits_at(from_B + 4 * k) : 0;
+                }
+            }
+#pragma unroll
+            for (int n = 0; n < 4; ++n, from_C += p.C_n) {
+                const bool in_time = all || tile * kTile + step_C < steps;
+                in_C[n] = in_time && (kWhole || 4 * q + n < states) ? bits_at(from_C) : 0;
+            }
+        };
+        if (full) ask(true);
+        else ask(false);
+        float s[2][2];
+#pragma unroll
+        for (int j = 0; j < 2; ++j) {
+#pragma unroll
+            for (int k = 0; k < 2; ++k) {
+                const float v = number<DT_TYPE>(in_dt[j][k]) + bias[j];
+                if (kSoftplus) s[j][k] = softplus<sizeof(DT_TYPE) == 4>(v);
+                else s[j][k] = !full && tile * kTile + q + 4 * k >= steps ? 0.f : v;
+                put_shared(own_s + 4 * (8 * j * kPitch + 4 * k), s[j][k]);
+            }
+        }
+        __syncwarp();
+        fetch(tile + kTurns);
+        float a[kTile][8];
+#pragma unroll
+        for (int j = 0; j < 2; ++j) {
+#pragma unroll
+            for (int t = 0; t < kTile; t += 4) {
+                const float4 four = get_shared(own + 4 * (8 * j * kPitch + t));
+#pragma unroll
+                for (int n = 0; n < 4; ++n) {
+                    a[t][2 * n + j] = decay(four.x, A[j][n]), a[t + 1][2 * n + j] = decay(four.y, A[j][n]);
+                    a[t + 2][2 * n + j] = decay(four.z, A[j][n]), a[t + 3][2 * n + j] = decay(four.w, A[j][n]);
+                }
+            }
+        }
+        // s x in two halves: with a bfloat16 B side by side in bfloat16, apart in TF32 otherwise.
+        float u[2][2], rest[2][2];
+        unsigned halves[2][2], twice[2][2];
+#pragma unroll
+        for (int j = 0; j < 2; ++j) {
+#pragma unroll
+            for (int k = 0; k < 2; ++k) {
+                const float v = s[j][k] * number<X_TYPE>(in_x[j][k]);
+                u[j][k] = kShort ? __uint_as_float((__float_as_uint(v) + 0x8000u) & 0xffff0000u) : upper(v);
+                rest[j][k] = v - u[j][k];
+                halves[j][k] = narrow_pair<Bfloat>(u[j][k], rest[j][k]);
+                twice[j][k] = __byte_perm(in_B[j][k], 0, 0x1010);
+            }
+        }
+        auto input = [&](float* ub, int t) {  // s x B of a step
+            float d[4], e[4];
+            const int k = t / 4;
+            const bool mine = q == t % 4;
+            if (kShort) {
+                product(d, halves[0][k], halves[1][k], mine ? twice[0][k] : 0u);
+                product(e, halves[0][k], halves[1][k], mine ? twice[1][k] : 0u);
+            } else {
+                const float b0 = mine ? number<B_TYPE>(in_B[0][k]) : 0.f, b1 = mine ? number<B_TYPE>(in_B[1][k]) : 0.f;
+                product(d, u[0][k], u[1][k], rest[0][k], rest[1][k], b0, b0, none);
+                product(e, u[0][k], u[1][k], rest[0][k], rest[1][k], b1, b1, none);
+                if (sizeof(B_TYPE) == 4) {
+                    product(d, u[0][k], u[1][k], 0.f, 0.f, rest_of(b0), 0.f, d);
+                    product(e, u[0][k], u[1][k], 0.f, 0.f, rest_of(b1), 0.f, e);
+                }
+            }
+            ub[0] = d[0], ub[1] = d[2], ub[2] = d[1], ub[3] = d[3], ub[4] = e[0], ub[5] = e[2], ub[6] = e[1], ub[7] = e[3];
+        };
+        if (tile > 0) block.wave.take(h, turn);
+        if (p.saved && tile > 0 && tile % (kSaved / kTile) == 0) {
+            float* at = saved + (unsigned long long)(unsigned)(tile / (kSaved / kTile)) * saved_by;
+#pragma unroll
+            for (int j = 0; j < 2; ++j) {
+                if (there[j]) {
+                    asm volatile("st.global.v4.f32 [%0], {%1, %2, %3, %4};" :: "l"(at + 8 * kRow * j), "f"(h[j]),
+                                 "f"(h[2 + j]), "f"(h[4 + j]), "f"(h[6 + j]) : "memory");
+                }
+            }
+        }
+#pragma unroll
+        for (int t = 0; t < kTile; ++t) {
+            float ub[8];
+            input(ub, t);
+#pragma unroll
+            for (int n = 0; n < 8; ++n) a[t][n] = h[n] = fmaf(a[t][n], h[n], ub[n]);
+        }
+        if (tile + 1 < tiles) block.wave.hand_on(h, turn);
+        float out[2][2], c[4];
+#pragma unroll
+        for (int n = 0; n < 4; ++n) c[n] = number<C_TYPE>(in_C[n]);
+#pragma unroll
+        for (int t = 0; t < kTile; ++t) {
+            float d[4];
+            const float* v = a[t];
+            product(d, v[0], v[1], v[2], v[3], c[0], c[1], none);
+            product(d, v[4], v[5], v[6], v[7], c[2], c[3], d);
+            if (!kFewDigits) {
+                product(d, v[0], v[1], v[2], v[3], rest_of(c[0]), rest_of(c[1]), d);
+                product(d, v[4], v[5], v[6], v[7], rest_of(c[2]), rest_of(c[3]), d);
+                product(d, rest_of(v[0]), rest_of(v[1]), rest_of(v[2]), rest_of(v[3]), c[0], c[1], d);
+                product(d, rest_of(v[4]), rest_of(v[5]), rest_of(v[6]), rest_of(v[7]), c[2], c[3], d);
+            }
+            const bool mine = t % 4 == 0 || q == t % 4;
+            out[0][t / 4] = mine ? d[t / 4] : out[0][t / 4], out[1][t / 4] = mine ? d[2 + t / 4] : out[1][t / 4];
+        }
+        Y_TYPE* to = y + tile * kTile;
+#pragma unroll
+        for (int j = 0; j < 2; ++j, to += 8 * p.y_d) {
+#pragma unroll
+            for (int k = 0; k < 2; ++k) {
+                const float sum = kFewDigits ? out[j][k] * kTruncated : out[j][k];
+                const bool in_time = full || tile * kTile + q + 4 * k < steps;
+                if (in_time && there[j]) write(to + 4 * k, fmaf(skip[j], number<X_TYPE>(in_x[j][k]), sum));
+            }
+        }
+        __syncwarp();
+    }
+    if (p.last_state && (tiles - 1) % kTurns == turn) {
+#pragma unroll
+        for (int i = 0; i < 8; ++i) {
+            const int channel = first + 8 * (i % 2), state = 4 * q + i / 2;
+            if (channel < channels && state < states) {
+                p.last_state[((long long)sequence * channels + channel) * states + state] = h[i];
+            }
+        }
+    }
+}

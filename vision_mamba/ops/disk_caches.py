@@ -1,0 +1,48 @@
+"""What tells torch.compile's caches on disk apart, beside the graph that they know.
+
+A compiled graph holds what fake implementations promised: which backend runs, and the shapes of what it saves for the
+backward pass. Another version of this library, another backend that is asked for or has become available promise
+something else. Torch has a tag for that in all of these caches' keys, and looks at it after fake tensors have run.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import torch.compiler.config
+
+from vision_mamba.ops import registry
+
+Fake = TypeVar("Fake", bound=Callable[..., Any])
+_ours = ""  # what the tag ends in by our doing
+
+
+def tagging(fake: Fake) -> Fake:
+    """The fake implementation of an operator, which brings the tag up to date before it answers."""
+
+    @functools.wraps(fake)
+    def tagged(*arguments: Any, **options: Any) -> Any:
+        _bring_up_to_date()
+        return fake(*arguments, **options)
+
+    return tagged  # type: ignore[return-value]
+
+
+def _bring_up_to_date() -> None:
+    global _ours
+    config, wanted = torch.compiler.config, f" vision_mamba-{_decisive(registry.forced())}"
+    if not config.cache_key_tag.endswith(wanted):
+        config.cache_key_tag = config.cache_key_tag.removesuffix(_ours) + wanted
+    _ours = wanted
+
+
+@functools.cache
+def _decisive(forced: str | None) -> str:
+    """A hash of this library's operators and of what they can choose from, which stays for the life of a process."""
+    sources = [path.read_bytes() for path in sorted(Path(__file__).parent.rglob("*.py"))]
+    return hashlib.sha256(b"".join([*sources, repr((forced, registry.choices())).encode()])).hexdigest()[:16]
