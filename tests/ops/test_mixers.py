@@ -279,10 +279,12 @@ def test_is_what_the_layers_are(
 ) -> None:
     monkeypatch.setattr(mixers_cuda, "MUCH", mixers_cuda.MUCH if much is None else much)
     mixer, x = make(name)
+    exact = run(copy.deepcopy(mixer).double(), x.double())
     expected = run(mixer, x)
     ran = request.getfixturevalue("stand_ins")
-    for result, other in zip(run(mixer, x), expected, strict=True):
-        assert relative_rms(result, other) < 1e-6
+    for result, layers, true in zip(run(mixer, x), expected, exact, strict=True):
+        # Sums that cancel lose as much in the layers, and how much depends on the processor.
+        assert relative_rms(result, true) < 1e-6 + relative_rms(layers, true)
     assert ran == (CHAINS[name] * 2 if name in CHAINS else ran[:1]) and ran
 
 

@@ -162,7 +162,7 @@ def test_nvrtc_error_names_the_kernel() -> None:
 
 def test_nvrtc_parameters_are_read_from_the_source() -> None:
     names = nvrtc.field_names("params.cuh")
-    assert names[0] == "x" and names[-1] == "ddt_d" and len(set(names)) == len(names)
+    assert names[0] == "x" and names[-1] == "dC_n" and len(set(names)) == len(names)
 
 
 @pytest.mark.parametrize("states", [1, 2, 3, 5, 16, 17, 64, 100, 128, 129, 256])

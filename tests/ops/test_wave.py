@@ -27,7 +27,7 @@ def routes() -> list[Case]:
     """Blocks full of channels and not, tiles full of steps and not, one tile and many, every option and type."""
     half = (BF16,) * 4
     found = [replace(LONG, dtypes=(dtype,) * 4, state=state) for dtype in (BF16, F16, F32) for state in (False, True)]
-    found += [replace(LONG, grid=(1, n), channels=c, dtypes=half, state=True) for n, c in ((1, 48), (16, 5), (33, 100))]
+    found += [replace(LONG, grid=(1, n), channels=c, dtypes=half, state=True) for n, c in ((2, 48), (16, 5), (33, 100))]
     found += [replace(LONG, grid=(1, 1601), channels=96, batch=2, dtypes=(t,) * 4, state=True) for t in (BF16, F32)]
     found += [replace(LONG, routes=2, channels=52, dtypes=half, skip=False, bias=False, softplus=False, state=True)]
     found += [replace(LONG, shared_x=True, merge=True, batch=3, dtypes=(BF16, F32, F32, BF16))]
