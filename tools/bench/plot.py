@@ -48,7 +48,7 @@ def draw(records: list[dict[str, Any]], axes: list[str], out: Path, passes: Sequ
         panel.plot([low, high], [top * low / high, top], color="0.7", linewidth=1, label="linear")
         panel.set(xscale="log", yscale="log", xlabel=LABELS[axis], ylabel="ms")
         panel.grid(alpha=0.3)
-        panel.legend(fontsize=7)
+        panel.legend(fontsize=7, handlelength=3.5)
     one = next(record for record in records if record["case"].startswith("grow_"))
     figure.suptitle(f"{one['device']}, {one['dtype']}, torch {one['torch']}", fontsize=9)
     out.parent.mkdir(parents=True, exist_ok=True)
