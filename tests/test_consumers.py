@@ -52,8 +52,8 @@ def saved(model: nn.Module, folder: Path) -> Path:
 
 
 def in_memory_of_its_own(model: nn.Module) -> nn.Module:
-    """With weights that begin where an allocation does: on some processors products of others, as those of a file that is
-    mapped into memory, differ in the last bit."""
+    """With weights that begin where an allocation does: on some processors products of others, as those of a file that
+    is mapped into memory, differ in the last bit."""
     for parameter in model.parameters():
         parameter.data = parameter.data.clone()
     return model

@@ -1,6 +1,6 @@
 // few_backward.cuh: gradients of the scan of few_forward.cuh, with warps and steps as there; the equations are at the head
-// of wide_backward.cuh. The state before each warp but the first was saved, so that states are computed again within warps; the
-// gradients of states, g -> a g + c, are joined backwards as states are forwards. dB and dC are summed over the cluster's
+// of wide_backward.cuh. The state before each warp but the first was saved, so that states are computed again within warps;
+// the gradients of states, g -> a g + c, are joined backwards as states are forwards. dB and dC are summed over the cluster's
 // channels and leave as one partial result a cluster; what belongs to a channel, as one for each block of a route.
 #pragma once
 #include "few_rows.cuh"

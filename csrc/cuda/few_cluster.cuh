@@ -69,7 +69,7 @@ template <bool kLimited = false> DEVICE void await_mail(Mail& mail, int phase) {
                          "selp.u32 %0, 1, 0, done;\n\t}"
                          : "=r"(came) : "r"(shared_place(&mail)), "r"(phase & 1) : "memory");
             if (!came && turns >= kMostTurns && threadIdx.x == 0) {
-                __assertfail("the table of indices still is as it was read; now a route names a token twice",
+                __assertfail("each route names a token once; this table was changed since it was read: pass a new one",
                              "few_cluster.cuh", __LINE__, "cross_selective_scan", 1ull);
             }
         }

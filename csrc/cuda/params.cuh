@@ -27,10 +27,10 @@ struct Params {
     void* ddt;             // like dt, or (B, L, K, D); of a low rank (B, L, K, channel tiles, R), where N = 1 (tiles, B, L, K, R)
     void* dB;              // (B, L, K, channel tiles, N); (B, L, K, N) and of any strides where it is the gradient itself
     void* dC;
-    float* dA;             // (B, segments, K, D, N)
-    float* dD;             // (B, segments, K, D), or null
-    float* ddt_bias;       // (B, segments, K, D), or null
-    float* ddt_weight;     // (B, segments, K, D, R), or null
+    float* dA;             // (B / items, segments, K, D, N)
+    float* dD;             // (B / items, segments, K, D), or null
+    float* ddt_bias;       // (B / items, segments, K, D), or null
+    float* ddt_weight;     // (B / items, segments, K, D, R), or null
     float* dinitial_state; // (B, K, D, N), or null
     float* dBC;            // of one state a channel (channel tiles, B, K, S, 2): dB and dC in the order of steps
     // Where finish.cuh puts the sums of these parts.

@@ -21,7 +21,7 @@ constexpr bool kWhole = WHOLE;  // blocks are full of channels, and lanes of sta
 constexpr int kPass = PASS;                // of two over a route in segments, or 0
 constexpr bool kLong = LONG;               // of segments that take long enough for their code to be read first
 constexpr int kTile = 16;                  // steps that are in shared memory at a time
-constexpr int kEvery = EVERY;              // tiles between two states that forward saves: 1 or 2
+constexpr int kEvery = EVERY;              // tiles between two states that forward saves: 1 or 2, or 4 for few_backward.cuh
 
 // Whether what is read ahead waits in shared memory rather than in registers.
 #if __CUDA_ARCH__ >= 800

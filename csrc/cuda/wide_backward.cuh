@@ -9,7 +9,8 @@
 // Steps go by in tiles of kTile, from the last. Forward saved the state before every kEvery-th tile but the first; where a
 // tile's is not among them, the block goes through the one before it once more. A warp runs through a tile once and keeps
 // every state, those of the first kHeld steps in shared memory, those of the last kSub in registers: so each state is
-// computed once. Decays are computed again on the way back: registers that kept them would cost more, in warps that do not fit, than the exponentials do.
+// computed once. Decays are computed again on the way back: registers that kept them would cost more, in warps that do
+// not fit, than the exponentials do.
 // Before and after the scan of a tile a thread has one run of channels of one row, so that a warp touches few rows of
 // device memory at a time; the next tile is on its way while this one's results are worked out. What limits the kernel
 // are words that lanes read from shared memory, broadcast or not: so values stay narrow there, and are read once.

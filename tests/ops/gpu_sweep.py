@@ -137,8 +137,8 @@ def main(backend: str, place: str | None = None) -> None:
     torch.zeros(1, device="cuda")  # makes torch's context current for the driver's calls
     forward_cuda.room_for = _apart
     # What is few, and the same as if it were many.
-    for takes in (few.takes, lambda *_: False) if backend == "cuda" else (few.takes,):
-        few.takes = takes
+    for takes in (few.takes_call, lambda *_, **__: False) if backend == "cuda" else (few.takes_call,):
+        few.takes_call = takes
         for known in (forward_cuda.runners, backward_cuda.plans, autograd.operator.known):
             known.clear()
         for case in CASES:

@@ -21,6 +21,7 @@ from vision_mamba.ops.call import GRADIENTS, ScanCall
 from vision_mamba.ops.known import Known
 
 pytestmark = pytest.mark.gpu
+takes_call = few.takes_call
 
 
 def tuned() -> list[Case]:
@@ -51,8 +52,8 @@ def tuned() -> list[Case]:
 
 @pytest.fixture
 def many_sequences(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No sequences are few, so that small scans go the way of large ones."""
-    monkeypatch.setattr(few, "takes", lambda *_: False)
+    """No sequences are few, so that small scans go the way of large ones, in both passes."""
+    monkeypatch.setattr(few, "takes_call", lambda *_, **__: False)
     monkeypatch.setattr(forward_cuda, "runners", {})
     monkeypatch.setattr(autograd.operator, "known", Known(10, 5))
     monkeypatch.setattr(backward_cuda, "plans", {})
@@ -180,18 +181,20 @@ def plentiful() -> list[Case]:
 
 
 @pytest.mark.parametrize("routes", ["together", "in turn", "in order", "in segments", "in long segments"])
-@pytest.mark.parametrize(("many", "lean"), [(False, False), (True, False), (True, True)], ids=["few", "many", "lean"])
+@pytest.mark.parametrize("blocks", ["few", "many", "lean", "few going back"])
 @pytest.mark.parametrize("case", plentiful(), ids=str)
 def test_blocks_of_many_sequences(
     case: Case,
-    many: bool,
-    lean: bool,
+    blocks: str,
     routes: str,
     poisoned: None,
     many_sequences: None,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(wide_cuda, "_forward_tile", lambda call, _: kernels.forward_tiles(call.states, call.rank)[many])
+    launched = []
+    many, lean, wide = blocks != "few", blocks == "lean", kernels.wide_backward
+    monkeypatch.setattr(kernels, "wide_backward", lambda *how, **types: launched.append(how) or wide(*how, **types))
+    monkeypatch.setattr(wide_cuda, "_forward_tile", lambda call, _: kernels.forward_tiles(call.states)[many])
     monkeypatch.setattr(wide_cuda, "_in_turn", lambda *_: routes == "in turn")
     monkeypatch.setattr(wide_cuda, "_in_order", lambda *_: routes == "in order")
     monkeypatch.setattr(kernels, "LEAN", lean)
@@ -205,7 +208,11 @@ def test_blocks_of_many_sequences(
     monkeypatch.setattr(kernels, "wide_segments", lambda *_: segments)
     if "long" in routes:
         monkeypatch.setattr(kernels, "LONG", 1)
+    if blocks == "few going back":  # from states that are saved four tiles apart
+        monkeypatch.setattr(few, "takes", lambda *_: False)
+        monkeypatch.setattr(few, "takes_call", takes_call)
     found = run(make_call(case, device="cuda"), "cuda")
+    assert launched or blocks == "few going back"
     for name, reference in expected(case).items():
         assert_close(name, found[name], reference)
     again = run(make_call(case, device="cuda"), "cuda")

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.cases import BF16, Case, make_call, run
+from tests.cases import BF16, F32, Case, make_call, run
 from tests.tolerances import assert_close
 from vision_mamba import ops
 from vision_mamba.ops.call import ScanCall
@@ -37,13 +37,14 @@ def runs_here(request: pytest.FixtureRequest) -> None:
         pytest.skip(f"{backend}: {reason}")
 
 
+@pytest.mark.parametrize("dtype", [BF16, F32])
 @pytest.mark.parametrize("states", [1, 16])
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_strides_beyond_32_bits(backend: str, states: int) -> None:
-    """A batch item of which the last tokens lie more than 2^31 elements from the first."""
-    case = Case(grid=(1, 5), batch=1, routes=1, channels=8, states=states, dtypes=(BF16,) * 4)
+def test_strides_beyond_32_bits(backend: str, states: int, dtype: torch.dtype) -> None:
+    """A batch item of which the last tokens lie more than 2^31 elements from the first, neighbours 1 or 2 GiB apart."""
+    case = Case(grid=(1, 5), batch=1, routes=1, channels=8, states=states, dtypes=(dtype,) * 4)
     call = make_call(case, device="cuda")
-    far = torch.empty(4 * 2**29 + 64, dtype=BF16, device="cuda").as_strided(call.x.shape, (0, 2**29, 1))
+    far = torch.empty(4 * 2**29 + 64, dtype=dtype, device="cuda").as_strided(call.x.shape, (0, 2**29, 1))
     far.copy_(call.x)
     near, again = run(call, backend), run(call._replace(x=far), backend)
     for name, tensor in run(call._replace(x=far), backend).items():

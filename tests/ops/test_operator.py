@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
@@ -254,6 +255,26 @@ def test_caches_on_disk_know_what_decides_a_graph(monkeypatch: pytest.MonkeyPatc
             assert not found()
         assert torch.compiler.config.cache_key_tag == "mine vision_mamba-another version, eager"
     torch.compiler.reset()
+
+
+def test_a_tag_is_brought_up_to_date_in_every_thread() -> None:
+    """Where each of them has its own, it is told of the last backend alone, beside what others say there."""
+    tags = []
+
+    def chosen(name: str) -> None:
+        with ops.use_backend(name):
+            disk_caches._bring_up_to_date()
+        tags.append(torch.compiler.config.cache_key_tag)
+
+    with ThreadPoolExecutor(1) as thread, torch.compiler.config.patch(cache_key_tag="mine"):
+        for name in ("cpu", "eager", "cpu"):
+            thread.submit(chosen, name).result()
+            chosen("reference")
+            torch.compiler.config.cache_key_tag += " yours"
+    assert all(tag.count("vision_mamba-") == 1 for tag in tags)
+    marks = [tag.partition("vision_mamba-")[2].split()[0] for tag in tags]
+    assert marks[0] == marks[4] and len(set(marks)) == 3 and len(set(marks[1::2])) == 1
+    assert [tag.count("yours") for tag in tags[1::2]] == [0, 1, 2] and tags[1].startswith("mine")
 
 
 def test_what_decides_a_graph(monkeypatch: pytest.MonkeyPatch) -> None:

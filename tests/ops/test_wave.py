@@ -70,6 +70,21 @@ def test_wave_matches_the_reference(case: Case, poisoned: None, monkeypatch: pyt
     assert all(torch.equal(again[name], tensor) for name, tensor in found.items())
 
 
+@pytest.mark.gpu
+def test_small_tensors_begin_anywhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The wave kernels read them by 16 bytes."""
+    if nvrtc.shared_limit(0) < kernels.WAVE_SHARED:
+        pytest.skip("blocks of the wave kernels need more shared memory than this GPU has")
+    monkeypatch.setattr(kernels, "wave_fills", lambda *_: True)
+    monkeypatch.setattr(few, "takes_call", lambda *_, **__: False)
+    monkeypatch.setattr(backward_cuda, "plans", {})
+    call = make_call(replace(LONG, state=True), device="cuda")
+    small = {n: getattr(call, n) for n in ("A", "D", "dt_bias", "initial_state")}
+    parts = {n: t.new_empty(t.numel() + 1)[1:].view_as(t).copy_(t) for n, t in small.items()}
+    expected, found = gradients(call, "cuda"), gradients(call._replace(**parts), "cuda")
+    assert all(torch.equal(found[name], gradient) for name, gradient in expected.items())
+
+
 @pytest.mark.parametrize(
     ("change", "multiprocessors", "taken"),
     [
@@ -102,3 +117,30 @@ def test_wave_is_chosen(
     if plan is not None:
         assert plan.scan.kernel.name == "wave_backward" and plan.scan.grid == 4 and plan.groups == 2
     assert wave_cuda.backward(call, None, torch.empty_like(call.x), 0) is None
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "other"),
+    [
+        (gpu, "capability", lambda _: (7, 5)),
+        (nvrtc, "shared_limit", lambda _: 99 * 1024),
+        (kernels, "LEAN", True),
+        (wave_cuda, "_FAR", 512),
+        (wave_cuda, "is_in_order", lambda _: False),
+        (few, "takes_call", lambda *_, back=False: back),
+    ],
+)
+def test_wave_leaves_what_it_cannot_take(module: Any, name: str, other: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu, "capability", lambda _: (9, 0))
+    monkeypatch.setattr(gpu, "multiprocessors", lambda _: 4)
+    monkeypatch.setattr(nvrtc, "shared_limit", lambda _: 227 * 1024)
+    monkeypatch.setattr(nvrtc, "kernel", lambda wanted, _: wanted)
+    monkeypatch.setattr(wave_cuda, "is_in_order", lambda call: call.indices is None)
+    monkeypatch.setattr(few, "takes_call", lambda *_, **__: False)
+    monkeypatch.setattr(kernels, "MANY", 0)
+    call = make_call(replace(LONG, batch=2, channels=96, grid=(1, 512)))
+    y, dx = call.new_output(), torch.empty_like(call.x)
+    assert wave_cuda.backward(call, y, dx, 0) is not None
+    assert wave_cuda.backward(call, torch.empty(()).expand_as(y), dx, 0) is None
+    monkeypatch.setattr(module, name, other)
+    assert wave_cuda.backward(call, y, dx, 0) is None

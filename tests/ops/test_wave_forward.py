@@ -91,3 +91,5 @@ def test_wave_forward_is_chosen(
     assert (plan is not None) == taken
     if plan is not None:
         assert plan.scan.kernel.name == "wave_forward" and plan.scan.grid == 12
+    monkeypatch.setattr(gpu, "capability", lambda _: (7, 5))
+    assert wave_cuda.forward(call, call.new_output(), 0) is None

@@ -12,7 +12,6 @@ from vision_mamba import constants
 from vision_mamba.ops.call import ScanCall
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-MAX_CHANNELS = 2**31 - 1
 MAX_STATES = 256
 
 

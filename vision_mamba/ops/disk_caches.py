@@ -2,7 +2,9 @@
 
 A compiled graph holds what fake implementations promised: which backend runs, and the shapes of what it saves for the
 backward pass. Another version of this library, another backend that is asked for or has become available promise
-something else. Torch has a tag for that in all of these caches' keys, and looks at it after fake tensors have run.
+something else. Torch has a tag for that in all of these caches' keys, and looks at it after fake tensors have run: but
+not where a backward pass is compiled late, in a thread of its own. Its graph names the backend, and the shapes of what
+was saved are those of its inputs.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ import torch.compiler.config
 from vision_mamba.ops import registry
 
 Fake = TypeVar("Fake", bound=Callable[..., Any])
-_ours = ""  # what the tag ends in by our doing
+_ours: set[str] = set()  # what tags have had of us; a tag is a thread's own in some versions of torch
 
 
 def tagging(fake: Fake) -> Fake:
@@ -34,11 +36,14 @@ def tagging(fake: Fake) -> Fake:
 
 
 def _bring_up_to_date() -> None:
-    global _ours
-    config, wanted = torch.compiler.config, f" vision_mamba-{_decisive(registry.forced())}"
-    if not config.cache_key_tag.endswith(wanted):
-        config.cache_key_tag = config.cache_key_tag.removesuffix(_ours) + wanted
-    _ours = wanted
+    wanted = f" vision_mamba-{_decisive(registry.forced())}"
+    tag = torch.compiler.config.cache_key_tag
+    if wanted in tag:
+        return
+    for before in list(_ours):
+        tag = tag.replace(before, "")
+    _ours.add(wanted)
+    torch.compiler.config.cache_key_tag = tag + wanted
 
 
 @functools.cache

@@ -13,9 +13,9 @@ from vision_mamba.ops.backends import few_plans_cuda as few_plans
 from vision_mamba.ops.backends import narrow_cuda as narrow
 from vision_mamba.ops.backends import wave_cuda as wave
 from vision_mamba.ops.backends import wide_cuda as wide
-from vision_mamba.ops.backends.calls_cuda import as_taken, plan_key, rank_in_kernel, tokens_first
+from vision_mamba.ops.backends.calls_cuda import as_taken, is_far, plan_key, rank_in_kernel, tokens_first
 from vision_mamba.ops.backends.cuda_kernels import TYPES, vector
-from vision_mamba.ops.backends.launch import Plans, on
+from vision_mamba.ops.backends.launch import Plans, on, whole
 from vision_mamba.ops.backends.plans_cuda import Plan, new_edges, new_parts
 from vision_mamba.ops.backends.shares_cuda import channel_sums, finish, merge
 from vision_mamba.ops.call import GRADIENTS, ScanCall
@@ -33,9 +33,9 @@ def backward(asked: ScanCall, saved: Tensor, dy: Tensor | None, dlast: Tensor | 
         # Where rows of x are read number by number, so are those of dy.
         as_it_lies = few.takes_call(call, back=True) or (states > 1 and tokens_first(call))
         aligned = dy is None or (dy.stride(-1) == 1 and dy.data_ptr() % 16 == 0 and (states > 1 or vector(8, dy)))
-        if dy is not None and not aligned and not as_it_lies:
+        if dy is not None and (is_far(dy) or not (aligned or as_it_lies)):
             dy = dy.contiguous()
-        dlast = None if dlast is None else dlast.to(torch.float32).contiguous()
+        dlast = None if dlast is None else whole(dlast)
         dx = torch.empty_like(call.x)
         complete = visits_all(asked)
         key = (plan_key(call, complete), None if dy is None else (dy.stride(), dy.data_ptr() & 15))

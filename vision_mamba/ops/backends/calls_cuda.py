@@ -12,22 +12,27 @@ from vision_mamba.ops.backends import cuda_kernels as kernels
 from vision_mamba.ops.backends import few_cuda as few
 from vision_mamba.ops.backends import gpu
 from vision_mamba.ops.backends.cuda_kernels import TYPES, vector
+from vision_mamba.ops.backends.launch import is_whole, whole
 from vision_mamba.ops.call import ScanCall
 
-SMALL = ("A", "D", "dt_weight", "dt_bias", "initial_state")  # the kernels take these in float32 and contiguous
+SMALL = ("A", "D", "dt_weight", "dt_bias", "initial_state")  # the kernels take these `whole`
+ROWS = ("x", "dt", "B", "C")  # what every token has of its own
 
 
 def as_taken(call: ScanCall) -> ScanCall:
-    """The call as the kernels take it: small tensors in float32 and contiguous, no low-rank step size of a high rank,
-    one of few sequences in aligned pairs.
+    """The call as the kernels take it: small tensors `whole`, no tokens that are far from each other, no low-rank step
+    size of a high rank, one of few sequences in aligned pairs.
 
     What this makes lives as long as the call, which is as long as kernels are being launched.
     """
     changed: dict[str, Any] = {}
     for name in SMALL:
         tensor = getattr(call, name)
-        if tensor is not None and not fits_as_is(tensor):
-            changed[name] = tensor.to(torch.float32).contiguous()
+        if tensor is not None and not is_whole(tensor):
+            changed[name] = whole(tensor)
+    for name in ROWS:
+        if is_far(getattr(call, name)):
+            changed[name] = getattr(call, name).contiguous()
     if call.indices is None:
         changed["indices"] = tables_in_order.get(call.x.device, call.routes, call.tokens)
     elif not call.indices.is_contiguous():
@@ -43,8 +48,9 @@ def as_taken(call: ScanCall) -> ScanCall:
     return call
 
 
-def fits_as_is(parameter: Tensor) -> bool:
-    return parameter.dtype == torch.float32 and parameter.is_contiguous()
+def is_far(tensor: Tensor) -> bool:
+    """Whether the bytes from one token to the next do not fit the 32 bits that kernels have for them."""
+    return tensor.stride(1) * tensor.element_size() >= 2**31
 
 
 def is_realigned(call: ScanCall) -> bool:

@@ -15,6 +15,8 @@ from vision_mamba.ops.registry import Backend
 def _refuses(call: ScanCall) -> str | None:
     if call.x.dtype == torch.float64:
         return "float64 is computed by 'eager' and 'reference' alone; convert with .float()."
+    if call.routes * call.channels * call.states >= 2**29:
+        return "the states of one item of the batch have over 2 GiB; scan fewer channels at a time."
     return None
 
 

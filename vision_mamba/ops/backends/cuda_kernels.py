@@ -74,7 +74,7 @@ class Tile(NamedTuple):
         return (blocks + self.blocks * multiprocessors - 1) // (self.blocks * multiprocessors)
 
 
-def forward_tiles(states: int, rank: int) -> tuple[Tile, Tile]:
+def forward_tiles(states: int) -> tuple[Tile, Tile]:
     """For few sequences and for many: eight states a lane read B and C half as often."""
     few = Tile(wide_shape(states, 2), WARPS, 4)
     return few, Tile(wide_shape(states, 2, 8), 2, 6) if 8 < states <= 16 else few
@@ -337,11 +337,11 @@ def sums(B: str, C: str) -> str:
 
 
 def narrow_forward(types: Types, how: Narrow) -> Specialisation:
-    return Specialisation("narrow_forward", _macros(types, **_narrow(types, how, 3)))
+    return Specialisation("narrow_forward", _macros(types, **_narrow(how, 3)))
 
 
 def narrow_backward(types: Types, how: Narrow, dx: str, ddt: str) -> Specialisation:
-    return Specialisation("narrow_backward", _macros(types, **_narrow(types, how, 2), DX_TYPE=dx, DDT_TYPE=ddt))
+    return Specialisation("narrow_backward", _macros(types, **_narrow(how, 2), DX_TYPE=dx, DDT_TYPE=ddt))
 
 
 def walk_forward(types: Types, how: Walk) -> Specialisation:
@@ -390,7 +390,7 @@ def _wide(how: Wide) -> dict[str, Any]:
     return sizes | flags | dict(COPIES=how.copies, LONG=how.long, WHOLE=how.whole)
 
 
-def _narrow(types: Types, how: Narrow, blocks: int) -> dict[str, Any]:
+def _narrow(how: Narrow, blocks: int) -> dict[str, Any]:
     sizes = dict(STEPS=how.steps, MAX_WARPS=how.warps, MIN_BLOCKS=1 if how.warps > 4 else blocks, RANK=how.rank)
     flags = dict(SOFTPLUS=how.softplus, MERGE=how.merge, WHOLE=how.whole)
     flags |= dict(VECTOR=how.vector, VECTOR_RANK=how.vector_rank, TENSOR=how.tensor_rank)
@@ -431,9 +431,9 @@ def _shipped(tile: Tile, rank: int) -> Wide:
     return Wide(tile, rank, True, True, True, rank > 0, rank > 0, False)
 
 
-def _many(tile: Tile, rank: int, **more: Any) -> Wide:
-    """Of many sequences."""
-    return _shipped(tile, rank)._replace(copies=not (rank and "add" in more), **more)
+def _many(rank: int, **more: Any) -> Wide:
+    """Of many sequences, going back."""
+    return _shipped(backward_tile(16, 2**17), rank)._replace(copies=rank == 0, whole=True, **more)
 
 
 #: What the published models run: compiled for every architecture by the tests, and warmed by the doctor.
@@ -448,17 +448,16 @@ SHIPPED = (
     walk_backward(_FULL, Walk(1, 3, 0, 2), "Float", "Float"),
     narrow_forward(_FULL, Narrow(8, 8, 0, True, False, False, True, False, False)),
     narrow_backward(_HALF, Narrow(7, 4, 6, True, True, True, True, True, True), "Bfloat", "Bfloat"),
-    *(wide_forward(_HALF, _shipped(forward_tiles(16, rank)[0], rank)) for rank in (0, 24)),
-    wide_forward(_HALF, _many(forward_tiles(16, 0)[1], 0, add=True, whole=True)),
-    wide_forward(_HALF, _many(forward_tiles(16, 24)[1], 24)._replace(copies=True, add=True, whole=True)),
-    wide_forward(_FULL, _shipped(forward_tiles(64, 0)[0], 0)),
-    wide_backward(_HALF, _shipped(backward_tile(16, 2**17), 24)._replace(whole=True), "Bfloat", "Bfloat"),
-    wide_backward(_HALF, _many(backward_tile(16, 2**17), 0, whole=True), "Bfloat", "Bfloat"),
+    *(wide_forward(_HALF, _shipped(forward_tiles(16)[0], rank)) for rank in (0, 24)),
     *(
-        wide_backward(_HALF, _many(backward_tile(16, 2**17), rank, add=True, whole=True), "Bfloat", "Bfloat")
+        wide_forward(_HALF, _shipped(forward_tiles(16)[1], rank)._replace(copies=True, add=True, whole=True))
         for rank in (0, 24)
     ),
-    wide_backward(_HALF, _many(backward_tile(16, 2**17), 0, add=True, every=2, whole=True), "Bfloat", "Bfloat"),
+    wide_forward(_FULL, _shipped(forward_tiles(64)[0], 0)),
+    wide_backward(_HALF, _shipped(backward_tile(16, 2**17), 24)._replace(whole=True), "Bfloat", "Bfloat"),
+    wide_backward(_HALF, _many(0), "Bfloat", "Bfloat"),
+    *(wide_backward(_HALF, _many(rank, add=True), "Bfloat", "Bfloat") for rank in (0, 24)),
+    wide_backward(_HALF, _many(0, add=True, every=2), "Bfloat", "Bfloat"),
     wave_forward(_HALF, WaveForward(True, True)),
     wave_forward(_FULL, WaveForward(True, False)),
     wave_backward(_HALF, WaveBackward(True, True), "Bfloat", "Bfloat"),

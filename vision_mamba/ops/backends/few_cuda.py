@@ -134,10 +134,11 @@ def takes_call(call: ScanCall, back: bool = False) -> bool:
     """Whether the kernels for few sequences take a call, or its backward pass, by sizes, types and device alone: how
     much of the states is saved hangs on it, and has to be known where tensors have no addresses."""
     sizes = (call.states, call.batch * call.routes * call.channels, call.steps)
-    if not (takes(*sizes) or (back and goes_back(*sizes) and (call.states <= 16 or not call.rank))):
+    low_rank = 0 < call.rank <= kernels.MAX_RANK  # beyond, it is multiplied out
+    if not (takes(*sizes) or (back and goes_back(*sizes) and (call.states <= 16 or not low_rank))):
         return False  # with more states a low rank's gradient is not multiplied in the kernels
     device = call.x.device.index
-    if 0 < call.rank <= kernels.MAX_RANK:  # beyond, it is multiplied out
+    if low_rank:
         on_cores = kernels.on_tensor_cores(call.rank, TYPES.get(call.dt.dtype, ""))
         if call.rank % 2 or not on_cores or gpu.capability(device) < (8, 0):
             return False

@@ -12,14 +12,15 @@ from vision_mamba.ops.backends import narrow_cuda as narrow
 from vision_mamba.ops.backends import wave_cuda as wave
 from vision_mamba.ops.backends import wide_cuda as wide
 from vision_mamba.ops.backends.calls_cuda import (
+    ROWS,
     SMALL,
     as_taken,
-    fits_as_is,
+    is_far,
     is_realigned,
     plan_key,
     tables_in_order,
 )
-from vision_mamba.ops.backends.launch import Plans, maker, on, room_for
+from vision_mamba.ops.backends.launch import Plans, is_whole, maker, on, room_for
 from vision_mamba.ops.backends.plans_cuda import Plan, new_edges, new_parts
 from vision_mamba.ops.backends.shares_cuda import merger
 from vision_mamba.ops.call import ScanCall
@@ -33,16 +34,20 @@ def forward(call: ScanCall, save: bool) -> tuple[Tensor, Tensor, Tensor]:
     with on(call.x.device.index):
         prepared = as_taken(call)
         addresses = [t.data_ptr() for t in prepared if isinstance(t, Tensor)]
-        return _runner(prepared, visits_all(call), save)(addresses)
+        y, last, saved = _runner(prepared, visits_all(call), save)(addresses)
+        # The memory order of y is that of x, and was promised.
+        return y if prepared.x is call.x else call.new_output().copy_(y), last, saved
 
 
 def prepare(call: ScanCall, save: bool) -> Run | None:
     """What runs each call like this one; None where the kernels take other tensors than those of the call."""
     device = call.x.device.index
     small = (getattr(call, name) for name in SMALL)
-    if call.rank > kernels.MAX_RANK or not all(t is None or fits_as_is(t) for t in small):
+    if call.rank > kernels.MAX_RANK or not all(t is None or is_whole(t) for t in small):
         return None
     if (call.indices is not None and not call.indices.is_contiguous()) or is_realigned(call):
+        return None
+    if any(is_far(getattr(call, name)) for name in ROWS):
         return None
     with on(device):
         in_order = (call.x.device, call.routes, call.tokens) if call.indices is None else None

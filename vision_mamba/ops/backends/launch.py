@@ -117,6 +117,18 @@ def room_for(tensors: list[Tensor]) -> Callable[[], tuple[list[Tensor], list[int
     return new
 
 
+def is_whole(parameter: Tensor) -> bool:
+    """Whether kernels can read a parameter as it is, some by 16 bytes at a time."""
+    return parameter.dtype == torch.float32 and parameter.is_contiguous() and parameter.data_ptr() % 16 == 0
+
+
+def whole(parameter: Tensor) -> Tensor:
+    """A parameter as kernels take it; one may be a part of a longer tensor, and begin anywhere in it."""
+    if is_whole(parameter):
+        return parameter
+    return parameter.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+
+
 _BLOCK = 512  # bytes: what torch's own allocations begin at multiples of
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from vision_mamba.ops.backends import gpu, nvrtc
 from vision_mamba.ops.backends.cuda_kernels import TYPES, vector
-from vision_mamba.ops.backends.launch import Launch, on
+from vision_mamba.ops.backends.launch import Launch, on, whole
 from vision_mamba.ops.backends.sums_cuda import Parts, finished
 from vision_mamba.ops.fused import Kernels, Tensors
 
@@ -162,10 +162,7 @@ def _unfit(*tensors: Tensor | None) -> bool:
 
 
 def _whole(tensor: Tensor | None) -> Tensor | None:
-    """A parameter as the kernels take it; one may be a part of a longer tensor, and begin anywhere in it."""
-    if tensor is None or (tensor.dtype == torch.float32 and tensor.is_contiguous() and tensor.data_ptr() % 16 == 0):
-        return tensor
-    return tensor.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+    return None if tensor is None else whole(tensor)
 
 
 # Norms.
@@ -265,9 +262,7 @@ def _refuses_taps(x: Tensor, weight: Tensor, bias: Tensor) -> bool:
 
 def _filled(weight: Tensor) -> Tensor:
     missing = TAPS - weight.shape[2]
-    whole = _whole(F.pad(weight, (missing, 0)) if missing else weight)
-    assert whole is not None
-    return whole
+    return whole(F.pad(weight, (missing, 0)) if missing else weight)
 
 
 def chunks(length: int, others: int, room: int) -> tuple[int, int]:

@@ -93,8 +93,7 @@ def finish(
         tiles,
         done,
     )
-    launch = _finishes.get(key)
-    if launch is None:
+    if key not in _finishes:
         rows = batch * tokens * routes
         run = next(n for n in (8, 4, 2, 1) if (rows * rank if states == 1 else rank) % n == 0)
         state_run = 1 if states == 1 else next(n for n in (8, 4, 2, 1) if states % n == 0)
@@ -105,8 +104,9 @@ def finish(
         wanted = kernels.finish(types, states, rank, run)
         of_channels = 0 if shares == 1 else routes * channels * (states + 2 + rank)
         grid = sum((count + 255) // 256 for count in (of_channels, rows * rank // run, *of_states))
-        launch = _finishes[key] = Launch.of(wanted, device, grid, HEADER, fields | dict(shares=shares))
-    if launch.grid:
+        _finishes[key] = Launch.of(wanted, device, grid, HEADER, fields | dict(shares=shares)) if grid else None
+    launch = _finishes[key]
+    if launch is not None:
         begin = None if shares == 1 else by_channel["dA"]
         launch(
             device, indices=call.indices, ddt=ddt, sum_dB=dB, sum_dC=dC, sum_ddt=sum_ddt, sum_channels=begin, **parts

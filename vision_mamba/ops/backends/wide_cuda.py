@@ -93,7 +93,7 @@ def _apart(call: ScanCall, tile: kernels.Tile, device: int) -> int:
 
 
 def _forward_tile(call: ScanCall, device: int) -> kernels.Tile:
-    few, many = kernels.forward_tiles(call.states, call.rank)
+    few, many = kernels.forward_tiles(call.states)
     blocks = call.batch * call.routes * many.groups(call.channels)
     if tokens_first(call) or 2 * blocks < many.blocks * gpu.multiprocessors(device):
         return few
@@ -102,7 +102,7 @@ def _forward_tile(call: ScanCall, device: int) -> kernels.Tile:
 
 def _flows(call: ScanCall, how: kernels.Wide) -> bool:
     """Whether the kernel for many sequences goes forwards: rows are read in whole pieces, a lane has eight states."""
-    many = how.tile != kernels.forward_tiles(call.states, call.rank)[0]
+    many = how.tile != kernels.forward_tiles(call.states)[0]
     low = call.rank == 0 or (how.tensor_rank and how.vector_rank)
     return many and how.vector_x and how.vector_bc and low
 
