@@ -31,6 +31,16 @@ DEVICE float widen(Half v) {
     return r;
 }
 
+// A number's bits, where numbers wait in registers as they were read, and what it is.
+template <class T> DEVICE unsigned read_bits(const T* at) {
+    if constexpr (sizeof(T) == 4) return __ldg(reinterpret_cast<const unsigned*>(at));
+    else return __ldg(reinterpret_cast<const unsigned short*>(at));
+}
+template <class T> DEVICE float widen_bits(unsigned bits) {
+    if constexpr (sizeof(T) == 4) return __uint_as_float(bits);
+    else return widen(T{(unsigned short)bits});
+}
+
 template <class T> DEVICE T narrow(float v);
 template <> DEVICE Float narrow<Float>(float v) { return {__float_as_uint(v)}; }
 template <> DEVICE Half narrow<Half>(float v) {

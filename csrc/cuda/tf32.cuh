@@ -15,5 +15,6 @@ DEVICE void multiply_add_tf32(float* d, float a0, float a1, float a2, float a3, 
 #endif
 }
 constexpr float kTruncated = 1.000352f;  // what cutting off 13 bits takes from a number on average, given back
-// What is cut off.
-DEVICE float rest(float v) { return v - __uint_as_float(__float_as_uint(v) & 0xffffe000u); }
+// What they take of a number, and what is cut off.
+DEVICE float upper(float v) { return __uint_as_float(__float_as_uint(v) & 0xffffe000u); }
+DEVICE float rest(float v) { return v - upper(v); }

@@ -154,15 +154,6 @@ DEVICE void get_rows(float (*v)[kOwn], const Rows& rows, int kind, int t, int la
     }
 }
 
-template <class T> DEVICE float widen_bits(unsigned bits) {
-    if constexpr (sizeof(T) == 4) return __uint_as_float(bits);
-    else return widen(T{(unsigned short)bits});
-}
-template <class T> DEVICE unsigned read_bits(const T* at) {
-    if constexpr (sizeof(T) == 4) return __ldg(reinterpret_cast<const unsigned*>(at));
-    else return __ldg(reinterpret_cast<const unsigned short*>(at));
-}
-
 DEVICE unsigned thread() {  // the compiler must not keep what is worked out from it, for registers are scarcer
     unsigned t = threadIdx.x;
     asm volatile("" : "+r"(t));

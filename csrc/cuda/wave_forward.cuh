@@ -11,6 +11,7 @@
 // Precision: states and sums in float32. s x B is good to 2^-17 where B is bfloat16, to 2^-21 otherwise. <C, h> takes 11
 // digits of h where y is stored in 16 bits, two terms of each otherwise.
 #pragma once
+#include "tf32.cuh"
 #include "wave.cuh"
 
 constexpr int kTurns = TURNS;  // warps
@@ -34,14 +35,6 @@ template <class T> constexpr unsigned kLowest = 0xf149f2cau;
 template <> constexpr unsigned kLowest<Bfloat> = 0xf14au;
 template <> constexpr unsigned kLowest<Half> = 0xfbffu;
 
-template <class T> DEVICE unsigned bits_at(const T* at) {
-    if constexpr (sizeof(T) == 4) return __ldg(reinterpret_cast<const unsigned*>(at));
-    else return __ldg(reinterpret_cast<const unsigned short*>(at));
-}
-template <class T> DEVICE float number(unsigned bits) {
-    if constexpr (sizeof(T) == 4) return __uint_as_float(bits);
-    else return widen(T{(unsigned short)bits});
-}
 template <class T> DEVICE void write(T* at, float v) {
     if constexpr (sizeof(T) == 4) *reinterpret_cast<unsigned*>(at) = __float_as_uint(v);
     else *reinterpret_cast<unsigned short*>(at) = narrow<T>(v).bits;
@@ -57,28 +50,14 @@ DEVICE float4 get_shared(unsigned at) {
     return v;
 }
 
-// d = A B + c in TF32, 16 x 8 and 8 x 8: the lane gives of A the rows lane / 4 and lane / 4 + 8 of column lane % 4, then
-// of column lane % 4 + 4; of B column lane / 4 of those rows; and has of d those rows, columns 2 (lane % 4) and the next.
-DEVICE void product(float* d, float a0, float a1, float a2, float a3, float b0, float b1, const float* c) {
-#if __CUDA_ARCH__ >= 800
-    asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
-        "{%10, %11, %12, %13};"
-        : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
-        : "r"(__float_as_uint(a0)), "r"(__float_as_uint(a1)), "r"(__float_as_uint(a2)), "r"(__float_as_uint(a3)),
-          "r"(__float_as_uint(b0)), "r"(__float_as_uint(b1)), "f"(c[0]), "f"(c[1]), "f"(c[2]), "f"(c[3]));
-#endif
-}
-// d = A B in bfloat16: of A these rows, columns 2 (lane % 4) and the next; of B those rows.
+// d = A B in bfloat16, 16 x 8 and 8 x 8: of A the lane gives rows lane / 4 and lane / 4 + 8 of columns 2 (lane % 4) and the
+// next; of B column lane / 4 of those rows; and has of d those rows and columns.
 DEVICE void product(float* d, unsigned a0, unsigned a1, unsigned b) {
 #if __CUDA_ARCH__ >= 800
     asm("mma.sync.aligned.m16n8k8.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%7, %7, %7, %7};"
         : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3]) : "r"(a0), "r"(a1), "r"(b), "f"(0.f));
 #endif
 }
-// What TF32 leaves of a number, and what it takes.
-DEVICE float upper(float v) { return __uint_as_float(__float_as_uint(v) & 0xffffe000u); }
-DEVICE float rest_of(float v) { return v - upper(v); }
-constexpr float kTruncated = 1.000352f;  // what cutting off 13 bits takes from a number on average, given back
 
 struct BlockMemory {
     Wave<kTurns, 8> wave;
@@ -133,9 +112,9 @@ extern "C" __global__ void __launch_bounds__(kThreads, MIN_BLOCKS) wave_forward(
         for (int j = 0; j < 2; ++j, from += 8 * p.dt_d) {
 #pragma unroll
             for (int k = 0; k < 2; ++k) {
-                if (full) in_dt[j][k] = there[j] ? bits_at(from + 4 * k) : 0;
+                if (full) in_dt[j][k] = there[j] ? read_bits(from + 4 * k) : 0;
                 else if (tile * kTile + q + 4 * k >= steps) in_dt[j][k] = kLowest<DT_TYPE>;
-                else in_dt[j][k] = there[j] ? bits_at(from + 4 * k) : 0;
+                else in_dt[j][k] = there[j] ? read_bits(from + 4 * k) : 0;
             }
         }
     };
@@ -144,7 +123,6 @@ extern "C" __global__ void __launch_bounds__(kThreads, MIN_BLOCKS) wave_forward(
     float* saved = p.saved + (((long long)sequence * pieces - 1) * channels + first) * kRow + 4 * q;
     const unsigned saved_by = (unsigned)channels * kRow;
     const unsigned own = kept((unsigned)__cvta_generic_to_shared(block.s[turn][group])), own_s = kept(own + 4 * q);
-    const float none[4] = {0.f, 0.f, 0.f, 0.f};
     fetch(turn);
     for (int tile = turn; tile < tiles; tile += kTurns) {
         const bool full = (tile + 1) * kTile <= steps;
@@ -159,14 +137,14 @@ extern "C" __global__ void __launch_bounds__(kThreads, MIN_BLOCKS) wave_forward(
 #pragma unroll
                 for (int k = 0; k < 2; ++k) {
                     const bool in_time = all || tile * kTile + q + 4 * k < steps;
-                    in_x[j][k] = in_time && there[j] ? bits_at(from_x + 4 * k) : 0;
-                    in_B[j][k] = in_time && has ? bits_at(from_B + 4 * k) : 0;
+                    in_x[j][k] = in_time && there[j] ? read_bits(from_x + 4 * k) : 0;
+                    in_B[j][k] = in_time && has ? read_bits(from_B + 4 * k) : 0;
                 }
             }
 #pragma unroll
             for (int n = 0; n < 4; ++n, from_C += p.C_n) {
                 const bool in_time = all || tile * kTile + step_C < steps;
-                in_C[n] = in_time && (kWhole || 4 * q + n < states) ? bits_at(from_C) : 0;
+                in_C[n] = in_time && (kWhole || 4 * q + n < states) ? read_bits(from_C) : 0;
             }
         };
         if (full) ask(true);
@@ -176,7 +154,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, MIN_BLOCKS) wave_forward(
         for (int j = 0; j < 2; ++j) {
 #pragma unroll
             for (int k = 0; k < 2; ++k) {
-                const float v = number<DT_TYPE>(in_dt[j][k]) + bias[j];
+                const float v = widen_bits<DT_TYPE>(in_dt[j][k]) + bias[j];
                 if (kSoftplus) s[j][k] = softplus<sizeof(DT_TYPE) == 4>(v);
                 else s[j][k] = !full && tile * kTile + q + 4 * k >= steps ? 0.f : v;
                 put_shared(own_s + 4 * (8 * j * kPitch + 4 * k), s[j][k]);
@@ -198,33 +176,34 @@ extern "C" __global__ void __launch_bounds__(kThreads, MIN_BLOCKS) wave_forward(
             }
         }
         // s x in two halves: with a bfloat16 B side by side in bfloat16, apart in TF32 otherwise.
-        float u[2][2], rest[2][2];
+        float u[2][2], left[2][2];
         unsigned halves[2][2], twice[2][2];
 #pragma unroll
         for (int j = 0; j < 2; ++j) {
 #pragma unroll
             for (int k = 0; k < 2; ++k) {
-                const float v = s[j][k] * number<X_TYPE>(in_x[j][k]);
+                const float v = s[j][k] * widen_bits<X_TYPE>(in_x[j][k]);
                 u[j][k] = kShort ? __uint_as_float((__float_as_uint(v) + 0x8000u) & 0xffff0000u) : upper(v);
-                rest[j][k] = v - u[j][k];
-                halves[j][k] = narrow_pair<Bfloat>(u[j][k], rest[j][k]);
+                left[j][k] = v - u[j][k];
+                halves[j][k] = narrow_pair<Bfloat>(u[j][k], left[j][k]);
                 twice[j][k] = __byte_perm(in_B[j][k], 0, 0x1010);
             }
         }
         auto input = [&](float* ub, int t) {  // s x B of a step
-            float d[4], e[4];
+            float d[4] = {}, e[4] = {};
             const int k = t / 4;
             const bool mine = q == t % 4;
             if (kShort) {
                 product(d, halves[0][k], halves[1][k], mine ? twice[0][k] : 0u);
                 product(e, halves[0][k], halves[1][k], mine ? twice[1][k] : 0u);
             } else {
-                const float b0 = mine ? number<B_TYPE>(in_B[0][k]) : 0.f, b1 = mine ? number<B_TYPE>(in_B[1][k]) : 0.f;
-                product(d, u[0][k], u[1][k], rest[0][k], rest[1][k], b0, b0, none);
-                product(e, u[0][k], u[1][k], rest[0][k], rest[1][k], b1, b1, none);
+                const float b0 = mine ? widen_bits<B_TYPE>(in_B[0][k]) : 0.f;
+                const float b1 = mine ? widen_bits<B_TYPE>(in_B[1][k]) : 0.f;
+                multiply_add_tf32(d, u[0][k], u[1][k], left[0][k], left[1][k], b0, b0);
+                multiply_add_tf32(e, u[0][k], u[1][k], left[0][k], left[1][k], b1, b1);
                 if (sizeof(B_TYPE) == 4) {
-                    product(d, u[0][k], u[1][k], 0.f, 0.f, rest_of(b0), 0.f, d);
-                    product(e, u[0][k], u[1][k], 0.f, 0.f, rest_of(b1), 0.f, e);
+                    multiply_add_tf32(d, u[0][k], u[1][k], 0.f, 0.f, rest(b0), 0.f);
+                    multiply_add_tf32(e, u[0][k], u[1][k], 0.f, 0.f, rest(b1), 0.f);
                 }
             }
             ub[0] = d[0], ub[1] = d[2], ub[2] = d[1], ub[3] = d[3], ub[4] = e[0], ub[5] = e[2], ub[6] = e[1], ub[7] = e[3];
@@ -250,18 +229,18 @@ extern "C" __global__ void __launch_bounds__(kThreads, MIN_BLOCKS) wave_forward(
         if (tile + 1 < tiles) block.wave.hand_on(h, turn);
         float out[2][2], c[4];
 #pragma unroll
-        for (int n = 0; n < 4; ++n) c[n] = number<C_TYPE>(in_C[n]);
+        for (int n = 0; n < 4; ++n) c[n] = widen_bits<C_TYPE>(in_C[n]);
 #pragma unroll
         for (int t = 0; t < kTile; ++t) {
-            float d[4];
+            float d[4] = {};
             const float* v = a[t];
-            product(d, v[0], v[1], v[2], v[3], c[0], c[1], none);
-            product(d, v[4], v[5], v[6], v[7], c[2], c[3], d);
+            multiply_add_tf32(d, v[0], v[1], v[2], v[3], c[0], c[1]);
+            multiply_add_tf32(d, v[4], v[5], v[6], v[7], c[2], c[3]);
             if (!kFewDigits) {
-                product(d, v[0], v[1], v[2], v[3], rest_of(c[0]), rest_of(c[1]), d);
-                product(d, v[4], v[5], v[6], v[7], rest_of(c[2]), rest_of(c[3]), d);
-                product(d, rest_of(v[0]), rest_of(v[1]), rest_of(v[2]), rest_of(v[3]), c[0], c[1], d);
-                product(d, rest_of(v[4]), rest_of(v[5]), rest_of(v[6]), rest_of(v[7]), c[2], c[3], d);
+                multiply_add_tf32(d, v[0], v[1], v[2], v[3], rest(c[0]), rest(c[1]));
+                multiply_add_tf32(d, v[4], v[5], v[6], v[7], rest(c[2]), rest(c[3]));
+                multiply_add_tf32(d, rest(v[0]), rest(v[1]), rest(v[2]), rest(v[3]), c[0], c[1]);
+                multiply_add_tf32(d, rest(v[4]), rest(v[5]), rest(v[6]), rest(v[7]), c[2], c[3]);
             }
             const bool mine = t % 4 == 0 || q == t % 4;
             out[0][t / 4] = mine ? d[t / 4] : out[0][t / 4], out[1][t / 4] = mine ? d[2 + t / 4] : out[1][t / 4];
@@ -273,7 +252,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, MIN_BLOCKS) wave_forward(
             for (int k = 0; k < 2; ++k) {
                 const float sum = kFewDigits ? out[j][k] * kTruncated : out[j][k];
                 const bool in_time = full || tile * kTile + q + 4 * k < steps;
-                if (in_time && there[j]) write(to + 4 * k, fmaf(skip[j], number<X_TYPE>(in_x[j][k]), sum));
+                if (in_time && there[j]) write(to + 4 * k, fmaf(skip[j], widen_bits<X_TYPE>(in_x[j][k]), sum));
             }
         }
         __syncwarp();

@@ -188,10 +188,6 @@ template <class T, int V, bool kVector> struct Asked {
             for (int i = 0; i < V; ++i, from += step) to[i] = i < valid ? read_bits((const T*)from) : 0;
         }
     }
-    static DEVICE unsigned read_bits(const T* at) {
-        if constexpr (sizeof(T) == 4) return __ldg(reinterpret_cast<const unsigned*>(at));
-        else return __ldg(reinterpret_cast<const unsigned short*>(at));
-    }
     DEVICE Pack<T, V> take(const unsigned* place) const {
         if constexpr (kSingle) {
             Pack<T, V> taken;

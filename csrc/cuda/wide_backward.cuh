@@ -56,12 +56,6 @@ DEVICE int place_of(unsigned thread, int j) {
     return thread / 32 * kWarpChannels + ((j ^ q) & (kSlots - 1)) * kGroups + group;
 }
 
-DEVICE void pause() {
-#if __CUDA_ARCH__ >= 700
-    __nanosleep(100);
-#endif
-}
-
 // Where what is asked for of a tile comes to. It has a name, since NVRTC 12 does not find its members otherwise.
 struct Rows {
     Places places;
@@ -637,7 +631,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, MIN_BLOCKS) wide_backward
             const unsigned apart = gridDim.x / (unsigned)p.routes * (unsigned)p.apart;
             block.index = (unsigned)atomicAdd(p.order, 1);
             if (block.index >= apart) {
-                while (!done[block.index - apart]) pause();
+                while (!done[block.index - apart]) __nanosleep(100);
                 __threadfence();
             }
         }
