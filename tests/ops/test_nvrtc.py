@@ -31,7 +31,7 @@ SPILLS = dict(
     narrow_backward=128,
     walk_backward=64,
     routes_weigh=8,
-    few_backward=64,
+    few_backward=64,  # for sm_80; none for sm_90
     conv_backward=16,
 )
 

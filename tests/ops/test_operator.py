@@ -29,18 +29,17 @@ def watched(call: ScanCall) -> ScanCall:
     return call._replace(**{n: getattr(call, n).requires_grad_() for n in GRADIENTS if getattr(call, n) is not None})
 
 
+OPTIONS = [
+    Case(order="local_2", rank=3),
+    Case(shared_x=False, merge=False, state=True, skip=False, bias=False),
+    Case(shared_x=False, layout="channels_first", dtypes=(BF16, F32, BF16, F32)),
+    Case(shared_x=False, merge=False, layout="channels_first", out_dtype=BF16),
+    Case(layout="sliced", merge=False, softplus=False),
+]
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize(
-    "case",
-    [
-        Case(order="local_2", rank=3),
-        Case(shared_x=False, merge=False, state=True, skip=False, bias=False),
-        Case(shared_x=False, layout="channels_first", dtypes=(BF16, F32, BF16, F32)),
-        Case(shared_x=False, merge=False, layout="channels_first", out_dtype=BF16),
-        Case(layout="sliced", merge=False, softplus=False),
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize("case", OPTIONS, ids=str)
 def test_opcheck(case: Case, backend: str) -> None:
     arguments = (*watched(make_call(case)), backend)
     # Traced as plain torch, sizes that vary take thousands of guards: there on few tokens, below.
@@ -57,8 +56,9 @@ def test_opcheck(case: Case, backend: str) -> None:
         torch.library.opcheck(backward, (*gradients, *plain), test_utils=("test_schema", "test_faketensor"))
 
 
-def test_opcheck_of_plain_torch_for_any_size() -> None:
-    arguments = (*watched(make_call(Case(order="local_2", rank=3, grid=(1, 2)))), "eager")
+@pytest.mark.parametrize("case", OPTIONS, ids=str)
+def test_opcheck_of_plain_torch_for_any_size(case: Case) -> None:
+    arguments = (*watched(make_call(replace(case, grid=(1, 2)))), "eager")
     torch.library.opcheck(scan.default, arguments, test_utils=("test_aot_dispatch_dynamic",))
 
 
