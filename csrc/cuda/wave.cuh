@@ -13,25 +13,29 @@ DEVICE void pair_wait(int barrier) { asm volatile("bar.sync %0, 64;" :: "r"(barr
 DEVICE void pair_arrive(int barrier) { asm volatile("bar.arrive %0, 64;" :: "r"(barrier) : "memory"); }
 
 template <int kTurns, int kWords> struct Wave {
-    static_assert(kWords % 4 == 0 && kTurns >= 2 && kTurns <= 15);
-    float4 states[kTurns][kWords / 4][32];
+    static_assert(kWords % 4 == 0 && kTurns >= 2);
+    struct Memory {
+        float4 states[kTurns][kWords / 4][32];
+    };
+    Memory& memory;
+    const int barrier;  // the first of kTurns
 
     // Of warp `turn`: the state before its tile, which is not the first.
     DEVICE void take(float* h, int turn) const {
-        pair_wait(1 + turn);
+        pair_wait(barrier + turn);
 #pragma unroll
         for (int i = 0; i < kWords / 4; ++i) {
-            const float4 four = states[turn][i][threadIdx.x & 31];
+            const float4 four = memory.states[turn][i][threadIdx.x & 31];
             h[4 * i] = four.x, h[4 * i + 1] = four.y, h[4 * i + 2] = four.z, h[4 * i + 3] = four.w;
         }
     }
     // The state behind its tile, which is not the last.
-    DEVICE void hand_on(const float* h, int turn) {
+    DEVICE void hand_on(const float* h, int turn) const {
         const int next = turn + 1 < kTurns ? turn + 1 : 0;
 #pragma unroll
         for (int i = 0; i < kWords / 4; ++i) {
-            states[next][i][threadIdx.x & 31] = make_float4(h[4 * i], h[4 * i + 1], h[4 * i + 2], h[4 * i + 3]);
+            memory.states[next][i][threadIdx.x & 31] = make_float4(h[4 * i], h[4 * i + 1], h[4 * i + 2], h[4 * i + 3]);
         }
-        pair_arrive(1 + next);
+        pair_arrive(barrier + next);
     }
 };

@@ -61,7 +61,7 @@ struct alignas(16) BlockMemory {
     WarpMemory warps[kTurns][kColumns];
     alignas(16) Rows rows[kTurns][2];        // of two tiles in turn
     float4 gradients[kTurns][kColumns][32];  // handed on
-    float bias[kBlockChannels];
+    alignas(16) float bias[kBlockChannels];
     float D[kBlockChannels];
     const X_TYPE* x;  // where the block's channels begin
     const DT_TYPE* dt;
@@ -108,18 +108,23 @@ DEVICE void clear(float (*d)[4]) {
     for (int i = 0; i < 8; ++i) d[i / 4][i % 4] = 0.f;
 }
 // The sums of four steps. A lane has those of step lane % 4, of the half of the groups that is its own and of the
-// other.
-DEVICE void leave_sums(float (*at)[kPitch], int first, const float (*d)[4], int lane) {
-    const bool upper = lane & 4;
-    float sums[2];
+// other. They are left later than exchanged: what is read from shared memory behind that would wait for it.
+struct Leaving {
+    float kept[2], got[2];
+    DEVICE void exchange(const float (*d)[4], int lane) {
+        const bool upper = lane & 4;
 #pragma unroll
-    for (int i = 0; i < 2; ++i) {
-        const float sent = upper ? d[0][2 * i + 1] : d[1][2 * i], kept = upper ? d[1][2 * i + 1] : d[0][2 * i];
-        sums[i] = kept + __shfl_xor_sync(kAll, sent, 4);
+        for (int i = 0; i < 2; ++i) {
+            const float sent = upper ? d[0][2 * i + 1] : d[1][2 * i];
+            kept[i] = upper ? d[1][2 * i + 1] : d[0][2 * i];
+            got[i] = __shfl_xor_sync(kAll, sent, 4);
+        }
     }
-    float* to = at[lane & 3] + first + (lane >> 3) * kOwn + (upper ? 2 : 0);
-    *reinterpret_cast<float2*>(to) = make_float2(sums[0], sums[1]);
-}
+    DEVICE void leave(float (*at)[kPitch], int first, int lane) const {
+        float* to = at[lane & 3] + first + (lane >> 3) * kOwn + (lane & 4 ? 2 : 0);
+        *reinterpret_cast<float2*>(to) = make_float2(kept[0] + got[0], kept[1] + got[1]);
+    }
+};
 
 // d = A B, A 16 x 4 and B 4 x 8, as above.
 DEVICE void multiply_tf32(float* d, float a0, float a1, float b0) {
@@ -258,17 +263,22 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) wave_backward(const __
     auto stage = [&](int tile, int odd) {
         const unsigned l = thread() & 31;
         const bool valid = tile * kTile + (int)(l % kTile) < steps;
+        const int first = (int)(l / kTile) * kRows;
+        float s[kRows];  // before any is written: what is read behind that waits for it
+        get_four(s, *reinterpret_cast<const float4*>(block.bias + column * kWarpChannels + first));
+#pragma unroll
+        for (int r = 0; r < kRows; ++r) {
+            s[r] += widen_bits<DT_TYPE>(in.dt[r]);
+            if (kSoftplus) s[r] = softplus<sizeof(DT_TYPE) == 4>(s[r]);
+            if (!valid) s[r] = 0.f;
+        }
         Row& row = own.rows[l % kTile];
 #pragma unroll
         for (int r = 0; r < kRows; ++r) {
-            const int place = (int)(l / kTile) * kRows + r, of = column * kWarpChannels + place;
-            const bool here = valid && (kWhole || of < there);
+            const bool here = valid && (kWhole || column * kWarpChannels + first + r < there);
             const float x = here ? widen_bits<X_TYPE>(in.x[r]) : 0.f, dy = here ? widen_bits<Y_TYPE>(in.dy[r]) : 0.f;
-            float s = widen_bits<DT_TYPE>(in.dt[r]) + block.bias[of];
-            if (kSoftplus) s = softplus<sizeof(DT_TYPE) == 4>(s);
-            if (!valid) s = 0.f;
-            row.of[place] = make_float4(s * x, dy, s, x);
-            own.s[place][l % kTile] = s;
+            row.of[first + r] = make_float4(s[r] * x, dy, s[r], x);
+            own.s[first + r][l % kTile] = s[r];
         }
 #pragma unroll
         for (int k = 0; k < kShares; ++k) {
@@ -315,6 +325,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) wave_backward(const __
         float go[kTile][kOwn], sums[2][4], kept[kKept ? kKept : 1][2][4];
         {
             float h[kOwn], s_four[4];
+            Leaving leaving;
             get_four(h, own.begin[lane]);
 #pragma unroll
             for (int t = 0; t < kTile; t += 2) {
@@ -341,9 +352,11 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) wave_backward(const __
                     else if (i % 4 == 0) own.held[t / 2 >= kHeld ? 0 : t / 2][i / 4][lane] = four(behind[i / 4]);
                 }
                 if (t % 4 == 0) clear(sums);
+                if (t % 4 == 0 && t > 0) leaving.leave(own.sums[odd] + t - 4, kStates, lane);
                 add_products(sums, behind, q, t, out);
-                if (t % 4 == 2) leave_sums(own.sums[odd] + t - 2, kStates, sums, lane);
+                if (t % 4 == 2) leaving.exchange(sums, lane);
             }
+            leaving.leave(own.sums[odd] + kTile - 4, kStates, lane);
         }
         // The chain, and what needs its gradients alone.
         float carried[kOwn];
@@ -357,7 +370,8 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) wave_backward(const __
             get_four(carried, last);
         }
         float* inner_at = own.inner[0][group] + q;
-        float inner[4];
+        float inner[4], done;
+        Leaving leaving;
 #pragma unroll
         for (int t = kTile - 2; t >= 0; t -= 2) {
             float g[2][4], u[2], b[2][kOwn], c[2][kOwn];
@@ -378,12 +392,14 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) wave_backward(const __
             }
             if (t % 4 == 2) clear(sums);
             add_products(sums, g, q, t, u);
+            if (t % 4 == 2 && t + 2 < kTile) leaving.leave(own.sums[odd] + t + 2, 0, lane), inner_at[t + 2] = done;
             if (t % 4 == 0) {
-                leave_sums(own.sums[odd] + t, 0, sums, lane);
+                leaving.exchange(sums, lane);
                 reduce_scatter<4, 16, 8>(inner, lane);
-                inner_at[t] = inner[0];
+                done = inner[0];
             }
         }
+        leaving.leave(own.sums[odd], 0, lane), inner_at[0] = done;
         if (tile > 0) {
             const int next = (turn + 1) % kTurns;
             block.gradients[next][column][lane] = four(carried);
@@ -428,14 +444,16 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) wave_backward(const __
                     dA[n] = t + i + 1 < kTile ? fmaf(product, s, dA[n]) : product * s;
                 }
             }
+            if (t % 4 == 2 && t + 2 < kTile) inner_at[kWarpChannels * kStepPitch + t + 2] = done;
             if (t % 4 == 0) {
                 reduce_scatter<4, 16, 8>(inner, lane);
-                inner_at[kWarpChannels * kStepPitch + t] = inner[0];
+                done = inner[0];
             }
 #pragma unroll
             for (int i = 0; i < 8; ++i) behind[i / 4][i % 4] = ahead[i / 4][i % 4];
             if (t == kAskAt) fetch(tile - kTurns);  // what is past the first tile is not used
         }
+        inner_at[kWarpChannels * kStepPitch] = done;
         __syncwarp();
         {
             float so_far[kOwn];

@@ -459,7 +459,10 @@ def test_compiled_on_gpu(
     model, graphs = graphs_of(mixer, monkeypatch)
     with torch.autocast("cuda", half or torch.bfloat16, enabled=half is not None):
         x = x if half is None else x.to(half)
-        expected, found = run(mixer, x), run(model, x)
+        found = run(model, x)
+        if "localmamba" in name:  # compiled it is what the layers are one by one, which round between them
+            monkeypatch.setattr(fused, "_by_kernels", lambda tensors: False)
+        expected = run(mixer, x)
     if name in CHAINS:
         assert graphs[0] == CHAINS[name] * 2 or "m2" in name or "vssd" in name
     elif "localmamba" not in name:

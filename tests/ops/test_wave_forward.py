@@ -1,4 +1,4 @@
-"""The forward wave kernel: long routes in the classic layout, whose tiles a block's warps take in turn."""
+"""The forward wave kernel: long routes in the classic layout, whose tiles a column's warps take in turn."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ LONG = Case(
 
 
 def routes() -> list[Case]:
-    """Blocks full of channels and not, tiles full of steps and not, fewer of them than warps, every option and type."""
+    """Columns full of channels and not, tiles full of steps and not, fewer of them than warps, every option and type."""
     half = (BF16,) * 4
     found = [replace(LONG, dtypes=(dtype,) * 4, state=state) for dtype in (BF16, F16, F32) for state in (False, True)]
     found += [
         replace(LONG, grid=(1, n), channels=c, states=states, dtypes=half, state=True)
-        for n, c, states in ((2, 16, 16), (8, 41, 16), (40, 20, 9), (197, 64, 12))
+        for n, c, states in ((2, 16, 16), (8, 41, 16), (40, 20, 9), (197, 64, 12), (2100, 60, 16))
     ]
     found += [replace(LONG, routes=2, channels=50, dtypes=half, skip=False, bias=False, softplus=False, state=True)]
     found += [replace(LONG, routes=3, grid=(1, 50), dtypes=t) for t in ((BF16, F32, F32, BF16), (F32, F16, BF16, F32))]
@@ -36,15 +36,15 @@ def routes() -> list[Case]:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("every", [1, 2, 4])
+@pytest.mark.parametrize("every, columns", [(1, 1), (1, 3), (2, 2), (4, 3)])
 @pytest.mark.parametrize("case", routes(), ids=str)
 def test_wave_forward_matches_the_reference(
-    case: Case, every: int, poisoned: None, monkeypatch: pytest.MonkeyPatch
+    case: Case, every: int, columns: int, poisoned: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     launched = []
     wave = kernels.wave_forward
     monkeypatch.setattr(kernels, "wave_forward", lambda *how: launched.append(how) or wave(*how))
-    monkeypatch.setattr(kernels, "wave_forward_fills", lambda *_: True)
+    monkeypatch.setattr(kernels, "wave_forward_columns", lambda *_: columns)
     if every == 4:  # tiles between two saved states, as the kernels for few sequences want it where they go back
         monkeypatch.setattr(few, "takes", lambda *_: False)
     else:
@@ -66,7 +66,7 @@ def test_wave_forward_matches_the_reference(
     ("change", "multiprocessors", "taken"),
     [
         (dict(), 8, True),
-        (dict(), 9, False),  # too few blocks
+        (dict(), 13, False),  # too few columns
         (dict(grid=(1, 127)), 8, False),  # too few steps
         (dict(layout="plain"), 8, False),
         (dict(states=8), 8, False),
@@ -90,6 +90,12 @@ def test_wave_forward_is_chosen(
     plan = wave_cuda.forward(call, call.new_output(), 0)
     assert (plan is not None) == taken
     if plan is not None:
-        assert plan.scan.kernel.name == "wave_forward" and plan.scan.grid == 12
+        assert plan.scan.kernel.name == "wave_forward" and plan.scan.grid == 6
     monkeypatch.setattr(gpu, "capability", lambda _: (7, 5))
     assert wave_cuda.forward(call, call.new_output(), 0) is None
+
+
+def test_columns_share_out_the_device() -> None:
+    """As many to a block as leave the fewest multiprocessors waiting for others."""
+    found = {count: kernels.wave_forward_columns(128, count, 132) for count in (131, 132, 133, 264, 265, 396, 432, 768)}
+    assert found == {131: 0, 132: 1, 133: 2, 264: 2, 265: 3, 396: 3, 432: 2, 768: 3}

@@ -22,8 +22,9 @@ WARPS = 4  # of a block of the wide kernels
 BACKWARD_WARPS = 12  # of the wide backward kernel that a multiprocessor holds
 NARROW_CHANNELS = 16  # of a block of the narrow kernels
 WAVE_STATES = 16  # of a channel that the wave kernels take
-WAVE_FORWARD = 16  # channels of a block of the forward one
-WAVE_TURNS, WAVE_BLOCKS = 4, 3  # its warps, and how many of these blocks a multiprocessor holds
+WAVE_FORWARD = 16  # channels of a column of the forward one
+WAVE_TURNS = 4  # its warps
+WAVE_TIMES = {1: 0.67, 2: 0.77, 3: 1.0}  # that a multiprocessor takes over so many columns, relatively; measured
 WAVE_FORWARD_STEPS = 128  # of a route from which on it is taken that way
 WAVE_COLUMNS = 6  # of 8 channels, of a block of the backward wave kernel
 WAVE_CHANNELS = 8 * WAVE_COLUMNS
@@ -148,14 +149,18 @@ def wide_segments(steps: int, blocks: int, room: int, shorter: bool = False) -> 
 class WaveForward(NamedTuple):
     """What the forward wave kernel is specialised on beside its types; see csrc/cuda/wave_forward.cuh."""
 
+    columns: int  # of a block
     softplus: bool
-    whole: bool  # blocks are full of channels, and lanes of states
+    whole: bool  # columns are full of channels, and lanes of states
     every: int = 1  # as of the wide kernels
 
 
-def wave_forward_fills(steps: int, blocks: int, multiprocessors: int) -> bool:
-    """Whether routes are long enough, and so many blocks, each of which waits most of the time, keep a device busy."""
-    return steps >= WAVE_FORWARD_STEPS and 5 * blocks >= 7 * multiprocessors
+def wave_forward_columns(steps: int, columns: int, multiprocessors: int) -> int:
+    """How many of so many columns a block has; 0 where routes are too short, or too few to keep a device busy."""
+    if steps < WAVE_FORWARD_STEPS or columns < multiprocessors:
+        return 0
+    times = {n: -(-columns // (n * multiprocessors)) * time for n, time in WAVE_TIMES.items()}
+    return min(times, key=times.__getitem__)
 
 
 class WaveBackward(NamedTuple):
@@ -320,7 +325,7 @@ def wide_backward(types: Types, how: Wide, dx: str, ddt: str) -> Specialisation:
 
 
 def wave_forward(types: Types, how: WaveForward) -> Specialisation:
-    sizes = dict(TURNS=WAVE_TURNS, MIN_BLOCKS=WAVE_BLOCKS, EVERY=how.every)
+    sizes = dict(TURNS=WAVE_TURNS, COLUMNS=how.columns, EVERY=how.every)
     return Specialisation("wave_forward", _macros(types, **sizes, SOFTPLUS=how.softplus, WHOLE=how.whole))
 
 
@@ -458,8 +463,8 @@ SHIPPED = (
     wide_backward(_HALF, _many(0), "Bfloat", "Bfloat"),
     *(wide_backward(_HALF, _many(rank, add=True), "Bfloat", "Bfloat") for rank in (0, 24)),
     wide_backward(_HALF, _many(0, add=True, every=2), "Bfloat", "Bfloat"),
-    wave_forward(_HALF, WaveForward(True, True)),
-    wave_forward(_FULL, WaveForward(True, False)),
+    wave_forward(_HALF, WaveForward(3, True, True)),
+    wave_forward(_FULL, WaveForward(2, True, False)),
     wave_backward(_HALF, WaveBackward(True, True), "Bfloat", "Bfloat"),
     finish(("Bfloat",) * 3, 1, 6, 8),
     finish(("Bfloat",) * 3, 16, 24, 8),

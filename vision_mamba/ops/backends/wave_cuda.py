@@ -33,12 +33,14 @@ def forward(call: ScanCall, y: Tensor, device: int) -> Plan | None:
     view = y.unsqueeze(2) if call.merge else y
     if any(tensor.stride(1) != 1 for tensor in (call.x, call.dt, call.B, call.C, view)):
         return None
-    blocks = call.batch * call.routes * -(-call.channels // kernels.WAVE_FORWARD)
-    if not kernels.wave_forward_fills(call.steps, blocks, gpu.multiprocessors(device)):
+    columns = call.batch * call.routes * -(-call.channels // kernels.WAVE_FORWARD)
+    together = kernels.wave_forward_columns(call.steps, columns, gpu.multiprocessors(device))
+    if not together:
         return None
     whole = call.channels % kernels.WAVE_FORWARD == 0 and call.states == kernels.WAVE_STATES
-    how = kernels.WaveForward(call.dt_softplus, whole, saved_every(call))
+    how = kernels.WaveForward(together, call.dt_softplus, whole, saved_every(call))
     wanted = kernels.wave_forward((*types_of(call), TYPES[view.dtype]), how)
+    blocks = -(-columns // together)
     return Plan(Launch.of(wanted, device, blocks, HEADER, sizes(call) | strides("y", view)), False, None)
 
 
