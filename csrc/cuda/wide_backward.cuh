@@ -301,6 +301,9 @@ DEVICE void scan_back(const Params& p, BlockMemory& block) {
         ask(from.last_tile - 1, thread());
         if (kPass != 1) saved(h, from.last_tile - 1);
         stage(from.last_tile - 1);
+        // Used here, so that the loop's first use waits for nothing that the loop has asked for.
+#pragma unroll
+        for (int i = 0; i < kSlots * kStates; ++i) A[i / kStates][i % kStates] += 0.f;
         for (int tile = from.last_tile - 1; tile >= from.first_tile; --tile) {
             const int start = tile * kTile;
             const int* tokens = block.stage.tokens[(unsigned)tile % kRing];
@@ -333,12 +336,27 @@ DEVICE void scan_back(const Params& p, BlockMemory& block) {
             }
 
             const bool whole = start + kHeld < steps;  // not only padding behind the first steps
-            float product_of_sums[4];
+            float sums_over_groups[kTensor ? 4 : kSums];
             auto row_at = [&](int t) {
                 // The sums of a lone warp take the place of B and C, which nothing reads again.
                 return kDirect ? block.stage.rows[0][t] : block.sums[kDirect ? 0 : warp][kDirect ? 0 : t];
             };
-            auto backwards = [&](int t, int span, const float (*before)[kStates], const float (*after)[kStates]) {
+            // A step's <g, B> and <g h A> are left when the next one's numbers are read, which would wait for them.
+            constexpr int kOwned = owned_count<2, 16, kGroups * kSlots>();
+            float pending[kOwned];
+            auto leave = [&](int t, int span) {
+                __syncwarp();  // every lane has read this row
+                if (span == 0) leave_groups(sums_over_groups, t, lane, row_at);
+                if (owns_first<2, 16, kGroups * kSlots>(lane)) {
+                    const int owned = owned_from<2, 16, kGroups * kSlots>(lane);
+#pragma unroll
+                    for (int i = 0; i < kOwned; ++i) {
+                        (owned + i ? block.dz : block.stage.su[0])[t][places[0]].y = pending[i];
+                    }
+                }
+            };
+            auto backwards = [&](int t, int span, const float (*before)[kStates], const float (*after)[kStates],
+                                 bool first = false) {
                 float b[kStates], c[kStates], g[kSlots][kStates], u[kSlots], out[kSlots];
                 float inner[2][kSlots];  // <g, B> and <g h A> of the slots
                 float2 su[kSlots];
@@ -346,8 +364,10 @@ DEVICE void scan_back(const Params& p, BlockMemory& block) {
                 get<kStates>(b, block.stage.rows[0][t] + q * kStates);
                 get<kStates>(c, block.stage.rows[0][t] + kRow + q * kStates);
 #pragma unroll
+                for (int j = 0; j < kSlots; ++j) u[j] = su[j].y, out[j] = block.dz[t][places[j]].x;
+                if (!first) leave(t + 1, (span + 1) % kSpan);
+#pragma unroll
                 for (int j = 0; j < kSlots; ++j) {
-                    u[j] = su[j].y, out[j] = block.dz[t][places[j]].x;
 #pragma unroll
                     for (int n = 0; n < kStates; ++n) {
                         g[j][n] = fmaf(c[n], out[j], carried[j][n]);
@@ -374,16 +394,9 @@ DEVICE void scan_back(const Params& p, BlockMemory& block) {
                     for (int j = 1; j < kSlots; ++j) own[i] += __shfl_xor_sync(kAll, inner[i][j], j * kGroups);
                 }
                 reduce_scatter<2, 16, kGroups * kSlots>(own, lane);
-                if (kDirect) __syncwarp();
-                sum_groups(product_of_sums, sums, t, span, lane, row_at);
-                __syncwarp();  // every lane has read this row
-                if (owns_first<2, 16, kGroups * kSlots>(lane)) {
-                    const int owned = owned_from<2, 16, kGroups * kSlots>(lane);
+                sum_groups(sums_over_groups, sums, span, lane);
 #pragma unroll
-                    for (int i = 0; i < owned_count<2, 16, kGroups * kSlots>(); ++i) {
-                        (owned + i ? block.dz : block.stage.su[0])[t][places[0]].y = own[i];
-                    }
-                }
+                for (int i = 0; i < kOwned; ++i) pending[i] = own[i];
             };
 
             auto hold = [&](int t) {
@@ -404,9 +417,12 @@ DEVICE void scan_back(const Params& p, BlockMemory& block) {
                     copy(history[t], h);
                 }
 #pragma unroll
-                for (int t = kSub - 1; t > 0; --t) backwards(kHeld + t, t % kSpan, history[t - 1], history[t]);
+                for (int t = kSub - 1; t > 0; --t) {
+                    backwards(kHeld + t, t % kSpan, history[t - 1], history[t], t == kSub - 1);
+                }
                 recall(before, kHeld - 1);
                 backwards(kHeld, 0, before, history[0]);
+                leave(kHeld, 0);
             }
             // What another block has left of dx comes while the rest is scanned.
             Pack<DX_TYPE, kRun> so_far[kRows];
@@ -433,10 +449,11 @@ DEVICE void scan_back(const Params& p, BlockMemory& block) {
                     float before[kSlots][kStates];
                     if (kBegin || last + span > 0) recall(before, last + span - 1);
                     else copy(before, begin);
-                    backwards(last + span, span, before, h);
+                    backwards(last + span, span, before, h, last + span == kHeld - 1);
                     copy(h, before);
                 }
             }
+            leave(0, 0);
             if (threadIdx.x < kEvery * kTile) keep_token(tile - 1, ahead);
             __syncthreads();
             const unsigned own = thread();

@@ -20,13 +20,11 @@ DEVICE float one_if_equal(float a, float b) {
     return r;
 }
 
-// Sum dB and dC of a lane's states, values[0 .. kSums), over the groups of lanes, and leave them in row_at(t)[kind kRow +
-// state]. On the tensor cores, A holds four values at a time, and B is 1 in one column for the first two of them and in
-// the next for the others: so a lane finds in d[i] the sums, over the four lanes of its quad, of values
-// 4 (lane % 4) + i, counted over kSpan steps, the last of which writes.
-template <class RowAt>
-DEVICE void sum_groups(float* d, const float* values, int t, int span, int lane, RowAt row_at) {
-    const int q = lane / kGroups;
+// Sum dB and dC of a lane's states, values[0 .. kSums), over the groups of lanes; leave_groups puts what comes of it into
+// row_at(t)[kind kRow + state]. On the tensor cores, A holds four values at a time, and B is 1 in one column for the first
+// two of them and in the next for the others: so a lane finds in d[i] the sums, over the four lanes of its quad, of values
+// 4 (lane % 4) + i, counted over kSpan steps; those of the last one, with span 0, are the sums.
+DEVICE void sum_groups(float* d, const float* values, int span, int lane) {
     if constexpr (kTensor) {
         if (span == kSpan - 1) d[0] = d[1] = d[2] = d[3] = 0.f;
 #pragma unroll
@@ -37,29 +35,31 @@ DEVICE void sum_groups(float* d, const float* values, int t, int span, int lane,
             multiply_add_tf32(d, v[0], v[2], v[1], v[3], b0, b1);
             if constexpr (kTwoTerms) multiply_add_tf32(d, rest(v[0]), rest(v[2]), rest(v[1]), rest(v[3]), b0, b1);
         }
-        if (span > 0) return;
-        constexpr int kCount = owned_count<4, kGroups / 2, 4>();
-        reduce_scatter<4, kGroups / 2, 4>(d, lane);
-        if (owns_first<4, kGroups / 2, 4>(lane)) {
-            const int value = 4 * (lane & 3) % kSums + owned_from<4, kGroups / 2, 4>(lane);
-            float* row = row_at(t + 4 * (lane & 3) / kSums);
+        if (span == 0) reduce_scatter<4, kGroups / 2, 4>(d, lane);
+    } else {
 #pragma unroll
-            for (int i = 0; i < kCount; i += kCount < 2 ? 1 : 2) {
-                const int kind = (value + i) / kStates, state = (value + i) % kStates;
-                put<(kCount < 2 ? 1 : 2)>(row + kind * kRow + q * kStates + state, d + i);
-            }
+        for (int i = 0; i < kSums; ++i) d[i] = values[i];
+        reduce_scatter<kSums, kGroups / 2, 1>(d, lane);
+    }
+}
+template <class RowAt> DEVICE void leave_groups(const float* d, int t, int lane, RowAt row_at) {
+    const int q = lane / kGroups;
+    if constexpr (kTensor) {
+        if (!owns_first<4, kGroups / 2, 4>(lane)) return;
+        constexpr int kCount = owned_count<4, kGroups / 2, 4>();
+        const int value = 4 * (lane & 3) % kSums + owned_from<4, kGroups / 2, 4>(lane);
+        float* row = row_at(t + 4 * (lane & 3) / kSums);
+#pragma unroll
+        for (int i = 0; i < kCount; i += kCount < 2 ? 1 : 2) {
+            const int kind = (value + i) / kStates, state = (value + i) % kStates;
+            put<(kCount < 2 ? 1 : 2)>(row + kind * kRow + q * kStates + state, d + i);
         }
     } else {
-        float sums[kSums];
+        if (!owns_first<kSums, kGroups / 2, 1>(lane)) return;
+        const int from = owned_from<kSums, kGroups / 2, 1>(lane);
 #pragma unroll
-        for (int i = 0; i < kSums; ++i) sums[i] = values[i];
-        reduce_scatter<kSums, kGroups / 2, 1>(sums, lane);
-        if (owns_first<kSums, kGroups / 2, 1>(lane)) {
-            const int from = owned_from<kSums, kGroups / 2, 1>(lane);
-#pragma unroll
-            for (int i = 0; i < owned_count<kSums, kGroups / 2, 1>(); ++i) {
-                row_at(t)[(from + i) / kStates * kRow + q * kStates + (from + i) % kStates] = sums[i];
-            }
+        for (int i = 0; i < owned_count<kSums, kGroups / 2, 1>(); ++i) {
+            row_at(t)[(from + i) / kStates * kRow + q * kStates + (from + i) % kStates] = d[i];
         }
     }
 }
