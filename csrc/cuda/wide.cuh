@@ -8,6 +8,8 @@ constexpr int kStates = STATES;  // states a lane holds of each of its channels
 constexpr int kSlots = SLOTS;    // channels of a lane
 constexpr bool kSoftplus = SOFTPLUS;
 constexpr int kRank = RANK;  // columns of a low-rank step size, 0 = dt comes whole
+template <class, class> constexpr bool kAlike = false;
+template <class T> constexpr bool kAlike<T, T> = true;
 // Step sizes in 16 bits are taken in units of ln 2, so that neither softplus nor the decay multiplies by log2(e); B
 // makes up for it. In 32 bits they stay as they are, for the sake of softplus's last digits.
 constexpr bool kExact = sizeof(DT_TYPE) == 4;
@@ -42,8 +44,6 @@ constexpr int kRun = kWarpChannels < 16 ? kWarpChannels / 2 : 8;  // channels a 
 constexpr int kRuns = kBlockChannels / kRun;
 constexpr int kRows = kTile * kRuns / kThreads;  // rows of which a thread has a run
 constexpr int kShare = kTile * kRow / kThreads;
-template <class, class> constexpr bool kAlike = false;
-template <class T> constexpr bool kAlike<T, T> = true;
 // Whether one half of the threads takes B, the other C, so that each loads more at a time.
 constexpr bool kHalves = kCopies && kVectorBC && kAlike<B_TYPE, C_TYPE> && (kShare == 1 || kShare == 2);
 // States a thread loads at a time, of one step.
@@ -133,10 +133,56 @@ template <bool kVector, class T, int V> DEVICE void store_run(const Pack<T, V>& 
     }
 }
 
-// High and low bfloat16 halves of two numbers.
-DEVICE uint2 halves(float v0, float v1) {
+// What lies in shared memory as it did in device memory.
+template <class P> DEVICE P taken(const unsigned* from) {
+    float words[P::kWords];
+    get<P::kWords>(words, (const float*)from);
+    P pack;
+#pragma unroll
+    for (int i = 0; i < P::kWords; ++i) pack.words[i] = __float_as_uint(words[i]);
+    return pack;
+}
+
+// A low-rank step size, its weights and its gradient go to the tensor cores by pairs of neighbours in a row: where the step
+// size is bfloat16, as the pair's high and its low halves in that type, of which a step size has the high ones alone; else
+// as the two numbers themselves, for TF32, whose upper bits hold all of a step size in float16 and leave a rest of others.
+constexpr bool kTf32 = !kAlike<DT_TYPE, Bfloat>;
+using Low = Pack<DT_TYPE, 2>;
+DEVICE uint2 pair_of(float v0, float v1) {
+    if constexpr (kTf32) return {__float_as_uint(v0), __float_as_uint(v1)};
     const unsigned high = narrow_pair<Bfloat>(v0, v1);
     return {high, narrow_pair<Bfloat>(v0 - __uint_as_float(high << 16), v1 - __uint_as_float(high & 0xffff0000u))};
+}
+DEVICE uint2 pair_of(const Low& low) {
+    if constexpr (kTf32) return {__float_as_uint(low.get(0)), __float_as_uint(low.get(1))};
+    else return {low.words[0], 0};
+}
+// Transpose an 8 x 8 matrix as multiply_add has them: a lane's pair is of row lane / 4, columns 2 (lane % 4) and the next.
+DEVICE uint2 transpose(uint2 v) {
+    if constexpr (!kTf32) return {transpose(v.x), transpose(v.y)};
+    const unsigned low = transpose(__byte_perm(v.x, v.y, 0x5410)), high = transpose(__byte_perm(v.x, v.y, 0x7632));
+    return {__byte_perm(low, high, 0x5410), __byte_perm(low, high, 0x7632)};
+}
+// d += A B, laid out as for multiply_add, of pairs. kTwoA, kTwoB: a number has two terms; the product of the lesser ones is
+// left out. eights: of two runs of eight columns of A, how many are there.
+template <bool kTwoA, bool kTwoB> DEVICE void multiply_pairs(float* d, const uint2* a, const uint2* b, int eights = 2) {
+    if constexpr (kTf32) {
+#pragma unroll
+        for (int i = 0; i < eights; ++i) {  // a pair's columns go four apart in A and B alike, which changes no sum
+            const uint2 top = a[2 * i], bottom = a[2 * i + 1];
+            const float a0 = __uint_as_float(top.x), a1 = __uint_as_float(bottom.x), a2 = __uint_as_float(top.y);
+            const float a3 = __uint_as_float(bottom.y), b0 = __uint_as_float(b[i].x), b1 = __uint_as_float(b[i].y);
+            multiply_add_tf32(d, a0, a1, a2, a3, b0, b1);
+            if (kTwoA) multiply_add_tf32(d, rest(a0), rest(a1), rest(a2), rest(a3), b0, b1);
+            if (kTwoB) multiply_add_tf32(d, a0, a1, a2, a3, rest(b0), rest(b1));
+        }
+    } else {
+        const unsigned high_a[4] = {a[0].x, a[1].x, a[2].x, a[3].x}, high_b[2] = {b[0].x, b[1].x};
+        const unsigned rest_a[4] = {a[0].y, a[1].y, a[2].y, a[3].y}, rest_b[2] = {b[0].y, b[1].y};
+        multiply_add(d, high_a, high_b);
+        if (kTwoA) multiply_add(d, rest_a, high_b);
+        if (kTwoB) multiply_add(d, high_a, rest_b);
+    }
 }
 
 // What a thread has asked for of a row and not yet used: where a copy without registers is possible, on its way into a

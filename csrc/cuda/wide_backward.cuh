@@ -79,7 +79,7 @@ struct alignas(16) BlockMemory {
     int turn, item;
     float* middle;
     long long sequence, share, dx_by_item;
-    Stage stage;               // su: s, s x -> <g, B>; in between, halves of ddt, of two channels in the first's place
+    Stage stage;               // su: s, s x -> <g, B>; in between, pairs of ddt, of two channels in the first's place
     float2 dz[kTile][kPitch];  // dy, x or none -> <g h A>
     alignas(16) float columns[kColumns / kColumnRun][kThreads][kColumnRun];  // a thread's shares of dD and ddt_bias
     float sums[kDirect ? 1 : kWarps][kDirect ? 1 : kTile][2 * kRow];  // dB, then dC
@@ -246,8 +246,10 @@ DEVICE void scan_back(const Params& p, BlockMemory& block) {
         else fetch(tile, own);
     };
     auto stage = [&](int tile) {
-        if (halved && tile % kEvery) {
-            if (kTensorRank) __syncthreads();  // every warp has multiplied with what is in the tile's place
+        const bool twice = halved && tile % kEvery;
+        // Every warp has multiplied with what is in the tile's place.
+        if (kTensorRank && (twice || kLowRing == 1)) __syncthreads();
+        if (twice) {
             in.unpack<false>(from, p, block.stage, block.rows.places, tile - 1, block.dz, [](int, int) { return 0.f; });
             __syncthreads();
             in.multiply_rank(from, block.stage, tile - 1, block.dz);
@@ -514,7 +516,7 @@ DEVICE void scan_back(const Params& p, BlockMemory& block) {
 #pragma unroll
                     for (int i = 0; i < kRun; i += 2) {
                         uint2* at = reinterpret_cast<uint2*>(&block.stage.su[0][row][run + i]);
-                        *at = halves(ddt_out[i], ddt_out[i + 1]);
+                        *at = pair_of(ddt_out[i], ddt_out[i + 1]);
                     }
                 }
             }

@@ -37,8 +37,8 @@ struct alignas(16) WarpMemory {
     int tokens[8][kPiece];  // of pieces in turn; -2 past the end
     alignas(16) unsigned x[4][kPiece][kXPitch];
     alignas(16) unsigned dt[2][kRank ? 1 : 32][RunDt::kWords];
-    // A low-rank step size: a lane's pairs of columns, and its weights' halves, of two channels each.
-    unsigned low[2][kRank ? kRankTiles : 1][32];
+    // A low-rank step size: a lane's pairs of columns, and those of its weights, of two channels each.
+    alignas(16) unsigned low[2][kRank ? kRankTiles : 1][32][Low::kWords];
     alignas(16) uint4 weights[kRank ? 2 : 1][kRank ? kRankTiles : 1][32];
     alignas(16) unsigned before[2][kAdds ? 32 : 1][RunY::kWords];  // y of earlier routes
     alignas(16) unsigned B[2][32][PartB::kWords];
@@ -78,14 +78,6 @@ template <int kBytes> DEVICE void copy(void* to, long long from) {
     for (int i = 0; i < kBytes / 4; ++i) ((unsigned*)to)[i] = __ldcg((const unsigned*)from + i);
 #endif
 }
-template <class P> DEVICE P taken(const unsigned* from) {
-    float words[P::kWords];
-    get<P::kWords>(words, (const float*)from);
-    P pack;
-#pragma unroll
-    for (int i = 0; i < P::kWords; ++i) pack.words[i] = __float_as_uint(words[i]);
-    return pack;
-}
 
 struct Scan {
     const Params& p;
@@ -115,7 +107,8 @@ struct Scan {
             const long long low = at_index(dt, of_B, (unsigned)p.dt_l * (unsigned)sizeof(DT_TYPE));
 #pragma unroll
             for (int i = 0; i < kRankTiles; ++i) {
-                if (8 * i + 2 * (lane % 4) < kRank) copy<4>(&m.low[piece & 1][i][lane], low + 16 * i);
+                unsigned* to = m.low[piece & 1][i][lane];
+                if (8 * i + 2 * (lane % 4) < kRank) copy<4 * Low::kWords>(to, low + 8 * i * (int)sizeof(DT_TYPE));
             }
         }
         copy<4 * PartB::kWords>(m.B[piece & 1][lane], at_index(B, of_B, (unsigned)p.B_l * (unsigned)sizeof(B_TYPE)));
@@ -165,9 +158,9 @@ struct Scan {
                 get<kWords>((float*)sizes.x.words + i * kWords,
                             (const float*)((const X_TYPE*)m.x[piece & 3][lane % 4 * 2 + i] + lane / 4 * 4));
             }
-            unsigned b[kRankTiles + 1] = {};
+            uint2 b[kRankTiles + 1] = {};
 #pragma unroll
-            for (int i = 0; i < kRankTiles; ++i) b[i] = m.low[piece & 1][i][lane];
+            for (int i = 0; i < kRankTiles; ++i) b[i] = pair_of(taken<Low>(m.low[piece & 1][i][lane]));
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
                 float d[4] = {};
@@ -176,9 +169,8 @@ struct Scan {
                     const uint4 w = m.weights[half][i][lane];
                     uint4 more = {0, 0, 0, 0};
                     if (i + 1 < kRankTiles) more = m.weights[half][i + 1 < kRankTiles ? i + 1 : 0][lane];
-                    const unsigned high[4] = {w.x, w.y, more.x, more.y}, rest[4] = {w.z, w.w, more.z, more.w};
-                    multiply_add(d, high, b + i);
-                    multiply_add(d, rest, b + i);
+                    const uint2 pairs[4] = {{w.x, w.z}, {w.y, w.w}, {more.x, more.z}, {more.y, more.w}};
+                    multiply_pairs<true, kExact>(d, pairs, b + i, min(2, kRankTiles - i));
                 }
 #pragma unroll
                 for (int i = 0; i < 4; ++i) sizes.v[i % 2 * 4 + 2 * half + i / 2] = d[i];
@@ -234,13 +226,13 @@ struct Scan {
         m.D[lane] = p.D ? p.D[at] : 0.f;
         for (int i = 0; kRank > 0 && i < kRankTiles; ++i) {
             const int rank = 8 * i + 2 * (lane % 4);
-            m.low[0][i][lane] = m.low[1][i][lane] = 0;
+            for (int word = 0; word < Low::kWords; ++word) m.low[0][i][lane][word] = m.low[1][i][lane][word] = 0;
             for (int half = 0; half < 2; ++half) {
                 uint2 pairs[2];
                 for (int c = 0; c < 2; ++c) {
                     const int channel = min(first + lane / 4 * 4 + 2 * half + c, from.channels - 1);
                     const float* of = p.dt_weight + ((long long)from.route * from.channels + channel) * kRank + rank;
-                    pairs[c] = halves(rank < kRank ? of[0] : 0.f, rank < kRank ? of[1] : 0.f);
+                    pairs[c] = pair_of(rank < kRank ? of[0] : 0.f, rank < kRank ? of[1] : 0.f);
                 }
                 m.weights[kRank ? half : 0][kRank ? i : 0][lane] = {pairs[0].x, pairs[1].x, pairs[0].y, pairs[1].y};
             }

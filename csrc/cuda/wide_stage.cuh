@@ -40,9 +40,11 @@ struct Part {
 constexpr int kRingX = kBuffers == 1 ? 1 : kCopies ? 3 : 2;  // tiles of which x waits in shared memory, for D x too
 using AskedX = Asked<X_TYPE, kRun, kVectorX>;
 using AskedDt = Asked<DT_TYPE, kRun, kVectorX>;
+constexpr bool kPlacesX = AskedX::kApart || kBuffers > 1;
 using AskedB = Asked<B_TYPE, kRowRun, kVectorBC>;
 using AskedC = Asked<C_TYPE, kRowRun, kVectorBC>;
-constexpr int kLowRing = kBuffers > 1 && kCopies ? 3 : 2;  // tiles whose low-rank step sizes are in shared memory
+// Tiles whose low-rank step sizes are in shared memory: going back, one in float32, so that as many blocks fit.
+constexpr int kLowRing = kBuffers > 1 && kCopies ? 3 : kBuffers == 1 && kExact ? 1 : 2;
 
 // A tile in shared memory. A token of -1 is a padding step, -2 is past the end.
 struct alignas(16) Stage {
@@ -57,14 +59,14 @@ struct alignas(16) Stage {
     const DT_TYPE* dt;
     const B_TYPE* B;
     const C_TYPE* C;
-    // A low-rank step size: as pairs of bfloat16, of two tiles in turn, and the halves of its weights, for each 8 x 8 of
-    // them channel lane / 4, columns 2 (lane % 4) and the next; or all as float32.
-    alignas(16) unsigned low[kLowRing][kTensorRank ? kTile : 1][kTensorRank ? kRankPitch : 1];
-    alignas(16) uint2 weight_halves[kTensorRank ? kChannelTiles : 1][kTensorRank ? kRankTiles : 1][32];
+    // A low-rank step size: as pairs, of tiles in turn, and those of its weights, for each 8 x 8 of them channel lane / 4,
+    // columns 2 (lane % 4) and the next; or all as float32.
+    alignas(16) unsigned low[kLowRing][kTensorRank ? kTile : 1][kTensorRank ? kRankPitch : 1][Low::kWords];
+    alignas(16) uint2 weight_pairs[kTensorRank ? kChannelTiles : 1][kTensorRank ? kRankTiles : 1][32];
     alignas(16) float low_wide[kBuffers][kRank && !kTensorRank ? kTile : 1][kRank + 1];
     alignas(16) float weight[kTensorRank ? 1 : kRank + 1][kTensorRank ? 1 : kBlockChannels];
     // Where a thread finds what it has asked for; x of kRingX tiles in turn.
-    alignas(16) unsigned x_places[kRingX][kRows][AskedX::kApart || kBuffers > 1 ? kThreads : 1][AskedX::kWords];
+    alignas(16) unsigned x_places[kRingX][kRows][kPlacesX ? kThreads : 1][kPlacesX ? AskedX::kWords : 1];
 };
 struct alignas(16) Places {
     alignas(16) unsigned dt[kRank ? 1 : kRows][kRank ? 1 : kThreads][AskedDt::kWords];
@@ -169,8 +171,8 @@ struct Source {
             const int channel = first + 8 * eight + lane / 4, rank = 8 * tile + 2 * (lane % 4);
             const float* at = p.dt_weight + ((long long)route * channels + channel) * kRank + rank;
             const bool there = channel < channels;
-            stage.weight_halves[eight][tile][lane] =
-                halves(there && rank < kRank ? at[0] : 0.f, there && rank + 1 < kRank ? at[1] : 0.f);
+            stage.weight_pairs[eight][tile][lane] =
+                pair_of(there && rank < kRank ? at[0] : 0.f, there && rank + 1 < kRank ? at[1] : 0.f);
         }
     }
 };
@@ -218,7 +220,7 @@ struct Incoming {
                 const int i = k * kThreads + thread(), row = i / kRankWords, rank = 2 * (i % kRankWords);
                 const int token = row < kTile ? tokens[row] : -1;
                 if (row < kTile) {
-                    low[k].ask(&stage.low[(unsigned)tile % kLowRing][row][i % kRankWords],
+                    low[k].ask(stage.low[(unsigned)tile % kLowRing][row][i % kRankWords],
                                at_token(stage.dt, token, p.dt_l) + rank * (int)p.dt_d, (int)p.dt_d,
                                token >= 0 ? kRank - rank : 0);
                 }
@@ -283,8 +285,12 @@ struct Incoming {
 #pragma unroll
             for (int k = 0; k < kRankParts; ++k) {
                 const int i = k * kThreads + thread();
-                unsigned* at = &stage.low[(unsigned)tile % kLowRing][i / kRankWords][i % kRankWords];
-                if (!low[k].kApart && i < kTile * kRankWords) *at = low[k].take(at).words[0];
+                unsigned* at = stage.low[(unsigned)tile % kLowRing][i / kRankWords][i % kRankWords];
+                if (!low[k].kApart && i < kTile * kRankWords) {
+                    const Low pair = low[k].take(at);
+                    at[0] = pair.words[0];
+                    if (kExact) at[Low::kWords - 1] = pair.words[Low::kWords - 1];
+                }
             }
         } else if constexpr (kRank > 0) {
             for (int i = threadIdx.x; i < kTile * kRank; i += kThreads) {
@@ -303,25 +309,22 @@ struct Incoming {
         const int* tokens = stage.tokens[(unsigned)tile % kRing];
         const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
         if constexpr (kTensorRank) {
-            unsigned a[(kRankTiles + 1) / 2][4];
+            uint2 a[(kRankTiles + 1) / 2][4] = {};
 #pragma unroll
             for (int i = 0; i < (kRankTiles + 1) / 2 * 4; ++i) {
                 const int eight = i / 4 * 2 + i % 4 / 2, word = eight * 4 + lane % 4;
-                const unsigned(*low)[kTensorRank ? kRankPitch : 1] = stage.low[(unsigned)tile % kLowRing];
-                a[i / 4][i % 4] = eight < kRankTiles ? low[lane / 4 + 8 * (i % 2)][word] : 0;
+                if (eight >= kRankTiles) continue;
+                a[i / 4][i % 4] = pair_of(taken<Low>(stage.low[(unsigned)tile % kLowRing][lane / 4 + 8 * (i % 2)][word]));
             }
 #pragma unroll
             for (int c = 0; c < kOwnTiles; ++c) {
                 float d[4] = {0.f, 0.f, 0.f, 0.f};
 #pragma unroll
                 for (int i = 0; i < (kRankTiles + 1) / 2; ++i) {
-                    const uint2(*weights)[32] = stage.weight_halves[warp * kOwnTiles + c];
-                    const uint2 w0 = weights[2 * i][lane];
-                    uint2 w1 = {0, 0};
-                    if (2 * i + 1 < kRankTiles) w1 = weights[2 * i + 1 < kRankTiles ? 2 * i + 1 : 0][lane];
-                    const unsigned high[2] = {w0.x, w1.x}, rest[2] = {w0.y, w1.y};
-                    multiply_add(d, a[i], high);
-                    multiply_add(d, a[i], rest);
+                    const uint2(*weights)[32] = stage.weight_pairs[warp * kOwnTiles + c];
+                    uint2 w[2] = {weights[2 * i][lane], {0, 0}};
+                    if (2 * i + 1 < kRankTiles) w[1] = weights[2 * i + 1 < kRankTiles ? 2 * i + 1 : 0][lane];
+                    multiply_pairs<kExact, true>(d, a[i], w, min(2, kRankTiles - 2 * i));
                 }
                 const int channel = warp * kWarpChannels + 8 * c + 2 * (lane % 4);
 #pragma unroll

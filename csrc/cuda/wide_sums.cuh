@@ -64,43 +64,39 @@ template <class RowAt> DEVICE void leave_groups(const float* d, int t, int lane,
     }
 }
 
-// Gradients of a low-rank step size and of its weights, from the halves of ddt that every thread has left in su. A warp
+// Gradients of a low-rank step size and of its weights, from the pairs of ddt that every thread has left in su. A warp
 // takes the weights of its own channels, and every kWarps-th eight columns of the step size for all channels.
 template <class Memory> DEVICE void multiply_back(Memory& block, int of_tile, float* to, int stride, bool adding) {
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
     Stage& stage = block.stage;
-    auto of_channels = [&](unsigned* high, unsigned* low, int channel) {  // as A of multiply_add: rows are steps
+    auto of_channels = [&](uint2* pairs, int channel) {  // as A of multiply_pairs: rows are steps
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-            uint2 pair = {0, 0};
+            pairs[i] = {0, 0};
             if (i < 2 || kOwnTiles > 1) {
                 const float2& at = stage.su[0][lane / 4 + 8 * (i % 2)][channel + 8 * (i / 2) + 2 * (lane % 4)];
-                pair = *reinterpret_cast<const uint2*>(&at);
+                pairs[i] = *reinterpret_cast<const uint2*>(&at);
             }
-            high[i] = pair.x, low[i] = pair.y;
         }
     };
 #pragma unroll
     for (int m = 0; m < (kOwnTiles + 1) / 2; ++m) {
-        unsigned high[4], low[4], high_t[4], low_t[4];
-        of_channels(high, low, warp * kWarpChannels + 16 * m);
+        uint2 pairs[4], turned[4];
+        of_channels(pairs, warp * kWarpChannels + 16 * m);
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
-            const int turned = i % 2 * 2 + i / 2;
-            high_t[turned] = transpose(high[i]), low_t[turned] = transpose(low[i]);
-        }
+        for (int i = 0; i < 4; ++i) turned[i % 2 * 2 + i / 2] = transpose(pairs[i]);
 #pragma unroll
         for (int tile = 0; tile < kRankTiles; ++tile) {
-            unsigned columns[2];
+            uint2 columns[2];
 #pragma unroll
             for (int i = 0; i < 2; ++i) {
-                columns[i] = transpose(stage.low[of_tile % kLowRing][lane / 4 + 8 * i][tile * 4 + lane % 4]);
+                const unsigned* at = stage.low[of_tile % kLowRing][lane / 4 + 8 * i][tile * 4 + lane % 4];
+                columns[i] = transpose(pair_of(taken<Low>(at)));
             }
             float sum[4];
             float* at = &block.dweight[warp][m][tile][lane].x;
             get<4>(sum, at);
-            multiply_add(sum, high_t, columns);
-            multiply_add(sum, low_t, columns);
+            multiply_pairs<true, kExact>(sum, turned, columns);
             put<4>(at, sum);
         }
     }
@@ -110,16 +106,11 @@ template <class Memory> DEVICE void multiply_back(Memory& block, int of_tile, fl
         constexpr int kTogether = kOwnTiles > 1 ? 2 : 1;
 #pragma unroll
         for (int c = 0; c < kChannelTiles; c += kTogether) {
-            unsigned high[4], low[4], w_high[2] = {0, 0}, w_low[2] = {0, 0};
-            of_channels(high, low, 8 * c);
+            uint2 pairs[4], weights[2] = {};
+            of_channels(pairs, 8 * c);
 #pragma unroll
-            for (int i = 0; i < kTogether; ++i) {
-                const uint2 w = stage.weight_halves[c + i][tile][lane];
-                w_high[i] = transpose(w.x), w_low[i] = transpose(w.y);
-            }
-            multiply_add(out, high, w_high);
-            multiply_add(out, low, w_high);
-            multiply_add(out, high, w_low);
+            for (int i = 0; i < kTogether; ++i) weights[i] = transpose(stage.weight_pairs[c + i][tile][lane]);
+            multiply_pairs<true, true>(out, pairs, weights, kTogether);
         }
         const int rank = 8 * tile + 2 * (lane % 4);
 #pragma unroll

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.cases import BF16, Case, make_call
-from vision_mamba.ops.backends import cuda, forward_cuda, gpu, nvrtc
-from vision_mamba.ops.backends.calls_cuda import SMALL, as_taken
+from tests.cases import BF16, F16, F32, Case, make_call
+from vision_mamba.ops.backends import cuda, forward_cuda, gpu, nvrtc, wide_cuda
+from vision_mamba.ops.backends.calls_cuda import SMALL, as_taken, rank_in_kernel
 
 HALF = (BF16,) * 4
 
@@ -25,6 +25,26 @@ def test_what_is_saved_is_as_large_as_was_promised(states: int, rank: int, steps
     """Compilers are promised a size for the call as it came, before a high rank is multiplied out."""
     call = make_call(Case(channels=8, states=states, rank=rank, dtypes=HALF, grid=(1, steps), batch=1))
     assert forward_cuda.new_saved(as_taken(call)).shape == forward_cuda.new_saved(call).shape
+
+
+@pytest.mark.parametrize("dtype", [BF16, F16, F32])
+def test_low_ranks_of_every_type_go_by_the_tensor_cores(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu, "multiprocessors", lambda _: 1)
+    monkeypatch.setattr(nvrtc, "kernel", lambda wanted, _: wanted)
+    call = make_call(Case(channels=64, states=16, rank=6, dtypes=(dtype,) * 4, grid=(1, 50)))
+    y = call.new_output()
+    for plan, name in (
+        (wide_cuda.forward(call, True, y, 0), "wide_flow"),
+        (wide_cuda.backward(call, True, y, torch.empty_like(call.x), 0), "wide_backward"),
+    ):
+        assert plan.scan.kernel.name == name and dict(plan.scan.kernel.macros)["TENSOR_RANK"] == "true"
+    # Not where lanes have too few channels, nor with one state but in bfloat16, nor on older GPUs.
+    for states, rank, taken in ((16, 0, False), (64, 6, False), (32, 5, True), (1, 6, dtype == BF16)):
+        other = make_call(Case(channels=64, states=states, rank=rank, dtypes=(dtype,) * 4))
+        assert rank_in_kernel(other) == taken
+    monkeypatch.setattr(gpu, "capability", lambda _: (7, 5))
+    assert not rank_in_kernel(call)
+    assert wide_cuda.forward(call, True, y, 0).scan.kernel.name == "wide_forward"
 
 
 def test_small_tensors_begin_where_vectors_may() -> None:

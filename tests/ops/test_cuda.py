@@ -154,9 +154,13 @@ def many() -> list[Case]:
     found = [
         Case(channels=channels, states=states, order="cross", dtypes=(dtype,) * 4, rank=rank, grid=(5, 11))
         for states in (2, 4, 8, 16, 24, 32, 64, 100, 256)
-        for channels, rank, dtype in ((96, 0, BF16), (72, 24, BF16), (64, 5, F16), (40, 0, F32))
+        for channels, rank, dtype in ((96, 0, BF16), (72, 24, BF16), (64, 5, F16), (64, 12, F32), (40, 0, F32))
     ]
-    found += [Case(channels=c, states=16, rank=r, state=True, dtypes=(BF16,) * 4) for c, r in ((64, 48), (20, 7))]
+    found += [
+        Case(channels=channels, states=16, rank=rank, state=True, dtypes=(dtype,) * 4)
+        for dtype in (BF16, F16, F32)
+        for channels, rank in ((64, 48), (20, 7))
+    ]
     return [*found, Case(channels=80, states=16, dtypes=(BF16, BF16, F32, BF16), out_dtype=F32, grid=(1, 40))]
 
 
@@ -175,6 +179,10 @@ def plentiful() -> list[Case]:
         Case(channels=channels, states=16, order=order, rank=rank, dtypes=(dtype,) * 4, grid=grid, state=True)
         for order, grid in (("cross", (5, 13)), ("bidirectional", (1, 9)))
         for channels, rank, dtype in ((64, 0, BF16), (72, 24, BF16), (20, 5, F16), (40, 0, F32))
+    ]
+    found += [
+        Case(channels=channels, states=16, order="cross", rank=24, dtypes=types, grid=(5, 13), state=True)
+        for channels, types in ((64, (F16,) * 4), (72, (F32,) * 4), (72, (BF16, F16, F16, BF16)))
     ]
     found += [Case(channels=128, states=9, order="cross", dtypes=half, grid=(14, 14), batch=3)]
     return [*found, Case(channels=80, states=16, dtypes=(BF16, BF16, F32, BF16), out_dtype=F32, grid=(1, 40))]

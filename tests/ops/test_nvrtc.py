@@ -34,6 +34,15 @@ SPILLS = dict(
     few_backward=64,  # for sm_80; none for sm_90
     conv_backward=16,
 )
+#: The same where all is float32, with a low rank: with NVRTC 13.2 for sm_90, 40 with 13.0.
+SPILLS_FLOAT = SPILLS | dict(wide_backward=72)
+
+
+def _low_rank(dtype: str) -> tuple[nvrtc.Specialisation, ...]:
+    """What Vim-S takes where it isn't in bfloat16, which is shipped."""
+    flow = kernels._shipped(kernels.forward_tiles(16)[1], 24)._replace(copies=True, add=dtype == "Float", whole=True)
+    back = kernels._many(24, add=dtype == "Float")
+    return kernels.wide_forward((dtype,) * 5, flow), kernels.wide_backward((dtype,) * 5, back, dtype, dtype)
 
 
 @pytest.fixture
@@ -46,7 +55,10 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.mark.parametrize(
     "wanted",
-    kernels.SHIPPED + few_cuda.SHIPPED + rows_cuda.SHIPPED + routes_cuda.SHIPPED + sums_cuda.SHIPPED,
+    (
+        *(kernels.SHIPPED + few_cuda.SHIPPED + rows_cuda.SHIPPED + routes_cuda.SHIPPED + sums_cuda.SHIPPED),
+        *(_low_rank("Half") + _low_rank("Float")),
+    ),
     ids=lambda s: "-".join((s.name, *dict(s.macros).values())),
 )
 def test_nvrtc_compiles_every_shipped_kernel(wanted: nvrtc.Specialisation) -> None:
@@ -54,11 +66,12 @@ def test_nvrtc_compiles_every_shipped_kernel(wanted: nvrtc.Specialisation) -> No
     with ThreadPoolExecutor(2) as pool:
         built = dict(zip(known, pool.map(lambda a: nvrtc.compile_source(wanted, a), known), strict=True))
     assert 80 in built and 90 in built
+    spills = SPILLS_FLOAT if dict(wanted.macros).get("DT_TYPE") == "Float" else SPILLS
     for architecture, (code, report) in built.items():
         assert code[:4] == b"\x7fELF"
         assert re.search(rf"{wanted.name}' for 'sm_{architecture}", report)
         spilled = sum(int(n) for n in re.findall(r"(\d+) bytes spill stores", report))
-        assert "spill stores" in report and spilled <= SPILLS.get(wanted.name, 0), f"sm_{architecture}: {spilled} bytes"
+        assert "spill stores" in report and spilled <= spills.get(wanted.name, 0), f"sm_{architecture}: {spilled} bytes"
 
 
 MERGE = kernels.merge("Float", "Half", 4)

@@ -89,10 +89,11 @@ def tokens_first(call: ScanCall) -> bool:
 
 def rank_in_kernel(call: ScanCall) -> bool:
     """Whether backward leaves the gradients of a low-rank step size and of its weights, not that of the step size."""
-    device = call.x.device.index
-    if not kernels.on_tensor_cores(call.rank, TYPES[call.dt.dtype]) or gpu.capability(device) < (8, 0):
+    if not call.rank or gpu.capability(call.x.device.index) < (8, 0):
         return False
-    return call.states == 1 or kernels.wide_shape(call.states, 2).channels % 8 == 0
+    if call.states == 1:  # the wide kernels alone take other types than bfloat16
+        return kernels.on_tensor_cores(call.rank, TYPES[call.dt.dtype])
+    return kernels.wide_shape(call.states, 2).channels % 8 == 0
 
 
 def types_of(call: ScanCall) -> tuple[str, str, str, str]:

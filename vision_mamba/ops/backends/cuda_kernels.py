@@ -382,7 +382,8 @@ def merge(part: str, out: str, run: int, add: bool = False) -> Specialisation:
 
 
 def on_tensor_cores(rank: int, dt: str) -> bool:
-    """Whether kernels can form a low-rank step size on the tensor cores, where the GPU has those for bfloat16."""
+    """Whether the kernels for one state or for few sequences can form a low-rank step size on the tensor cores, where
+    the GPU has those for bfloat16; the wide kernels can in every type."""
     return rank > 0 and dt == "Bfloat"
 
 
