@@ -115,14 +115,27 @@ struct Scan {
         copy<4 * PartC::kWords>(m.C[piece & 1][lane], at_index(C, of_B, (unsigned)p.C_l * (unsigned)sizeof(C_TYPE)));
     }
     DEVICE unsigned* own_x(int piece) const { return m.x[piece & 3][row] + run * (int)sizeof(X_TYPE) / 4; }
-    DEVICE long long to_y(int piece) const {
-        return at_index(m.y_at[lane], max(token_of(piece, row), 0), (unsigned)p.y_l * (unsigned)sizeof(Y_TYPE));
+    // A lane's run of y of a piece.
+    struct Place {
+        int token;
+        long long first;  // of token 0
+    };
+    DEVICE Place place_in_y(int piece) const { return {token_of(piece, row), m.y_at[lane]}; }
+    DEVICE long long at(const Place& y) const {
+        return at_index(y.first, max(y.token, 0), (unsigned)p.y_l * (unsigned)sizeof(Y_TYPE));
     }
 
     // B and C of a piece.
-    DEVICE void put_rows(int piece) {
-        const PartB b = taken<PartB>(m.B[piece & 1][lane]);
-        const PartC c = taken<PartC>(m.C[piece & 1][lane]);
+    struct PartRows {
+        PartB b;
+        PartC c;
+    };
+    DEVICE PartRows rows_of(int piece) const {
+        return {taken<PartB>(m.B[piece & 1][lane]), taken<PartC>(m.C[piece & 1][lane])};
+    }
+    DEVICE void put_rows(int piece, const PartRows& part) {
+        const PartB& b = part.b;
+        const PartC& c = part.c;
         float* to = m.rows[piece & 1][lane / 4] + lane % 4 * 4;
         float values[4];
 #pragma unroll
@@ -206,11 +219,11 @@ struct Scan {
     static DEVICE int place_of_y(int channel) {
         return (4 * (channel >> 3 & 1) + 2 * (channel >> 4) + (channel >> 2 & 1)) * 4 + (channel & 3);
     }
-    DEVICE void put_y(int piece, const float* y) {
+    DEVICE void put_y(const Place& to, const float* y) {
         RunY packed;
         packed.set(y);
         const bool there = kWhole || first + run < from.channels;
-        if (there && token_of(piece, row) >= 0) put_words<RunY::kWords>(to_y(piece), packed.words);
+        if (there && to.token >= 0) put_words<RunY::kWords>(at(to), packed.words);
     }
 
     DEVICE void prepare() {
@@ -275,7 +288,7 @@ struct Scan {
 #pragma unroll
             for (int i = 0; i < kRun; ++i) su[2 * i] = sizes.size(i), su[2 * i + 1] = su[2 * i] * sizes.x.get(i);
             put_su(0, su);
-            put_rows(0);
+            put_rows(0, rows_of(0));
             if (lacks(0)) put_right(0);
         }
 #pragma unroll 1
@@ -292,10 +305,10 @@ struct Scan {
                     }
                 }
             }
-            fetch(piece + 2);
-            if (kAdding) copy<4 * RunY::kWords>(m.before[piece & 1][kAdds ? lane : 0], to_y(piece));
-            if (piece % 4 == 1) fetch_tokens(piece + 3);
             const bool lacking = lacks(piece + 1);
+            fetch(piece + 2);
+            if (kAdding) copy<4 * RunY::kWords>(m.before[piece & 1][kAdds ? lane : 0], at(place_in_y(piece)));
+            if (piece % 4 == 1) fetch_tokens(piece + 3);
 
             // The next piece's step sizes, and y of the one before.
             const Sizes sizes = sizes_of(piece + 1);
@@ -334,12 +347,14 @@ struct Scan {
                 out[t] = fmaf(skip[t], x_before.get(t), out[t]);
                 if constexpr (kAdding) out[t] += before.get(t);
             }
+            const PartRows rows = rows_of(piece + 1);  // read here, since what is written goes before reads behind it
+            const Place to = place_in_y(piece - 1);
             __syncwarp();  // every lane has read what is written now
             put_su(piece + 1, su);
 #pragma unroll
             for (int t = 0; t < kPiece; ++t) (&m.su[piece & 1][t][0].x)[to_result] = results[t];
-            put_rows(piece + 1);
-            put_y(piece - 1, out);
+            put_rows(piece + 1, rows);
+            put_y(to, out);
             if (lacking) put_right(piece + 1);
         }
         wait_for_copies();
@@ -354,7 +369,7 @@ struct Scan {
             out[i] = fmaf(m.D[run + i], x.get(i), out[i]);
             if constexpr (kAdding) out[i] += before.get(i);
         }
-        put_y(pieces - 1, out);
+        put_y(place_in_y(pieces - 1), out);
         if (p.last_state) {
 #pragma unroll
             for (int j = 0; j < kSlots; ++j) {
