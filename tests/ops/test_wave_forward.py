@@ -22,7 +22,7 @@ LONG = Case(
 
 
 def routes() -> list[Case]:
-    """Columns full of channels and not, tiles full of steps and not, fewer of them than warps, all options and types."""
+    """Columns full of channels and not, tiles of steps and not, fewer of them than warps, every option and type."""
     half = (BF16,) * 4
     found = [replace(LONG, dtypes=(dtype,) * 4, state=state) for dtype in (BF16, F16, F32) for state in (False, True)]
     found += [
