@@ -130,6 +130,9 @@ struct Scan {
         PartB b;
         PartC c;
     };
+    // Whether what is read beside the scan is read in front of what is written and asked for, which it would wait for
+    // otherwise: rows of 32 bits leave no registers for that.
+    static constexpr bool kEarly = sizeof(PartRows) <= 16;
     DEVICE PartRows rows_of(int piece) const {
         return {taken<PartB>(m.B[piece & 1][lane]), taken<PartC>(m.C[piece & 1][lane])};
     }
@@ -305,10 +308,11 @@ struct Scan {
                     }
                 }
             }
-            const bool lacking = lacks(piece + 1);
+            bool lacking = kEarly && lacks(piece + 1);
             fetch(piece + 2);
             if (kAdding) copy<4 * RunY::kWords>(m.before[piece & 1][kAdds ? lane : 0], at(place_in_y(piece)));
             if (piece % 4 == 1) fetch_tokens(piece + 3);
+            if (!kEarly) lacking = lacks(piece + 1);
 
             // The next piece's step sizes, and y of the one before.
             const Sizes sizes = sizes_of(piece + 1);
@@ -347,12 +351,14 @@ struct Scan {
                 out[t] = fmaf(skip[t], x_before.get(t), out[t]);
                 if constexpr (kAdding) out[t] += before.get(t);
             }
-            const PartRows rows = rows_of(piece + 1);  // read here, since what is written goes before reads behind it
-            const Place to = place_in_y(piece - 1);
+            PartRows rows;
+            Place to;
+            if (kEarly) rows = rows_of(piece + 1), to = place_in_y(piece - 1);
             __syncwarp();  // every lane has read what is written now
             put_su(piece + 1, su);
 #pragma unroll
             for (int t = 0; t < kPiece; ++t) (&m.su[piece & 1][t][0].x)[to_result] = results[t];
+            if (!kEarly) rows = rows_of(piece + 1), to = place_in_y(piece - 1);
             put_rows(piece + 1, rows);
             put_y(to, out);
             if (lacking) put_right(piece + 1);
