@@ -39,7 +39,8 @@ constexpr bool kColumnsApart = kRank == 0 && !kExact && kRun * sizeof(X_TYPE) <=
 constexpr int kColumnLow = kColumnsApart ? 2 * kRowHigh : kRowLow;
 constexpr int kColumns = owned_count<2 * kRun, kRowHigh, kColumnLow>(), kColumnRun = kColumns < 4 ? kColumns : 4;
 
-static_assert(kSub % kSpan == 0 && kHeld % kSpan == 0);
+static_assert(kSub >= 2 && kSub % kSpan == 0 && kHeld % kSpan == 0);
+static_assert(kLowRing > 1 || !kTensorRank || !kCopies);  // a tile's columns wait in registers until its place is free
 
 constexpr int kSumShare = kTile * 2 * kRow / kThreads;  // of a tile's sums of dB and dC
 constexpr int kSumRun = kSumShare < 1 ? 1 : kSumShare < 4 ? kSumShare : kRow < 4 ? kRow : 4;

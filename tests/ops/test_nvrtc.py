@@ -6,6 +6,7 @@ import logging
 import os
 import re
 import stat
+import struct
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -26,7 +27,7 @@ SPILLS = dict(
     wide_forward=4,
     wide_flow=4,  # with NVRTC 13.0 for sm_80
     wide_backward=20,
-    wave_forward=96,  # none where y is stored in 16 bits
+    wave_forward=96,  # none in bfloat16
     wave_backward=76,  # none for sm_90
     narrow_backward=128,
     walk_backward=64,
@@ -38,11 +39,17 @@ SPILLS = dict(
 SPILLS_FLOAT = SPILLS | dict(wide_backward=72)
 
 
-def _low_rank(dtype: str) -> tuple[nvrtc.Specialisation, ...]:
-    """What Vim-S takes where it isn't in bfloat16, which is shipped."""
-    flow = kernels._shipped(kernels.forward_tiles(16)[1], 24)._replace(copies=True, add=dtype == "Float", whole=True)
-    back = kernels._many(24, add=dtype == "Float")
-    return kernels.wide_forward((dtype,) * 5, flow), kernels.wide_backward((dtype,) * 5, back, dtype, dtype)
+def _not_shipped(dtype: str) -> tuple[nvrtc.Specialisation, ...]:
+    """What Vim-S, also with step sizes given, and long routes take where they aren't in bfloat16, which is shipped."""
+    more = dict(copies=True, add=dtype == "Float", whole=True)
+    flows = (kernels._shipped(kernels.forward_tiles(16)[1], rank)._replace(**more) for rank in (0, 24))
+    back, types = kernels._many(24, add=dtype == "Float"), (dtype,) * 5
+    long = kernels.wave_forward(types, kernels.WaveForward(3, True, True))
+    return (
+        *(kernels.wide_forward(types, flow) for flow in flows),
+        kernels.wide_backward(types, back, dtype, dtype),
+        long,
+    )
 
 
 @pytest.fixture
@@ -57,7 +64,7 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     "wanted",
     (
         *(kernels.SHIPPED + few_cuda.SHIPPED + rows_cuda.SHIPPED + routes_cuda.SHIPPED + sums_cuda.SHIPPED),
-        *(_low_rank("Half") + _low_rank("Float")),
+        *(_not_shipped("Half") + _not_shipped("Float")),
     ),
     ids=lambda s: "-".join((s.name, *dict(s.macros).values())),
 )
@@ -72,6 +79,32 @@ def test_nvrtc_compiles_every_shipped_kernel(wanted: nvrtc.Specialisation) -> No
         assert re.search(rf"{wanted.name}' for 'sm_{architecture}", report)
         spilled = sum(int(n) for n in re.findall(r"(\d+) bytes spill stores", report))
         assert "spill stores" in report and spilled <= spills.get(wanted.name, 0), f"sm_{architecture}: {spilled} bytes"
+
+
+def launch_shape(cubin: bytes) -> tuple[int, int]:
+    """Threads and bytes of shared memory of a kernel's block, which its object code holds in a variable."""
+    (sections_at,), (size, count) = struct.unpack_from("<Q", cubin, 40), struct.unpack_from("<2H", cubin, 58)
+    sections = [struct.unpack_from("<IIQQQQIIQQ", cubin, sections_at + i * size) for i in range(count)]
+    symbols = next(section for section in sections if section[1] == 2)
+    names = sections[symbols[6]][4]
+    for at in range(symbols[4], symbols[4] + symbols[5], 24):
+        name, _, _, section, value, _ = struct.unpack_from("<IBBHQQ", cubin, at)
+        if cubin[names + name :].startswith(b"launch_shape\0"):
+            return struct.unpack_from("<2i", cubin, sections[section][4] + value)  # type: ignore[return-value]
+    raise AssertionError("no launch_shape")
+
+
+@pytest.mark.parametrize(
+    ("states", "rank", "dtype"),
+    [(2, 64, "Bfloat"), (4, 48, "Float"), (8, 24, "Float"), (8, 32, "Bfloat"), (8, 64, "Half"), (16, 64, "Float")],
+)
+def test_nvrtc_blocks_fit_gpus_of_little_shared_memory(states: int, rank: int, dtype: str) -> None:
+    """Going back with a low rank, where a block has 99 KiB, as for compute capabilities 8.6, 8.9 and 12.0."""
+    tile = kernels.backward_tile(states, 99 * 1024, rank)
+    how = kernels._shipped(tile, rank)
+    code, _ = nvrtc.compile_source(kernels.wide_backward((dtype,) * 5, how, dtype, dtype), 86)
+    threads, shared = launch_shape(code)
+    assert threads == 32 * tile.warps and shared <= 99 * 1024
 
 
 MERGE = kernels.merge("Float", "Half", 4)

@@ -81,11 +81,13 @@ def forward_tiles(states: int) -> tuple[Tile, Tile]:
     return few, Tile(wide_shape(states, 2, 8), 2, 6) if 8 < states <= 16 else few
 
 
-def backward_tile(states: int, shared: int) -> Tile:
-    """`shared`: bytes of shared memory that a block may have; rows of many states leave fewer warps that."""
+def backward_tile(states: int, shared: int, rank: int = 0) -> Tile:
+    """`shared`: bytes of shared memory that a block may have; rows of many states, and a low rank's weights for many
+    channels, leave fewer warps that."""
     shape = wide_shape(states, 2)
     row = shape.lanes * shape.states
-    warps = 1 if row > 64 else WARPS if row < 64 or shared >= 128 * 1024 else WARPS // 2
+    large = row == 64 or (shape.channels >= 32 and rank > 24)
+    warps = 1 if row > 64 else WARPS // 2 if large and shared < 128 * 1024 else WARPS
     return Tile(shape, warps, BACKWARD_WARPS // warps)
 
 

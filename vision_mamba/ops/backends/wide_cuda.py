@@ -54,7 +54,7 @@ def forward(call: ScanCall, complete: bool, y: Tensor, device: int) -> Plan:
 
 
 def backward(call: ScanCall, complete: bool, dy: Tensor | None, dx: Tensor, device: int) -> Plan:
-    tile = kernels.backward_tile(call.states, nvrtc.shared_limit(device))
+    tile = kernels.backward_tile(call.states, nvrtc.shared_limit(device), call.rank)
     parts, _, view = adding_up(call, call.shared_x, dx, in_block=False, first=True)
     apart = 0
     if goes_first(parts, dx):
