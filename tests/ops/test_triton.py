@@ -96,6 +96,21 @@ def test_segments(states: int, monkeypatch: pytest.MonkeyPatch, poisoned: None) 
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [F32, F16, BF16], ids=str)
+def test_few_sequences(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch, poisoned: None) -> None:
+    """Tokens side by side, of sequences that the tiles for few take: steps past the last whole tile, channels too."""
+    case = Case(
+        grid=(1, 711), batch=2, routes=1, channels=37, states=16, state=True, layout="channels_first",
+        dtypes=(dtype,) * 4,
+    )  # fmt: skip
+    call = make_call(case, device=gpu())
+    monkeypatch.setattr(triton, "_WARPS", 16)
+    assert triton._tiles(call) == (triton.FEW_FORWARD[16], triton.FEW_BACKWARD[16])
+    monkeypatch.setattr(triton, "_PROGRAMS", 1)  # are enough, so routes stay uncut
+    assert_matches(run(call, "triton"), case)
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize(("dtype", "together"), [(F32, 4), (F16, 2), (BF16, 4)], ids=str)
 @pytest.mark.parametrize("order", ["cross", "local_2"])
 def test_routes_in_turn(

@@ -64,6 +64,20 @@ def test_segments(states: int, rank: int, steps: int, monkeypatch: pytest.Monkey
         assert_close(name, found[name], tensor)
 
 
+def test_few_sequences(monkeypatch: pytest.MonkeyPatch, poisoned: None) -> None:
+    """Tokens side by side, of sequences that the tiles for few take; two saved states a tile of the forward pass."""
+    monkeypatch.setattr(triton, "FEW_FORWARD", {256: Tile(1, 2, 4, parts=2)})
+    monkeypatch.setattr(triton, "FEW_BACKWARD", {256: Tile(1, 1, 2, parts=2, warps=2)})
+    monkeypatch.setattr(triton, "_WARPS", 3)
+    monkeypatch.setattr(triton, "FORWARD", {256: Tile(2, 2, 2, parts=2)})
+    case = Case(grid=(1, 7), batch=1, routes=1, channels=5, states=3, state=True, layout="channels_first")
+    call = make_call(case)
+    assert triton._tiles(call) == (triton.FEW_FORWARD[256], triton.FEW_BACKWARD[256])
+    found, reference = run(call, "triton"), run(cases.double(call), "reference")
+    for name, tensor in reference.items():
+        assert_close(name, found[name], tensor)
+
+
 @pytest.mark.parametrize("raw", [-80.0, -20.0, 80.0])
 def test_extreme_step_sizes(raw: float) -> None:
     """softplus(-80) is 1.8e-35, to seven digits: dB, dC and y are proportional to it."""

@@ -34,6 +34,7 @@ _CHUNKS = 1024  # of tokens, in programs that multiply back
 _STAGES = 2  # tiles that such a program loads or multiplies at a time, where tensor cores multiply
 _MERGED = 1024  # sums of one program of `merge`
 _PROGRAMS = 1536  # that keep a GPU busy: a route in fewer sequences than that is cut into segments;
+_WARPS = 1536  # that do, of those which walk uncut routes of several states
 _SEGMENTS = range(5, 33)  # fewer cost as much as they gain, of more the last waits for what the others hand on,
 _SHORTEST_SEGMENT = 16  # and each has at least so many steps
 _SHORT_ROUTE = (
@@ -89,6 +90,11 @@ BACKWARD = {
     256: Tile(2, 1, 4, parts=32, warps=8),
 }
 
+#: Tiles of both passes where tokens lie side by side and sequences are too few for those: a thread has fewer states, so
+#: that one walk along uncut routes fills a GPU, where segments would be gone through twice.
+FEW_FORWARD = {16: Tile(1, 4, 16, parts=8, warps=4, registers=168)}
+FEW_BACKWARD = {16: Tile(1, 4, 8, parts=8, warps=4, registers=168)}
+
 #: Tiles of the products that make up a step size of low rank, by the rank; of those back from a gradient in two terms.
 #: With two stages they fit into the 99 KiB of shared memory of smaller GPUs.
 LOW_RANK = {
@@ -104,6 +110,22 @@ LOW_RANK_HALVED = {8: Product(64, 128), 64: Product(64, 64), 256: Product(16, 32
 def tile_for(table: Mapping[int, _T], size: int) -> _T:
     """The tile of the first entry that has room for so many states, or columns."""
     return next(tile for room, tile in table.items() if size <= room)
+
+
+def _tiles(call: ScanCall) -> tuple[Tile, Tile]:
+    """Those of the forward and of the backward pass, together, since one saves states for the other."""
+    tables = FORWARD, BACKWARD
+    room = next(room for room in FORWARD if call.states <= room)
+    if room in FEW_FORWARD and _along(call):
+        many, few = FORWARD[room], FEW_FORWARD[room]
+        if _grid(call, many)[0] * many.warps < _WARPS <= _grid(call, few)[0] * few.warps:
+            tables = FEW_FORWARD, FEW_BACKWARD
+    return tables[0][room], tables[1][room]
+
+
+def _along(call: ScanCall) -> bool:
+    """Whether tokens lie side by side in memory."""
+    return all(tensor.stride(1) == 1 for tensor in (call.x, call.dt, call.B, call.C))
 
 
 def _padded(size: int) -> int:
@@ -154,7 +176,7 @@ def _refuses(call: ScanCall) -> str | None:
 
 
 def _new_saved(call: ScanCall) -> Tensor:
-    tiles = -(-call.steps // tile_for(BACKWARD, call.states).steps)
+    tiles = -(-call.steps // _tiles(call)[1].steps)
     shape = (call.batch, call.routes, tiles, call.channels, _block(call.states))
     return call.x.new_empty(shape, dtype=torch.float32)
 
@@ -172,7 +194,7 @@ def _scan(call: ScanCall) -> ModuleType:
 def _forward(call: ScanCall, save: bool) -> tuple[Tensor, Tensor, Tensor]:
     y, last = call.new_output(), call.new_last_state()
     saved = _new_saved(call) if save else call.x.new_empty(0)
-    tile, keep = tile_for(FORWARD, call.states), tile_for(BACKWARD, call.states)
+    tile, keep = _tiles(call)
     segments = _segments(call, tile, max(tile.steps, keep.steps))
     together = _together(call, tile, segments, y)
     shares = _shares(y, call.routes // together, _rounded(y)) if call.merge else y
@@ -204,7 +226,7 @@ def _forward(call: ScanCall, save: bool) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _backward(call: ScanCall, saved: Tensor, dy: Tensor | None, dlast: Tensor | None) -> tuple[Tensor | None, ...]:
-    tile = tile_for(BACKWARD, call.states)
+    _, tile = _tiles(call)
     blocks = -(-call.channels // tile.channels)
     dx, dB, dC = (torch.empty_like(t) for t in (call.x, call.B, call.C))
     ddt = _new_whole(call, halved=_is_halved(call)) if call.rank else torch.empty_like(call.dt)
@@ -212,7 +234,8 @@ def _backward(call: ScanCall, saved: Tensor, dy: Tensor | None, dlast: Tensor | 
     dx_target = dx_shares.movedim(0, 2) if call.shared_x else dx
     on_way = (blocks, call.batch, call.routes, call.steps)  # shares of one state are written in the order of steps
     dB_shares, dC_shares = (
-        t.new_empty(on_way, dtype=torch.float32) if call.states == 1 else _shares(t, blocks) for t in (dB, dC)
+        t.new_empty(on_way, dtype=torch.float32) if call.states == 1 else _shares(t, blocks, _rounded(t))
+        for t in (dB, dC)
     )
     by_token = (dB, dC) if call.states == 1 else (dB_shares[0], dC_shares[0])
     dinitial = None if call.initial_state is None else call.initial_state.new_empty(call.initial_state.shape)
@@ -429,7 +452,7 @@ def _constants(call: ScanCall, tile: Tile, *results: Tensor | None) -> dict[str,
         constants |= dict(ALIGNED=_aligned(call) if call.rank else 1, **_following(call.x.device))
     else:
         constants |= dict(states=call.states, GROUPS=tile.groups, LANES=tile.lanes, WARPS=tile.warps)
-        constants |= dict(PARTS=tile.parts, BLOCK_N=_block(call.states))
+        constants |= dict(PARTS=tile.parts, BLOCK_N=_block(call.states), ALONG=_along(call))
     if _is_nvidia(call.x.device):
         constants |= dict(maxnreg=tile.registers)
     return constants

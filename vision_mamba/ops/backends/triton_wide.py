@@ -10,7 +10,9 @@ LANES, PARTS), the same for all WARPS and LANES: what is not loaded, the compile
 both have the same lanes, and taking a row out of a tile moves nothing between them. What changes lanes is done a tile
 at a time, before the loop over its steps and after it. Lanes of neighbouring PARTS have neighbouring runs, so that
 states are written in whole sectors of memory. A sum over lanes is a change of layout and a sum within threads, not
-shuffles: a sixth fewer instructions in all at 16 states.
+shuffles: a sixth fewer instructions in all at 16 states. Where tokens lie side by side, as in the classic layout, the
+compiler loads with the steps of a tile in neighbouring lanes, and sums come back with them there (ALONG), or each would
+change lanes once more.
 """
 
 import triton
@@ -32,6 +34,8 @@ from vision_mamba.ops.backends.triton_kernels import (
 
 #: The same number to 24 bits, written otherwise.
 SAME_BIAS = tl.constexpr(1.0001e-8)
+#: Decays of a tile that a thread of the backward pass keeps; more are made twice.
+KEPT = tl.constexpr(16)
 
 
 @triton.jit
@@ -94,17 +98,21 @@ def _put_states(tile, o_t, t, row):
 
 
 @triton.jit
-def _gather_channels(tile, STEPS: tl.constexpr, CHANNELS: tl.constexpr):
-    """The sum of a tile over PARTS as (STEPS, channels)."""
-    return tl.reshape(tl.permute(tl.sum(tile, 4), (0, 2, 3, 1)), (STEPS, CHANNELS))
+def _gather_channels(tile, STEPS: tl.constexpr, CHANNELS: tl.constexpr, ALONG: tl.constexpr):
+    """The sum of a tile over PARTS as (STEPS, channels); ALONG the tokens, lanes get it as loads of x lie."""
+    if ALONG:
+        tile = tl.reshape(tl.permute(tile, (4, 2, 3, 1, 0)), (tile.shape[4], CHANNELS * STEPS))
+        return tl.trans(tl.reshape(tl.sum(_turned(tile), 0), (CHANNELS, STEPS)))
+    else:
+        return tl.reshape(tl.permute(tl.sum(tile, 4), (0, 2, 3, 1)), (STEPS, CHANNELS))
 
 
 @triton.jit
-def _gather_states(tile, STEPS: tl.constexpr, BLOCK_N: tl.constexpr):
+def _gather_states(tile, STEPS: tl.constexpr, BLOCK_N: tl.constexpr, ALONG: tl.constexpr):
     """The sum of a tile over WARPS and LANES as (STEPS, BLOCK_N)."""
-    tile = tl.permute(tile, (3, 4, 0, 1, 5, 2))
-    tile = _turned(tl.reshape(tile, (tile.shape[0] * tile.shape[1], STEPS * BLOCK_N)))
-    return tl.reshape(tl.sum(tile, 0), (STEPS, BLOCK_N))
+    tile = tl.permute(tile, (3, 4, 1, 5, 2, 0) if ALONG else (3, 4, 0, 1, 5, 2))
+    tile = tl.sum(_turned(tl.reshape(tile, (tile.shape[0] * tile.shape[1], STEPS * BLOCK_N))), 0)
+    return tl.trans(tl.reshape(tile, (BLOCK_N, STEPS))) if ALONG else tl.reshape(tile, (STEPS, BLOCK_N))
 
 
 @triton.jit
@@ -182,6 +190,7 @@ def forward(
     PARTS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     LONG: tl.constexpr,
+    ALONG: tl.constexpr,  # tokens lie side by side in memory
 ):
     CHANNELS: tl.constexpr = GROUPS * LANES * WARPS
     RUN: tl.constexpr = BLOCK_N // PARTS if BLOCK_N // PARTS < 4 else 4
@@ -239,9 +248,9 @@ def forward(
         # (STEPS,)
         o_after = _token(p_indices, start + 2 * STEPS + o_t, steps, LONG)
 
-        loaded_B, loaded_C = b_B, b_C
-        b_x = b_x.to(tl.float32)
-        b_v = b_dt.to(tl.float32) + b_bias[None, :]
+        loaded_B, loaded_C, loaded_x = b_B, b_C, b_x
+        b_x = _float(b_x, b_dt, o_t)
+        b_v = _float(b_dt, loaded_x, o_t) + b_bias[None, :]
         b_s = _softplus(b_v) if SOFTPLUS else b_v
         b_s = tl.where((start + o_t < steps)[:, None], b_s, 0.0)  # past the end the state stays as it is
         b_ss = _spread_channels(b_s, STEPS, GROUPS, WARPS, LANES, PARTS)
@@ -252,7 +261,7 @@ def forward(
         for t in tl.static_range(STEPS):
             if p_saved is not None and SAVED <= STEPS and t % SAVED == 0:
                 o_saved = (i_tile + t // SAVED) * channels * BLOCK_N + o_h
-                tl.store(p_saved + o_saved, b_h, mask=m_h & (start + t < steps))
+                tl.store(p_saved + o_saved, b_h, mask=m_h & (tl.full(m_h.shape, start + t, tl.int32) < steps))
             b_a = tl.exp2(_channels(b_ss, o_t, t) * b_A + BIAS)
             b_h = b_a * b_h + _channels(b_us, o_t, t) * _states(b_Bs, o_t, t)
             if not ENDS:
@@ -260,7 +269,7 @@ def forward(
         if ENDS:
             b_span += b_s
         else:
-            b_y = _gather_channels(b_ys, STEPS, CHANNELS) + b_D[None, :] * b_x
+            b_y = _gather_channels(b_ys, STEPS, CHANNELS, ALONG) + b_D[None, :] * b_x
             _store_rows(p_y, b_y, o_token, o_d, m_d, s_yl, s_yd)
         o_token, o_next = o_next, o_after
         b_x, b_dt, b_B, b_C = next_x, next_dt, next_B, next_C
@@ -347,6 +356,7 @@ def backward(
     PARTS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     LONG: tl.constexpr,
+    ALONG: tl.constexpr,  # tokens lie side by side in memory
 ):
     CHANNELS: tl.constexpr = GROUPS * LANES * WARPS
     RUN: tl.constexpr = BLOCK_N // PARTS if BLOCK_N // PARTS < 4 else 4
@@ -423,9 +433,9 @@ def backward(
         o_after = start - 2 * STEPS + o_t
         o_after = _token(p_indices, tl.where(o_after < 0, steps, o_after), steps, LONG)
 
-        loaded_B, loaded_C = b_B, b_C
-        b_x = b_x.to(tl.float32)
-        b_v = b_dt.to(tl.float32) + b_bias[None, :]
+        loaded_B, loaded_C, loaded_x = b_B, b_C, b_x
+        b_x = _float(b_x, b_dt, o_t)
+        b_v = _float(b_dt, loaded_x, o_t) + b_bias[None, :]
         m_t = (start + o_t < steps)[:, None]
         b_s = tl.where(m_t, _softplus(b_v) if SOFTPLUS else b_v, 0.0)
         if p_dy is not None:
@@ -453,21 +463,22 @@ def backward(
             b_dBs = tl.zeros((STEPS, RUNS, RUN, WARPS, LANES, PARTS), tl.float32)
             b_dCs = tl.zeros((STEPS, RUNS, RUN, WARPS, LANES, PARTS), tl.float32)
             for t in tl.static_range(STEPS - 1, -1, -1):
-                b_st, b_dyt = _channels(b_ss, o_t, t), _channels(b_dys, o_t, t)
+                b_st = _channels(b_ss, o_t, t)
+                b_dyt = _channels(b_dys, o_t, t)
                 b_g += _states(b_Cs, o_t, t) * b_dyt
                 b_dCs = _put_states(b_dCs, o_t, t, history[t + 1] * b_dyt)
                 b_dBs = _put_states(b_dBs, o_t, t, b_g * _channels(b_us, o_t, t))
                 b_gBs = _put_channels(b_gBs, o_t, t, b_g * _states(b_Bs, o_t, t))
-                # Not the exponent of above, lest the compiler keep those decays: registers are dearer than exp2.
-                b_g *= tl.exp2(b_st * b_A + SAME_BIAS)
+                # With another exponent than above the compiler does not keep those decays: many registers are dearer.
+                b_g *= tl.exp2(b_st * b_A + (BIAS if STEPS * GROUPS * RUNS * RUN <= KEPT else SAME_BIAS))
                 b_kept = b_g * history[t]
                 b_kepts = _put_channels(b_kepts, o_t, t, b_kept * b_A)
                 b_dA += b_st * b_kept
 
-            _store_rows(p_dB, _gather_states(b_dBs, STEPS, BLOCK_N), o_token, o_n, m_n, s_dBl, s_dBn)
-            _store_rows(p_dC, _gather_states(b_dCs, STEPS, BLOCK_N), o_token, o_n, m_n, s_dCl, s_dCn)
-            b_gB = _gather_channels(b_gBs, STEPS, CHANNELS)
-            b_dv = _gather_channels(b_kepts, STEPS, CHANNELS) * LN2 + b_gB * b_x
+            _store_rows(p_dB, _gather_states(b_dBs, STEPS, BLOCK_N, ALONG), o_token, o_n, m_n, s_dBl, s_dBn)
+            _store_rows(p_dC, _gather_states(b_dCs, STEPS, BLOCK_N, ALONG), o_token, o_n, m_n, s_dCl, s_dCn)
+            b_gB = _gather_channels(b_gBs, STEPS, CHANNELS, ALONG)
+            b_dv = _gather_channels(b_kepts, STEPS, CHANNELS, ALONG) * LN2 + b_gB * b_x
             if SOFTPLUS:
                 b_dv *= _slope(b_v)
             b_dv = tl.where(m_t, b_dv, 0.0)
