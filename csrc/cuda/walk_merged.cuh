@@ -186,6 +186,7 @@ extern "C" __global__ void __launch_bounds__(32 * kWarps, MIN_BLOCKS) walk_merge
         __syncwarp();
         own.sizes.y.add(sums, tokens[0], lane, left, [&] {
             if (tile + route > 0) await_warp(turn_of(warp));
+            else __syncwarp();  // what was read gives way to the next tile's step sizes
         });
         if (route + 1 < kRoutes) tell_warp(turn_of(warp + 1));
         else if (tile + 1 < tiles) tell_warp(turn_of((from + 1) % kTurns * kRoutes));

@@ -1,0 +1,305 @@
+// What the CUDA kernels need of a GPU, on a CPU: a block's threads are fibers of one thread, which take turns wherever they
+// wait for each other; blocks run one after the other. Memory that is copied asynchronously changes only when the copy is
+// waited for, and shared memory begins as NaN. A fiber that waits for what never comes ends the program with a message.
+#pragma once
+#include <ucontext.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <deque>
+#include <type_traits>
+#include <vector>
+
+#define __CUDA_ARCH__ 900
+#define __device__
+#define __global__
+#define __forceinline__ inline
+#define __grid_constant__
+#define __launch_bounds__(...)
+#define __builtin_assume(condition) ((void)0)
+
+using std::fabs, std::fma;
+template <class A, class B> std::common_type_t<A, B> min(A a, B b) { return a < b ? a : b; }
+template <class A, class B> std::common_type_t<A, B> max(A a, B b) { return a > b ? a : b; }
+
+struct uint2 { unsigned x, y; };
+struct int2 { int x, y; };
+struct alignas(16) uint4 { unsigned x, y, z, w; };
+struct alignas(16) int4 { int x, y, z, w; };
+struct alignas(8) float2 { float x, y; };
+struct alignas(16) float4 { float x, y, z, w; };
+inline uint2 make_uint2(unsigned x, unsigned y) { return {x, y}; }
+inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
+inline float2 make_float2(float x, float y) { return {x, y}; }
+inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
+struct dim3 { unsigned x, y, z; };
+
+namespace emulated {
+
+template <class To, class From> To bits(From from) {
+    static_assert(sizeof(To) == sizeof(From));
+    To to;
+    memcpy(&to, &from, sizeof to);
+    return to;
+}
+
+struct Copy {
+    char* to;
+    char data[16];
+    int bytes;
+};
+struct Fiber {
+    ucontext_t context;
+    std::vector<char> stack;
+    dim3 thread;
+    std::vector<Copy> asked;            // not committed yet
+    std::deque<std::vector<Copy>> groups;
+    unsigned exchanges = 0;
+    bool done;
+};
+struct Warp {
+    unsigned long long sent[2][32][4];  // of two exchanges in turn
+    unsigned arrived = 0;
+};
+struct Barrier { unsigned arrived = 0; };
+// In eight bytes of shared memory.
+struct Mailbox { unsigned short left, count; unsigned phase; };
+
+inline char* shared;
+inline dim3 block, grid, threads;
+inline std::vector<Fiber> fibers;
+inline std::vector<Warp> warps;
+inline Barrier barriers[16];
+inline Fiber* current;
+inline ucontext_t scheduler;
+inline unsigned long long progress;  // of what fibers wait for
+
+[[noreturn]] inline void fail(const char* what) {
+    fprintf(stderr, "emulated kernel, block %u, thread %u: %s\n", block.x, current ? current->thread.x : 0, what);
+    abort();
+}
+inline void pause() { swapcontext(&current->context, &scheduler); }
+template <class Ready> void wait(Ready ready) {
+    while (!ready()) pause();
+    ++progress;
+}
+
+inline Warp& warp() { return warps[current->thread.x / 32]; }
+inline int lane() { return current->thread.x % 32; }
+
+// Every lane of the warp sends, and then sees what all have sent.
+template <class T> const unsigned long long (*exchange(const T& value))[4] {
+    static_assert(sizeof(T) <= 32);
+    Warp& own = warp();
+    const unsigned turn = current->exchanges++;
+    auto* sent = own.sent[turn % 2];
+    memcpy(sent[lane()], &value, sizeof value);
+    ++own.arrived, ++progress;
+    const unsigned all = 32 * (turn + 1);
+    wait([&] { return (int)(own.arrived - all) >= 0; });
+    return sent;
+}
+template <class T> T from_lane(const T& value, int lane) {
+    T found;
+    memcpy(&found, exchange(value)[lane & 31], sizeof found);
+    return found;
+}
+
+inline void barrier(int at, int count, bool waits) {
+    if (at < 0 || at > 15) fail("no such barrier");
+    Barrier& own = barriers[at];
+    const unsigned all = (own.arrived++ / count + 1) * count;
+    ++progress;
+    if (waits) wait([&] { return (int)(own.arrived - all) >= 0; });
+}
+
+template <class To, class... Numbers> void store(To to, Numbers... numbers) {
+    if ((size_t)to % (4 * sizeof...(numbers))) fail("a write that is not aligned");
+    unsigned word[] = {bits<unsigned>(numbers)...};
+    memcpy((void*)to, word, sizeof word);
+}
+template <class... Numbers> void load(const char* from, Numbers&... numbers) {
+    if ((size_t)from % (4 * sizeof...(numbers))) fail("a read that is not aligned");
+    ((memcpy(&numbers, from, 4), from += 4), ...);
+}
+
+inline void begin_mailbox(size_t at, int count) { *(Mailbox*)(shared + at) = {(unsigned short)count, (unsigned short)count, 0}; }
+inline void arrive(size_t at) {
+    Mailbox& own = *(Mailbox*)(shared + at);
+    if (own.left == 0) fail("an mbarrier that was not initialised");
+    if (--own.left == 0) own.left = own.count, ++own.phase;
+    ++progress;
+}
+inline bool arrived(size_t at, int parity) {
+    const bool done = (((Mailbox*)(shared + at))->phase & 1) != (unsigned)parity;
+    if (!done) pause();
+    else ++progress;
+    return done;
+}
+
+inline void copy_later(size_t to, const void* from, int bytes) {  // nowhere: zeros
+    if (to % bytes || (size_t)from % bytes) fail("an asynchronous copy that is not aligned");
+    Copy copy{shared + to, {}, bytes};
+    if (from) memcpy(copy.data, from, bytes);
+    current->asked.push_back(copy);
+}
+inline void commit() { current->groups.push_back(std::move(current->asked)), current->asked.clear(); }
+inline void finish(size_t left) {
+    for (; current->groups.size() > left; current->groups.pop_front()) {
+        for (const Copy& copy : current->groups.front()) memcpy(copy.to, copy.data, copy.bytes);
+    }
+}
+
+// Numbers in 16 bits, and 19.
+inline unsigned short to_bfloat(float v) {
+    const unsigned b = bits<unsigned>(v);
+    return (b & 0x7fffffffu) > 0x7f800000u ? 0x7fff : (b + 0x7fffu + (b >> 16 & 1)) >> 16;
+}
+inline float of_bfloat(unsigned short v) { return bits<float>((unsigned)v << 16); }
+inline unsigned short to_half(float v) { return bits<unsigned short>((_Float16)v); }
+inline float of_half(unsigned short v) { return (float)bits<_Float16>(v); }
+inline float to_tf32(unsigned v) { return bits<float>(v & 0xffffe000u); }  // the tensor cores cut
+inline unsigned pair(unsigned short low, unsigned short high) { return low | (unsigned)high << 16; }
+inline unsigned sum_bfloats(unsigned a, unsigned b) {
+    return pair(to_bfloat(of_bfloat(a) + of_bfloat(b)), to_bfloat(of_bfloat(a >> 16) + of_bfloat(b >> 16)));
+}
+
+// D = A B + C, A 16 x depth and B depth x 8, of which a lane's words hold `each` neighbours in a row of A, a column of B.
+template <int kDepth, int kEach, int kA, int kB, class Word, class Other, class Number>
+void multiply(float* d, const float (&c)[4], const Word (&a)[kA], const Other (&b)[kB], Number number) {
+    struct Sent { unsigned a[kA], b[kB]; } own;
+    for (int r = 0; r < kA; ++r) own.a[r] = bits<unsigned>(a[r]);
+    for (int r = 0; r < kB; ++r) own.b[r] = bits<unsigned>(b[r]);
+    const auto* sent = exchange(own);
+    float A[16][kDepth], B[kDepth][8];
+    for (int l = 0; l < 32; ++l) {
+        Sent of;
+        memcpy(&of, sent[l], sizeof of);
+        for (int r = 0; r < kA; ++r) {
+            for (int e = 0; e < kEach; ++e) A[l / 4 + r % 2 * 8][kEach * (l % 4) + e + r / 2 * 4 * kEach] = number(of.a[r], e);
+        }
+        for (int r = 0; r < kB; ++r) {
+            for (int e = 0; e < kEach; ++e) B[kEach * (l % 4) + e + r * 4 * kEach][l / 4] = number(of.b[r], e);
+        }
+    }
+    for (int i = 0; i < 4; ++i) {
+        const int row = lane() / 4 + i / 2 * 8, column = lane() % 4 * 2 + i % 2;
+        float sum = c[i];
+        for (int k = 0; k < kDepth; ++k) sum += A[row][k] * B[k][column];
+        d[i] = sum;
+    }
+}
+inline float bfloat_at(unsigned word, int e) { return of_bfloat(word >> 16 * e); }
+inline float tf32_at(unsigned word, int) { return to_tf32(word); }
+
+inline unsigned transposed(unsigned word) {
+    const auto* sent = exchange(word);
+    unsigned found = 0;
+    for (int e = 0; e < 2; ++e) {  // row lane / 4, columns 2 (lane % 4) and the next
+        const int row = lane() % 4 * 2 + e, column = lane() / 4;
+        unsigned of;
+        memcpy(&of, sent[row * 4 + column / 2], sizeof of);
+        found |= (of >> 16 * (column % 2) & 0xffff) << 16 * e;
+    }
+    return found;
+}
+
+template <class Kernel> void run(Kernel kernel, unsigned blocks, unsigned count, size_t bytes) {
+    static void (*start)() = [] {};
+    static Kernel* body;
+    body = &kernel;
+    start = [] {
+        (*body)();
+        current->done = true, ++progress;
+        swapcontext(&current->context, &scheduler);
+    };
+    grid = {blocks, 1, 1}, threads = {count, 1, 1};
+    fibers.resize(count);
+    shared = (char*)aligned_alloc(1024, (bytes + 1023) / 1024 * 1024 + 1024);
+    for (unsigned b = 0; b < blocks; ++b) {
+        block = {b, 0, 0};
+        memset(shared, 0xff, bytes);
+        warps.assign((count + 31) / 32, {});
+        for (Barrier& own : barriers) own = {};
+        for (unsigned t = 0; t < count; ++t) {
+            Fiber& fiber = fibers[t];
+            fiber.stack.resize(1 << 16), fiber.thread = {t, 0, 0}, fiber.done = false, fiber.exchanges = 0;
+            fiber.asked.clear(), fiber.groups.clear();
+            getcontext(&fiber.context);
+            fiber.context.uc_stack.ss_sp = fiber.stack.data(), fiber.context.uc_stack.ss_size = fiber.stack.size();
+            fiber.context.uc_link = nullptr;
+            makecontext(&fiber.context, start, 0);
+        }
+        for (bool left = true; left;) {
+            left = false;
+            const unsigned long long before = progress;
+            for (Fiber& fiber : fibers) {
+                if (fiber.done) continue;
+                left = true, current = &fiber;
+                swapcontext(&scheduler, &fiber.context);
+            }
+            if (left && progress == before) fail("all threads wait");
+        }
+        current = nullptr;
+        for (Barrier& own : barriers) {
+            if (own.arrived % 32) fail("a barrier that part of a warp came to");
+        }
+    }
+    free(shared);
+}
+
+}  // namespace emulated
+
+#define threadIdx (emulated::current->thread)
+#define blockIdx (emulated::block)
+#define gridDim (emulated::grid)
+#define blockDim (emulated::threads)
+
+inline float __uint_as_float(unsigned v) { return emulated::bits<float>(v); }
+inline unsigned __float_as_uint(float v) { return emulated::bits<unsigned>(v); }
+inline int __float_as_int(float v) { return emulated::bits<int>(v); }
+inline float __int_as_float(int v) { return emulated::bits<float>(v); }
+template <class T> T __ldg(const T* at) { return *at; }
+template <class T> T __ldcg(const T* at) { return *at; }
+template <class T> void __stcg(T* at, T v) { *at = v; }
+template <class T> bool __isGlobal(T*) { return true; }
+inline size_t __cvta_generic_to_shared(const void* at) { return (const char*)at - emulated::shared; }
+inline unsigned __byte_perm(unsigned a, unsigned b, unsigned selector) {
+    const unsigned long long both = a | (unsigned long long)b << 32;
+    unsigned found = 0;
+    for (int i = 0; i < 4; ++i) found |= (unsigned)(both >> (selector >> 4 * i & 7) * 8 & 0xff) << 8 * i;
+    return found;
+}
+inline void __syncwarp(unsigned = ~0u) { emulated::exchange(0); }
+inline void __syncthreads() { emulated::barrier(0, emulated::threads.x, true); }
+inline void __nanosleep(unsigned) { emulated::pause(); }
+inline void __threadfence() {}
+inline void __threadfence_block() {}
+template <class T> T __shfl_sync(unsigned, T v, int lane, int width = 32) {
+    return emulated::from_lane(v, (emulated::lane() & -width) | (lane & (width - 1)));
+}
+template <class T> T __shfl_xor_sync(unsigned, T v, int mask, int = 32) {
+    return emulated::from_lane(v, emulated::lane() ^ mask);
+}
+template <class T> T __shfl_up_sync(unsigned, T v, unsigned by, int width = 32) {
+    const int lane = emulated::lane();
+    return emulated::from_lane(v, lane % width < (int)by ? lane : lane - by);
+}
+template <class T> T __shfl_down_sync(unsigned, T v, unsigned by, int width = 32) {
+    const int lane = emulated::lane();
+    return emulated::from_lane(v, lane % width + (int)by >= width ? lane : lane + by);
+}
+inline unsigned __ballot_sync(unsigned, bool v) {
+    const auto* sent = emulated::exchange((unsigned)v);
+    unsigned all = 0;
+    for (int l = 0; l < 32; ++l) all |= (sent[l][0] & 1) << l;
+    return all;
+}
+inline bool __any_sync(unsigned m, bool v) { return __ballot_sync(m, v) != 0; }
+inline bool __all_sync(unsigned m, bool v) { return __ballot_sync(m, v) == ~0u; }
+template <class T> T atomicAdd(T* at, T v) { T old = *at; *at += v; return old; }
+inline int __popc(unsigned v) { return __builtin_popcount(v); }
+inline int __clz(int v) { return v ? __builtin_clz(v) : 32; }

@@ -1,0 +1,126 @@
+"""The CUDA kernels on a CPU, without a GPU: small scans, each way that a plan can take but those in clusters of blocks.
+
+The whole sweep is in test_cuda.py and test_wave*.py, for a GPU; here are one or two cases of each kernel and way.
+"""
+
+from __future__ import annotations
+
+import subprocess
+from dataclasses import replace
+
+import pytest
+import torch
+
+from tests import cases
+from tests.cases import BF16, F16, F32, Case, make_call
+from tests.ops import test_wave
+from tests.ops.emulated import built, emulated, in_cpp, run
+from tests.tolerances import assert_close
+from vision_mamba.ops.backends import cuda_kernels as kernels
+from vision_mamba.ops.backends import few_cuda as few
+from vision_mamba.ops.backends import gpu, wide_cuda
+
+__all__ = ["emulated"]  # a fixture
+HALF = (BF16,) * 4
+LONG = replace(test_wave.LONG, grid=(1, 67))
+
+
+@pytest.fixture(autouse=True)
+def many_sequences(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No sequences are few: the kernels for these are made for clusters."""
+    monkeypatch.setattr(few, "takes_call", lambda *_, **__: False)
+
+
+def check(case: Case, used: set[str], *names: str) -> None:
+    """Against the reference, in every tensor, by kernels some of which have these names; twice the same."""
+    found, reference = run(make_call(case)), cases.run(cases.double(make_call(case)), "reference")
+    assert used >= set(names) and used
+    assert found.keys() == reference.keys()
+    for name, tensor in reference.items():
+        assert_close(name, found[name], tensor)
+    again = run(make_call(case))
+    assert all(torch.equal(again[name], tensor) for name, tensor in found.items())
+
+
+OPTIONS = [case for case in cases.options() if case.states in (1, 16)]
+SHAPES = [case for case in cases.shapes() if case.tokens < 300 and case.states in (1, 3, 16, 64)]
+
+
+@pytest.mark.parametrize("case", OPTIONS + SHAPES + cases.layouts()[::3], ids=str)
+def test_matches_the_reference(case: Case, emulated: set[str], poisoned: None) -> None:
+    check(case, emulated)
+
+
+@pytest.mark.parametrize("rank", [0, 6])
+@pytest.mark.parametrize("pieces", ["whole", "segments"])
+def test_walks(pieces: str, rank: int, emulated: set[str], poisoned: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "walks", lambda *_: True)
+    monkeypatch.setattr(kernels, "fills", lambda *_: False)
+    monkeypatch.setattr(kernels, "wide_segments", lambda *_: (1, 0) if pieces == "whole" else (3, 1))
+    case = Case(channels=64, states=1, batch=1, order="cross", rank=rank, dtypes=HALF, grid=(5, 7), state=True)
+    check(case, emulated, "walk_forward", "walk_backward")
+
+
+@pytest.mark.parametrize("rank", [0, 6])
+@pytest.mark.parametrize("way", [(1, 1, 2, "Bfloat"), (2, 1, 2, "Float"), (1, 2, 1, "Bfloat"), (2, 2, 1, "Bfloat")])
+def test_walks_that_add_up_routes(
+    way: tuple[int, int, int, str], rank: int, emulated: set[str], poisoned: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_, turns, stages, sums = way
+    how = kernels.Merged(run_, turns, stages, 8, rank=rank, sums=sums)
+    monkeypatch.setattr(kernels, "walks", lambda *_: True)
+    monkeypatch.setattr(kernels, "fills", lambda *_: True)
+    monkeypatch.setattr(kernels, "merged", lambda *_: how)
+    monkeypatch.setattr(kernels, "wide_segments", lambda *_: (1, 0))
+    case = Case(channels=64, states=1, batch=1, order="cross", rank=rank, dtypes=HALF, grid=(5, 7), state=True)
+    check(case, emulated, "walk_merged")
+
+
+@pytest.mark.parametrize(
+    ("routes", "rank", "dtype"),
+    [
+        *((routes, rank, BF16) for routes in ("together", "in turn", "in order", "in segments") for rank in (0, 24)),
+        *(("together", rank, dtype) for rank in (0, 24) for dtype in (F16, F32)),
+    ],
+)
+def test_many_sequences_of_several_states(
+    routes: str, rank: int, dtype: torch.dtype, emulated: set[str], poisoned: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(wide_cuda, "_forward_tile", lambda call, _: kernels.forward_tiles(call.states)[True])
+    monkeypatch.setattr(wide_cuda, "_in_turn", lambda *_: routes == "in turn")
+    monkeypatch.setattr(wide_cuda, "_in_order", lambda *_: routes == "in order")
+    monkeypatch.setattr(kernels, "MANY", 0)
+    monkeypatch.setattr(kernels, "LEAN", routes == "together")
+    monkeypatch.setattr(gpu, "multiprocessors", lambda _: 1)
+    monkeypatch.setattr(kernels, "wide_segments", lambda *_: (3, 1) if routes == "in segments" else (1, 3))
+    case = Case(channels=64, states=16, order="bidirectional", rank=rank, dtypes=(dtype,) * 4, grid=(1, 37), state=True)
+    check(case, emulated, "wide_backward")
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        *(replace(LONG, dtypes=(dtype,) * 4, state=True) for dtype in (BF16, F16, F32)),
+        replace(LONG, grid=(1, 33), channels=100, dtypes=HALF, state=True),
+        replace(LONG, routes=2, channels=52, dtypes=HALF, skip=False, bias=False, softplus=False),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("columns", [1, 3])
+def test_waves(case: Case, columns: int, emulated: set[str], poisoned: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "wave_forward_columns", lambda *_: columns)
+    monkeypatch.setattr(kernels, "wave_fills", lambda *_: True)
+    check(case, emulated, "wave_forward", "wave_backward")
+
+
+def test_a_barrier_that_some_never_reach_ends_the_program(emulated: set[str]) -> None:
+    code = """#include "runtime.h"
+    int main() { emulated::run([] { if (threadIdx.x < 32) __syncthreads(); }, 1, 64, 0); }"""
+    outcome = subprocess.run([str(built(code))], capture_output=True, text=True)
+    assert outcome.returncode < 0 and "all threads wait" in outcome.stderr
+
+
+def test_every_statement_in_assembly_is_known_or_refused() -> None:
+    with pytest.raises(NotImplementedError, match=r"no rule says what this does: asm\(\"bfe"):
+        in_cpp('asm("bfe.u32 %0, %1, 0, 8;" : "=r"(r) : "r"(a));')
+    assert in_cpp('asm volatile("" : "+r"(value));') == ";"
