@@ -204,6 +204,7 @@ extern "C" __global__ void __launch_bounds__(32 * kWarps, MIN_BLOCKS) walk_merge
         for (int i = 0; i < kWarps; ++i) {
             if (i != end) tell_warp(turn_of(i));
         }
+        __syncwarp();
     } else {
         await_warp(turn_of(warp));
     }

@@ -259,7 +259,7 @@ struct Scan {
         const int steps = from.steps, channels = from.channels, pieces = (steps + kPiece - 1) / kPiece;
         const int q = lane % kLanes, group = lane / kLanes;
         fetch_tokens(0);
-        m.tokens[7][lane % kPiece] = -2;  // before the first piece
+        if (lane < kPiece) m.tokens[7][lane] = -2;  // before the first piece
         prepare();
         wait_for_copies();
         __syncwarp();

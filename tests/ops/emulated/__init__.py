@@ -31,6 +31,8 @@ from vision_mamba.ops.call import GRADIENTS, ScanCall
 
 COMPILER = os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++")
 
+FLAGS = "VISION_MAMBA_EMULATED"  # more options for the compiler, such as -fsanitize=thread -g
+
 #: What a statement in assembly contains, and what it does to its operands in C++; the first that is found in it counts.
 RULES = (
     ("ex2.approx", "{0} = exp2f({1});"),
@@ -150,7 +152,15 @@ extern "C" void run_it(const void* argument, unsigned blocks, unsigned threads, 
 def built(code: str, macros: tuple[tuple[str, str], ...] = (), *more: str) -> Path:
     """What the compiler makes of C++, kept for the next time."""
     here = Path(__file__).parent
-    options = ["-std=c++20", "-O1", "-w", f"-I{here}", *more, *(f"-D{name}={value}" for name, value in macros)]
+    options = [
+        "-std=c++20",
+        "-O1",
+        "-w",
+        f"-I{here}",
+        *more,
+        *os.environ.get(FLAGS, "").split(),
+        *(f"-D{name}={value}" for name, value in macros),
+    ]
     key = hashlib.sha256(repr((code, (here / "runtime.h").read_text(), options)).encode()).hexdigest()[:32]
     place = Path(tempfile.gettempdir()) / f"vision_mamba-emulated-{os.getuid()}"
     place.mkdir(mode=0o700, exist_ok=True)

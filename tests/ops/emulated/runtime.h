@@ -37,6 +37,41 @@ inline float2 make_float2(float x, float y) { return {x, y}; }
 inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 struct dim3 { unsigned x, y, z; };
 
+// With -fsanitize=thread, ThreadSanitizer takes fibers for threads, of which only barriers let one see what another has
+// written: an access that merely happens to come later is reported. What this file does by itself it does unseen.
+#ifdef __SANITIZE_THREAD__
+extern "C" {
+void* __tsan_get_current_fiber();
+void* __tsan_create_fiber(unsigned);
+void __tsan_destroy_fiber(void*);
+void __tsan_switch_to_fiber(void*, unsigned);
+void __tsan_acquire(void*);
+void __tsan_release(void*);
+void AnnotateIgnoreReadsBegin(const char*, int);
+void AnnotateIgnoreReadsEnd(const char*, int);
+void AnnotateIgnoreWritesBegin(const char*, int);
+void AnnotateIgnoreWritesEnd(const char*, int);
+}
+namespace emulated {
+struct Unseen {
+    Unseen() { AnnotateIgnoreReadsBegin(__FILE__, __LINE__), AnnotateIgnoreWritesBegin(__FILE__, __LINE__); }
+    ~Unseen() { AnnotateIgnoreWritesEnd(__FILE__, __LINE__), AnnotateIgnoreReadsEnd(__FILE__, __LINE__); }
+};
+}  // namespace emulated
+#else
+#define __tsan_get_current_fiber() nullptr
+#define __tsan_create_fiber(flags) nullptr
+#define __tsan_destroy_fiber(fiber) ((void)0)
+#define __tsan_switch_to_fiber(fiber, flags) ((void)0)
+#define __tsan_acquire(what) ((void)0)
+#define __tsan_release(what) ((void)0)
+namespace emulated {
+struct Unseen {
+    Unseen() {}
+};
+}  // namespace emulated
+#endif
+
 namespace emulated {
 
 template <class To, class From> To bits(From from) {
@@ -59,12 +94,17 @@ struct Fiber {
     std::deque<std::vector<Copy>> groups;
     unsigned exchanges = 0;
     bool done;
+    void* known = nullptr;  // to ThreadSanitizer
 };
 struct Warp {
     unsigned long long sent[2][32][4];  // of two exchanges in turn
     unsigned arrived = 0;
+    char seen[8];  // what lets lanes see what others have written, each time another one
 };
-struct Barrier { unsigned arrived = 0; };
+struct Barrier {
+    unsigned arrived = 0;
+    char seen[64];
+};
 // In eight bytes of shared memory.
 struct Mailbox { unsigned short left, count; unsigned phase; };
 
@@ -75,26 +115,39 @@ inline std::vector<Warp> warps;
 inline Barrier barriers[16];
 inline Fiber* current;
 inline ucontext_t scheduler;
+inline void* known_scheduler;
+inline char all_done;
 inline unsigned long long progress;  // of what fibers wait for
 
 [[noreturn]] inline void fail(const char* what) {
     fprintf(stderr, "emulated kernel, block %u, thread %u: %s\n", block.x, current ? current->thread.x : 0, what);
     abort();
 }
-inline void pause() { swapcontext(&current->context, &scheduler); }
+#define UNSEEN __attribute__((no_sanitize("thread"), noinline)) inline
+UNSEEN Fiber& self() { return *current; }
+UNSEEN void pause() {
+    __tsan_switch_to_fiber(known_scheduler, 1);
+    swapcontext(&current->context, &scheduler);
+}
+UNSEEN void go_on(Fiber& fiber) {
+    current = &fiber;
+    __tsan_switch_to_fiber(fiber.known, 1);
+    swapcontext(&scheduler, &fiber.context);
+}
 template <class Ready> void wait(Ready ready) {
     while (!ready()) pause();
     ++progress;
 }
 
-inline Warp& warp() { return warps[current->thread.x / 32]; }
-inline int lane() { return current->thread.x % 32; }
+inline Warp& warp() { return warps[self().thread.x / 32]; }
+inline int lane() { return self().thread.x % 32; }
 
 // Every lane of the warp sends, and then sees what all have sent.
 template <class T> const unsigned long long (*exchange(const T& value))[4] {
     static_assert(sizeof(T) <= 32);
+    Unseen here;
     Warp& own = warp();
-    const unsigned turn = current->exchanges++;
+    const unsigned turn = self().exchanges++;
     auto* sent = own.sent[turn % 2];
     memcpy(sent[lane()], &value, sizeof value);
     ++own.arrived, ++progress;
@@ -103,17 +156,22 @@ template <class T> const unsigned long long (*exchange(const T& value))[4] {
     return sent;
 }
 template <class T> T from_lane(const T& value, int lane) {
+    Unseen here;
     T found;
     memcpy(&found, exchange(value)[lane & 31], sizeof found);
     return found;
 }
 
 inline void barrier(int at, int count, bool waits) {
+    Unseen here;
     if (at < 0 || at > 15) fail("no such barrier");
     Barrier& own = barriers[at];
-    const unsigned all = (own.arrived++ / count + 1) * count;
+    const unsigned time = own.arrived++ / count, all = (time + 1) * count;
+    __tsan_release(&own.seen[time % sizeof own.seen]);
     ++progress;
-    if (waits) wait([&] { return (int)(own.arrived - all) >= 0; });
+    if (!waits) return;
+    wait([&] { return (int)(own.arrived - all) >= 0; });
+    __tsan_acquire(&own.seen[time % sizeof own.seen]);
 }
 
 template <class To, class... Numbers> void store(To to, Numbers... numbers) {
@@ -126,30 +184,38 @@ template <class... Numbers> void load(const char* from, Numbers&... numbers) {
     ((memcpy(&numbers, from, 4), from += 4), ...);
 }
 
-inline void begin_mailbox(size_t at, int count) { *(Mailbox*)(shared + at) = {(unsigned short)count, (unsigned short)count, 0}; }
+// An mbarrier; of its bytes, each phase in turn stands for what its arrivals let others see.
+inline void begin_mailbox(size_t at, int count) {
+    Unseen here;
+    *(Mailbox*)(shared + at) = {(unsigned short)count, (unsigned short)count, 0};
+}
 inline void arrive(size_t at) {
+    Unseen here;
     Mailbox& own = *(Mailbox*)(shared + at);
     if (own.left == 0) fail("an mbarrier that was not initialised");
+    __tsan_release(shared + at + own.phase % 8);
     if (--own.left == 0) own.left = own.count, ++own.phase;
     ++progress;
 }
 inline bool arrived(size_t at, int parity) {
-    const bool done = (((Mailbox*)(shared + at))->phase & 1) != (unsigned)parity;
-    if (!done) pause();
-    else ++progress;
-    return done;
+    Unseen here;
+    const unsigned phase = ((Mailbox*)(shared + at))->phase;
+    if ((phase & 1) == (unsigned)parity) return pause(), false;
+    if (phase > 0) __tsan_acquire(shared + at + (phase - 1) % 8);
+    ++progress;
+    return true;
 }
 
 inline void copy_later(size_t to, const void* from, int bytes) {  // nowhere: zeros
     if (to % bytes || (size_t)from % bytes) fail("an asynchronous copy that is not aligned");
     Copy copy{shared + to, {}, bytes};
     if (from) memcpy(copy.data, from, bytes);
-    current->asked.push_back(copy);
+    self().asked.push_back(copy);
 }
-inline void commit() { current->groups.push_back(std::move(current->asked)), current->asked.clear(); }
+inline void commit() { self().groups.push_back(std::move(self().asked)), self().asked.clear(); }
 inline void finish(size_t left) {
-    for (; current->groups.size() > left; current->groups.pop_front()) {
-        for (const Copy& copy : current->groups.front()) memcpy(copy.to, copy.data, copy.bytes);
+    for (; self().groups.size() > left; self().groups.pop_front()) {
+        for (const Copy& copy : self().groups.front()) memcpy(copy.to, copy.data, copy.bytes);
     }
 }
 
@@ -170,6 +236,7 @@ inline unsigned sum_bfloats(unsigned a, unsigned b) {
 // D = A B + C, A 16 x depth and B depth x 8, of which a lane's words hold `each` neighbours in a row of A, a column of B.
 template <int kDepth, int kEach, int kA, int kB, class Word, class Other, class Number>
 void multiply(float* d, const float (&c)[4], const Word (&a)[kA], const Other (&b)[kB], Number number) {
+    Unseen here;
     struct Sent { unsigned a[kA], b[kB]; } own;
     for (int r = 0; r < kA; ++r) own.a[r] = bits<unsigned>(a[r]);
     for (int r = 0; r < kB; ++r) own.b[r] = bits<unsigned>(b[r]);
@@ -196,6 +263,7 @@ inline float bfloat_at(unsigned word, int e) { return of_bfloat(word >> 16 * e);
 inline float tf32_at(unsigned word, int) { return to_tf32(word); }
 
 inline unsigned transposed(unsigned word) {
+    Unseen here;
     const auto* sent = exchange(word);
     unsigned found = 0;
     for (int e = 0; e < 2; ++e) {  // row lane / 4, columns 2 (lane % 4) and the next
@@ -213,9 +281,14 @@ template <class Kernel> void run(Kernel kernel, unsigned blocks, unsigned count,
     body = &kernel;
     start = [] {
         (*body)();
-        current->done = true, ++progress;
-        swapcontext(&current->context, &scheduler);
+        {
+            Unseen here;
+            __tsan_release(&all_done);
+            self().done = true, ++progress;
+        }
+        pause();
     };
+    known_scheduler = __tsan_get_current_fiber();
     grid = {blocks, 1, 1}, threads = {count, 1, 1};
     fibers.resize(count);
     shared = (char*)aligned_alloc(1024, (bytes + 1023) / 1024 * 1024 + 1024);
@@ -232,18 +305,22 @@ template <class Kernel> void run(Kernel kernel, unsigned blocks, unsigned count,
             fiber.context.uc_stack.ss_sp = fiber.stack.data(), fiber.context.uc_stack.ss_size = fiber.stack.size();
             fiber.context.uc_link = nullptr;
             makecontext(&fiber.context, start, 0);
+            fiber.known = __tsan_create_fiber(0);
         }
         for (bool left = true; left;) {
+            Unseen here;
             left = false;
             const unsigned long long before = progress;
             for (Fiber& fiber : fibers) {
                 if (fiber.done) continue;
-                left = true, current = &fiber;
-                swapcontext(&scheduler, &fiber.context);
+                left = true;
+                go_on(fiber);
             }
             if (left && progress == before) fail("all threads wait");
         }
         current = nullptr;
+        __tsan_acquire(&all_done);
+        for (Fiber& fiber : fibers) __tsan_destroy_fiber(fiber.known);
         for (Barrier& own : barriers) {
             if (own.arrived % 32) fail("a barrier that part of a warp came to");
         }
@@ -253,7 +330,7 @@ template <class Kernel> void run(Kernel kernel, unsigned blocks, unsigned count,
 
 }  // namespace emulated
 
-#define threadIdx (emulated::current->thread)
+#define threadIdx (emulated::self().thread)
 #define blockIdx (emulated::block)
 #define gridDim (emulated::grid)
 #define blockDim (emulated::threads)
@@ -273,7 +350,12 @@ inline unsigned __byte_perm(unsigned a, unsigned b, unsigned selector) {
     for (int i = 0; i < 4; ++i) found |= (unsigned)(both >> (selector >> 4 * i & 7) * 8 & 0xff) << 8 * i;
     return found;
 }
-inline void __syncwarp(unsigned = ~0u) { emulated::exchange(0); }
+inline void __syncwarp(unsigned = ~0u) {
+    char* seen = &emulated::warp().seen[emulated::self().exchanges % 8];
+    __tsan_release(seen);
+    emulated::exchange(0);
+    __tsan_acquire(seen);
+}
 inline void __syncthreads() { emulated::barrier(0, emulated::threads.x, true); }
 inline void __nanosleep(unsigned) { emulated::pause(); }
 inline void __threadfence() {}
@@ -293,6 +375,7 @@ template <class T> T __shfl_down_sync(unsigned, T v, unsigned by, int width = 32
     return emulated::from_lane(v, lane % width + (int)by >= width ? lane : lane + by);
 }
 inline unsigned __ballot_sync(unsigned, bool v) {
+    emulated::Unseen here;
     const auto* sent = emulated::exchange((unsigned)v);
     unsigned all = 0;
     for (int l = 0; l < 32; ++l) all |= (sent[l][0] & 1) << l;
