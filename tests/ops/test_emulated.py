@@ -1,6 +1,6 @@
-"""The CUDA kernels on a CPU, without a GPU: small scans, each way that a plan can take but those in clusters of blocks.
+"""The CUDA kernels on a CPU, without a GPU: small scans, each way that a plan can take.
 
-The whole sweep is in test_cuda.py and test_wave*.py, for a GPU; here are one or two cases of each kernel and way.
+The whole sweep is in test_cuda.py, test_few.py and test_wave*.py, for a GPU; here are a few cases of each.
 """
 
 from __future__ import annotations
@@ -9,8 +9,10 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -23,15 +25,19 @@ from tests.tolerances import assert_close
 from vision_mamba.ops.backends import cuda_kernels as kernels
 from vision_mamba.ops.backends import few_cuda as few
 from vision_mamba.ops.backends import gpu, wide_cuda
+from vision_mamba.ops.call import ScanCall
 
 __all__ = ["emulated"]  # a fixture
 HALF = (BF16,) * 4
 LONG = replace(test_wave.LONG, grid=(1, 67))
 
 
+takes_call = few.takes_call
+
+
 @pytest.fixture(autouse=True)
 def many_sequences(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No sequences are few: the kernels for these are made for clusters."""
+    """No sequences are few, but in tests that say so."""
     monkeypatch.setattr(few, "takes_call", lambda *_, **__: False)
 
 
@@ -128,6 +134,35 @@ def test_waves(case: Case, columns: int, emulated: set[str], poisoned: None, mon
     monkeypatch.setattr(kernels, "wave_forward_columns", lambda *_: columns)
     monkeypatch.setattr(kernels, "wave_fills", lambda *_: True)
     check(case, emulated, "wave_forward", "wave_backward")
+
+
+@pytest.mark.parametrize("states", [1, 4, 16])
+@pytest.mark.parametrize("way", ["block", "cluster", "groups", "chain"])
+def test_few_sequences(
+    way: str, states: int, emulated: set[str], poisoned: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A block alone, a cluster for a group of channels, one for several where there is one, and blocks in a chain."""
+    usual, chosen = few.choose, list[bool]()
+
+    def is_wanted(how: few.Few) -> bool:
+        joined = "chain" if how.chain else "groups" if how.together > 1 else "cluster" if how.cluster > 1 else "block"
+        return joined == way
+
+    def choose(call: ScanCall, ways: Iterable[few.Few], *more: Any) -> few.Few:
+        ways = list(ways)
+        how = usual(call, [how for how in ways if is_wanted(how)] or ways, *more)
+        chosen.append(is_wanted(how))
+        return how
+
+    monkeypatch.setattr(few, "takes_call", takes_call)
+    monkeypatch.setattr(few, "takes", lambda *_: True)
+    monkeypatch.setattr(few, "choose", choose)
+    monkeypatch.setattr(gpu, "multiprocessors", lambda _: 132)
+    case = Case(channels=32, states=states, batch=1, order="cross", rank=6, dtypes=HALF, grid=(9, 11), state=True)
+    if way == "chain":
+        case = replace(LONG, channels=32, states=states, grid=(1, 1100), dtypes=HALF, state=True)
+    check(case, emulated, "few_forward", "few_backward")
+    assert chosen and chosen[-1]  # going back
 
 
 def test_a_barrier_that_some_never_reach_ends_the_program(emulated: set[str]) -> None:

@@ -73,15 +73,31 @@ RULES = (
     ("bar.sync %0, %1", "emulated::barrier({0}, {1}, true);"),
     ("barrier.sync %0, %1", "emulated::barrier({0}, {1}, true);"),
     ("barrier.arrive %0, %1", "emulated::barrier({0}, {1}, false);"),
+    ("mbarrier.init.shared::cta.b64 [%0], 1;", "emulated::begin_mailbox({0}, 1);"),
     ("mbarrier.init", "emulated::begin_mailbox({0}, {1});"),
+    ("mbarrier.arrive.expect_tx", "emulated::arrive({0}, {1});"),
     ("mbarrier.arrive", "emulated::arrive({0});"),
+    ("bra again", "while (!emulated::arrived({0}, {1}));"),
     ("mbarrier.try_wait", "{0} = emulated::arrived({1}, {2});"),
+    ("fence.mbarrier_init", ";"),
+    ("cluster_ctarank", "{0} = emulated::rank();"),
+    ("mapa", "{0} = emulated::place_at({1}, {2});"),
+    ("barrier.cluster.arrive", "emulated::meet();"),
+    ("barrier.cluster.wait", "emulated::await_all();"),
+    ("@w st.async", "if ({4}) emulated::send({0}, {3}, {1}, {2});"),
+    ("st.async", "emulated::send({0}, {2}, {1});"),
+    ("ld.relaxed", "if (!({0} = *({1}))) emulated::pause();"),
+    ("st.relaxed", "*({0}) = {1};"),
+    ("ld.global.u32", "{0} = *(const unsigned*)({1});"),
+    ("ld.global.u16", "{0} = *(const unsigned short*)({1});"),
+    ("ld.global.v2", "emulated::load((const char*)({2}), {0}, {1});"),
+    ("ld.global.v4", "emulated::load((const char*)({4}), {0}, {1}, {2}, {3});"),
     ("createpolicy", ";"),
     ("ld.global.nc", "{0} = *(const unsigned*)({1});"),
     ("@p st.global.v2", "if ({0}) emulated::store({1}, {2}, {3});"),
     ("st.global.v4", "emulated::store({0}, {1}, {2}, {3}, {4});"),
-    ("st.shared.f32", "emulated::store(emulated::shared + {0}, {1});"),
-    ("ld.shared.v4", "emulated::load(emulated::shared + {4}, {0}, {1}, {2}, {3});"),
+    ("st.shared.f32", "emulated::store(emulated::shared({0}), {1});"),
+    ("ld.shared.v4", "emulated::load(emulated::shared({4}), {0}, {1}, {2}, {3});"),
 )
 
 
@@ -139,12 +155,13 @@ def source(name: str) -> str:
         pieces += [code[done:begin], in_cpp(code[begin:end])]
         done = end
     code = "".join([*pieces, code[done:]])
-    code = re.sub(r"extern __shared__[^;]*?(\w+)\[\];", r"char* \1 = emulated::shared;", code)
+    code = re.sub(r"extern __shared__[^;]*?(\w+)\[\];", r"char* \1 = emulated::shared();", code)
     code = re.sub(r"\b__shared__\b", "static", code)
     return f"""#include "runtime.h"
 {code}
-extern "C" void run_it(const void* argument, unsigned blocks, unsigned threads, unsigned long long bytes) {{
-    emulated::run([&] {{ {name}(*({"Sums" if name == "sums" else "Params"}*)argument); }}, blocks, threads, bytes);
+extern "C" void run_it(const void* argument, unsigned blocks, unsigned threads, size_t bytes, unsigned joined) {{
+    const auto& given = *({"Sums" if name == "sums" else "Params"}*)argument;
+    emulated::run([&] {{ {name}(given); }}, blocks, threads, bytes, joined);
 }}
 """
 
@@ -203,19 +220,20 @@ class Kernel(NamedTuple):
 
     def bound(self, grid: int, params: array[int], threads: int = 0, more_shared: int = 0) -> Bound:
         argument = ctypes.c_void_p(params.buffer_info()[0])
-        bytes_ = ctypes.c_ulonglong(self.shared + more_shared)
+        bytes_ = ctypes.c_size_t(self.shared + more_shared)
         run = library(self.wanted).run_it
         used.add(self.wanted.name)
-        return Bound(params, functools.partial(run, argument, grid, threads or self.threads, bytes_))
+        return Bound(params, functools.partial(run, argument, grid, threads or self.threads, bytes_, self.joined))
 
     def runs(self, threads: int, more_shared: int) -> bool:
-        return self.joined == 1
+        return True
 
 
 @functools.cache
 def kernel(wanted: nvrtc.Specialisation, device: int | None) -> Kernel:
     threads, shared = (ctypes.c_int * 2).in_dll(library(wanted), "launch_shape")
-    return Kernel(wanted, threads, shared)
+    macros = dict(wanted.macros)
+    return Kernel(wanted, threads, shared, int(macros.get("CLUSTER", 1)) * int(macros.get("TOGETHER", 1)))
 
 
 @pytest.fixture

@@ -1,5 +1,5 @@
 // What the CUDA kernels need of a GPU, on a CPU: a block's threads are fibers of one thread, which take turns wherever they
-// wait for each other; blocks run one after the other. Memory that is copied asynchronously changes only when the copy is
+// wait for each other; blocks run one after the other, but for those of a cluster. Memory that is copied asynchronously changes only when the copy is
 // waited for, and shared memory begins as NaN. A fiber that waits for what never comes ends the program with a message.
 #pragma once
 #include <ucontext.h>
@@ -19,6 +19,7 @@
 #define __forceinline__ inline
 #define __grid_constant__
 #define __launch_bounds__(...)
+#define __cluster_dims__(...)
 #define __builtin_assume(condition) ((void)0)
 
 using std::fabs, std::fma;
@@ -86,16 +87,6 @@ struct Copy {
     char data[16];
     int bytes;
 };
-struct Fiber {
-    ucontext_t context;
-    std::vector<char> stack;
-    dim3 thread;
-    std::vector<Copy> asked;            // not committed yet
-    std::deque<std::vector<Copy>> groups;
-    unsigned exchanges = 0;
-    bool done;
-    void* known = nullptr;  // to ThreadSanitizer
-};
 struct Warp {
     unsigned long long sent[2][32][4];  // of two exchanges in turn
     unsigned arrived = 0;
@@ -105,26 +96,49 @@ struct Barrier {
     unsigned arrived = 0;
     char seen[64];
 };
-// In eight bytes of shared memory.
-struct Mailbox { unsigned short left, count; unsigned phase; };
+struct Block {
+    dim3 index;
+    char* shared;
+    std::vector<Warp> warps;
+    Barrier barriers[16];
+};
+struct Fiber {
+    ucontext_t context;
+    std::vector<char> stack;
+    Block* block;
+    dim3 thread;
+    std::vector<Copy> asked;  // not committed yet
+    std::deque<std::vector<Copy>> groups;
+    unsigned exchanges, meetings;
+    bool done;
+    void* known;  // to ThreadSanitizer
+};
+// In eight bytes of shared memory: arrivals and bytes that a phase still waits for, and how many arrivals a phase has.
+struct Mailbox {
+    unsigned char left, count;
+    unsigned short phase;
+    int bytes;
+};
 
-inline char* shared;
-inline dim3 block, grid, threads;
+inline dim3 grid, threads;
+inline std::vector<Block> cluster;
 inline std::vector<Fiber> fibers;
-inline std::vector<Warp> warps;
-inline Barrier barriers[16];
 inline Fiber* current;
 inline ucontext_t scheduler;
 inline void* known_scheduler;
 inline char all_done;
+inline unsigned met;                 // at the cluster's barrier
 inline unsigned long long progress;  // of what fibers wait for
 
 [[noreturn]] inline void fail(const char* what) {
-    fprintf(stderr, "emulated kernel, block %u, thread %u: %s\n", block.x, current ? current->thread.x : 0, what);
+    const unsigned block = current ? current->block->index.x : 0, thread = current ? current->thread.x : 0;
+    fprintf(stderr, "emulated kernel, block %u, thread %u: %s\n", block, thread, what);
     abort();
 }
 #define UNSEEN __attribute__((no_sanitize("thread"), noinline)) inline
 UNSEEN Fiber& self() { return *current; }
+UNSEEN Block& block() { return *current->block; }
+inline char* shared(size_t at = 0) { return block().shared + at; }
 UNSEEN void pause() {
     __tsan_switch_to_fiber(known_scheduler, 1);
     swapcontext(&current->context, &scheduler);
@@ -139,7 +153,7 @@ template <class Ready> void wait(Ready ready) {
     ++progress;
 }
 
-inline Warp& warp() { return warps[self().thread.x / 32]; }
+inline Warp& warp() { return block().warps[self().thread.x / 32]; }
 inline int lane() { return self().thread.x % 32; }
 
 // Every lane of the warp sends, and then sees what all have sent.
@@ -165,7 +179,7 @@ template <class T> T from_lane(const T& value, int lane) {
 inline void barrier(int at, int count, bool waits) {
     Unseen here;
     if (at < 0 || at > 15) fail("no such barrier");
-    Barrier& own = barriers[at];
+    Barrier& own = block().barriers[at];
     const unsigned time = own.arrived++ / count, all = (time + 1) * count;
     __tsan_release(&own.seen[time % sizeof own.seen]);
     ++progress;
@@ -187,28 +201,57 @@ template <class... Numbers> void load(const char* from, Numbers&... numbers) {
 // An mbarrier; of its bytes, each phase in turn stands for what its arrivals let others see.
 inline void begin_mailbox(size_t at, int count) {
     Unseen here;
-    *(Mailbox*)(shared + at) = {(unsigned short)count, (unsigned short)count, 0};
+    *(Mailbox*)shared(at) = {(unsigned char)count, (unsigned char)count, 0, 0};
 }
-inline void arrive(size_t at) {
-    Unseen here;
-    Mailbox& own = *(Mailbox*)(shared + at);
-    if (own.left == 0) fail("an mbarrier that was not initialised");
-    __tsan_release(shared + at + own.phase % 8);
-    if (--own.left == 0) own.left = own.count, ++own.phase;
+inline void turn_over(Mailbox& own) {
+    if (own.left == 0 && own.bytes == 0) own.left = own.count, ++own.phase;
     ++progress;
+}
+inline void arrive(size_t at, int bytes = 0) {
+    Unseen here;
+    Mailbox& own = *(Mailbox*)shared(at);
+    if (own.left == 0) fail("an mbarrier that was not initialised, or has enough arrivals");
+    __tsan_release(shared(at) + own.phase % 8);
+    --own.left, own.bytes += bytes;
+    turn_over(own);
 }
 inline bool arrived(size_t at, int parity) {
     Unseen here;
-    const unsigned phase = ((Mailbox*)(shared + at))->phase;
+    const unsigned phase = ((Mailbox*)shared(at))->phase;
     if ((phase & 1) == (unsigned)parity) return pause(), false;
-    if (phase > 0) __tsan_acquire(shared + at + (phase - 1) % 8);
+    if (phase > 0) __tsan_acquire(shared(at) + (phase - 1) % 8);
     ++progress;
     return true;
 }
 
+// Clusters. A place in another block's shared memory has the block's rank in its upper bits.
+constexpr int kRankAt = 20;
+inline int rank() { return block().index.x % cluster.size(); }
+inline unsigned place_at(size_t at, int rank) { return (unsigned)at | (unsigned)(rank + 1) << kRankAt; }
+inline char* at_place(unsigned place) {
+    if (place >> kRankAt == 0 || place >> kRankAt > cluster.size()) fail("no block of the cluster has this place");
+    return cluster[(place >> kRankAt) - 1].shared + (place & ((1u << kRankAt) - 1));
+}
+template <class... Numbers> void send(unsigned to, unsigned mail, Numbers... numbers) {
+    Unseen here;
+    store(at_place(to), numbers...);
+    Mailbox& own = *(Mailbox*)at_place(mail);
+    own.bytes -= 4 * (int)sizeof...(numbers);
+    turn_over(own);
+}
+inline void meet() {
+    Unseen here;
+    ++met, ++self().meetings, ++progress;
+}
+inline void await_all() {
+    Unseen here;
+    const unsigned all = self().meetings * fibers.size();
+    wait([&] { return (int)(met - all) >= 0; });
+}
+
 inline void copy_later(size_t to, const void* from, int bytes) {  // nowhere: zeros
     if (to % bytes || (size_t)from % bytes) fail("an asynchronous copy that is not aligned");
-    Copy copy{shared + to, {}, bytes};
+    Copy copy{shared(to), {}, bytes};
     if (from) memcpy(copy.data, from, bytes);
     self().asked.push_back(copy);
 }
@@ -275,7 +318,7 @@ inline unsigned transposed(unsigned word) {
     return found;
 }
 
-template <class Kernel> void run(Kernel kernel, unsigned blocks, unsigned count, size_t bytes) {
+template <class Kernel> void run(Kernel kernel, unsigned blocks, unsigned count, size_t bytes, unsigned joined = 1) {
     static void (*start)() = [] {};
     static Kernel* body;
     body = &kernel;
@@ -290,16 +333,22 @@ template <class Kernel> void run(Kernel kernel, unsigned blocks, unsigned count,
     };
     known_scheduler = __tsan_get_current_fiber();
     grid = {blocks, 1, 1}, threads = {count, 1, 1};
-    fibers.resize(count);
-    shared = (char*)aligned_alloc(1024, (bytes + 1023) / 1024 * 1024 + 1024);
-    for (unsigned b = 0; b < blocks; ++b) {
-        block = {b, 0, 0};
-        memset(shared, 0xff, bytes);
-        warps.assign((count + 31) / 32, {});
-        for (Barrier& own : barriers) own = {};
-        for (unsigned t = 0; t < count; ++t) {
+    fibers.resize(count * joined), cluster.resize(joined);
+    if (bytes >> kRankAt || blocks % joined) fail("too much shared memory, or part of a cluster");
+    for (Block& own : cluster) own.shared = (char*)aligned_alloc(1024, (bytes + 1023) / 1024 * 1024 + 1024);
+    for (unsigned first = 0; first < blocks; first += joined) {
+        met = 0;
+        for (unsigned b = 0; b < joined; ++b) {
+            Block& own = cluster[b];
+            own.index = {first + b, 0, 0};
+            memset(own.shared, 0xff, bytes);
+            own.warps.assign((count + 31) / 32, {});
+            for (Barrier& barrier : own.barriers) barrier = {};
+        }
+        for (unsigned t = 0; t < count * joined; ++t) {
             Fiber& fiber = fibers[t];
-            fiber.stack.resize(1 << 16), fiber.thread = {t, 0, 0}, fiber.done = false, fiber.exchanges = 0;
+            fiber.stack.resize(1 << 16), fiber.thread = {t % count, 0, 0}, fiber.block = &cluster[t / count];
+            fiber.exchanges = fiber.meetings = 0, fiber.done = false;
             fiber.asked.clear(), fiber.groups.clear();
             getcontext(&fiber.context);
             fiber.context.uc_stack.ss_sp = fiber.stack.data(), fiber.context.uc_stack.ss_size = fiber.stack.size();
@@ -321,17 +370,19 @@ template <class Kernel> void run(Kernel kernel, unsigned blocks, unsigned count,
         current = nullptr;
         __tsan_acquire(&all_done);
         for (Fiber& fiber : fibers) __tsan_destroy_fiber(fiber.known);
-        for (Barrier& own : barriers) {
-            if (own.arrived % 32) fail("a barrier that part of a warp came to");
+        for (Block& own : cluster) {
+            for (Barrier& barrier : own.barriers) {
+                if (barrier.arrived % 32) fail("a barrier that part of a warp came to");
+            }
         }
     }
-    free(shared);
+    for (Block& own : cluster) free(own.shared);
 }
 
 }  // namespace emulated
 
 #define threadIdx (emulated::self().thread)
-#define blockIdx (emulated::block)
+#define blockIdx (emulated::block().index)
 #define gridDim (emulated::grid)
 #define blockDim (emulated::threads)
 
@@ -343,7 +394,7 @@ template <class T> T __ldg(const T* at) { return *at; }
 template <class T> T __ldcg(const T* at) { return *at; }
 template <class T> void __stcg(T* at, T v) { *at = v; }
 template <class T> bool __isGlobal(T*) { return true; }
-inline size_t __cvta_generic_to_shared(const void* at) { return (const char*)at - emulated::shared; }
+inline size_t __cvta_generic_to_shared(const void* at) { return (const char*)at - emulated::shared(); }
 inline unsigned __byte_perm(unsigned a, unsigned b, unsigned selector) {
     const unsigned long long both = a | (unsigned long long)b << 32;
     unsigned found = 0;
@@ -357,6 +408,7 @@ inline void __syncwarp(unsigned = ~0u) {
     __tsan_acquire(seen);
 }
 inline void __syncthreads() { emulated::barrier(0, emulated::threads.x, true); }
+[[noreturn]] inline void __assertfail(const char* what, const char*, unsigned, const char*, size_t) { emulated::fail(what); }
 inline void __nanosleep(unsigned) { emulated::pause(); }
 inline void __threadfence() {}
 inline void __threadfence_block() {}
