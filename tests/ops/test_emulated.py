@@ -181,11 +181,11 @@ def test_every_statement_in_assembly_is_known_or_refused() -> None:
 def test_threads_wait_before_they_read_what_others_write() -> None:
     """Some of the tests above with ThreadSanitizer, for which only barriers order what threads do, not that they run in
     lockstep or in turn: what compute-sanitizer's racecheck does not follow where warps hand over to each other."""
-    if COMPILER is None:
+    if not COMPILER:
         pytest.skip("no C++ compiler: CXX names none, and g++ is not on the path")
-    runtime = subprocess.run([COMPILER, "-print-file-name=libtsan.so"], capture_output=True, text=True).stdout.strip()
+    runtime = subprocess.run([*COMPILER, "-print-file-name=libtsan.so"], capture_output=True, text=True).stdout.strip()
     if not Path(runtime).is_absolute():
-        pytest.skip(f"{COMPILER} comes without ThreadSanitizer's library, libtsan.so")
+        pytest.skip(f"{COMPILER[0]} comes without ThreadSanitizer's library, libtsan.so")
     environment = os.environ | {
         FLAGS: "-fsanitize=thread -g",
         "LD_PRELOAD": runtime,

@@ -13,6 +13,7 @@ import functools
 import hashlib
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -29,7 +30,7 @@ from vision_mamba.ops.backends import backward_cuda, cuda, forward_cuda, gpu, la
 from vision_mamba.ops.backends.sources import source_dir
 from vision_mamba.ops.call import GRADIENTS, ScanCall
 
-COMPILER = os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++")
+COMPILER = shlex.split(os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++") or "")
 
 FLAGS = "VISION_MAMBA_EMULATED"  # more options for the compiler, such as -fsanitize=thread -g
 
@@ -179,16 +180,14 @@ def built(code: str, macros: tuple[tuple[str, str], ...] = (), *more: str) -> Pa
         *(f"-D{name}={value}" for name, value in macros),
     ]
     key = hashlib.sha256(repr((code, (here / "runtime.h").read_text(), options)).encode()).hexdigest()[:32]
-    place = Path(tempfile.gettempdir()) / f"vision_mamba-emulated-{os.getuid()}"
-    place.mkdir(mode=0o700, exist_ok=True)
+    place = nvrtc.cache_dir() / "emulated"
+    place.mkdir(exist_ok=True)
     result = place / key
     if not result.exists():
         with tempfile.TemporaryDirectory(dir=place) as aside:
             file, made = Path(aside) / "code.cpp", Path(aside) / "made"
             file.write_text(code)
-            outcome = subprocess.run(
-                [str(COMPILER), *options, str(file), "-o", str(made)], capture_output=True, text=True
-            )
+            outcome = subprocess.run([*COMPILER, *options, str(file), "-o", str(made)], capture_output=True, text=True)
             assert outcome.returncode == 0, outcome.stderr[:6000]
             os.replace(made, result)  # two processes may build the same
     return result
@@ -240,7 +239,7 @@ def kernel(wanted: nvrtc.Specialisation, device: int | None) -> Kernel:
 def emulated(monkeypatch: pytest.MonkeyPatch) -> set[str]:
     """The functions of the backend `cuda` take tensors on the CPU, as if it were a small GPU with an H200's
     multiprocessors. Names of kernels are added to what it gives as they are used."""
-    if COMPILER is None:
+    if not COMPILER:
         pytest.skip("no C++ compiler: CXX names none, and g++ is not on the path")
     monkeypatch.setattr(nvrtc, "kernel", kernel)
     monkeypatch.setattr(nvrtc, "shared_limit", lambda device: 227 * 1024)

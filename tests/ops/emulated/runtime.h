@@ -268,8 +268,23 @@ inline unsigned short to_bfloat(float v) {
     return (b & 0x7fffffffu) > 0x7f800000u ? 0x7fff : (b + 0x7fffu + (b >> 16 & 1)) >> 16;
 }
 inline float of_bfloat(unsigned short v) { return bits<float>((unsigned)v << 16); }
-inline unsigned short to_half(float v) { return bits<unsigned short>((_Float16)v); }
-inline float of_half(unsigned short v) { return (float)bits<_Float16>(v); }
+inline float of_half(unsigned short v) {
+    const int exponent = v >> 10 & 31, rest = v & 1023;
+    const float size = exponent == 31 ? (rest ? NAN : INFINITY)
+                                      : ldexpf(exponent ? rest + 1024 : rest, (exponent ? exponent : 1) - 25);
+    return v >> 15 ? -size : size;
+}
+inline unsigned short to_half(float v) {  // to nearest, ties to even, as ldexp and rint do
+    const unsigned short sign = std::signbit(v) ? 0x8000 : 0;
+    if (std::isnan(v)) return 0x7fff;
+    if (v == 0) return sign;
+    int exponent;
+    frexpf(v, &exponent);
+    exponent = max(exponent, -13);  // below, numbers are as far apart as the smallest ones with all digits
+    const float digits = rintf(ldexpf(fabs(v), 11 - exponent));
+    if (std::isinf(v) || ldexpf(digits, exponent - 11) >= 65536.f) return sign | 0x7c00;
+    return sign | (unsigned short)((exponent + 13) * 1024 + (int)digits);
+}
 inline float to_tf32(unsigned v) { return bits<float>(v & 0xffffe000u); }  // the tensor cores cut
 inline unsigned pair(unsigned short low, unsigned short high) { return low | (unsigned)high << 16; }
 inline unsigned sum_bfloats(unsigned a, unsigned b) {
