@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -89,6 +90,20 @@ def walked() -> list[Case]:
     return [*found, Case(channels=32, states=1, order="cross", grid=(56, 56), dtypes=(F32,) * 4)]
 
 
+def paired() -> list[Case]:
+    """Scans of four routes whose sums are in bfloat16: one step, whole tiles and others, low ranks, the types mixed."""
+    half = (BF16,) * 4
+    found = [
+        Case(channels=channels, states=1, order="cross", rank=rank, dtypes=half, grid=grid, state=grid[0] % 2 == 1)
+        for grid in ((1, 3), (1, 31), (5, 7), (16, 16), (56, 56))
+        for channels, rank in ((96, 0), (64, 6), (32, 8), (32, 2))
+    ]
+    one = Case(channels=96, states=1, order="cross", grid=(1, 1), dtypes=half)
+    found += [one, replace(one, grid=(3, 5), skip=False, bias=False)]
+    mixed = (BF16, F16, F32, F16)
+    return [*found, Case(channels=32, states=1, order="cross", grid=(9, 11), dtypes=mixed, state=True)]
+
+
 @pytest.mark.parametrize("pieces", ["whole", "segments", "batch in turn"])
 @pytest.mark.parametrize("case", walked(), ids=str)
 def test_walks(case: Case, pieces: str, poisoned: None, many_sequences: None, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -140,6 +155,28 @@ def test_walks_that_add_up_routes(
     monkeypatch.setattr(kernels, "walks", lambda *_: True)
     monkeypatch.setattr(kernels, "fills", lambda *_: True)
     monkeypatch.setattr(kernels, "merged", lambda types, tokens, routes, *_: how._replace(routes=routes))
+    monkeypatch.setattr(kernels, "paired", lambda *_: None)
+    monkeypatch.setattr(kernels, "wide_segments", lambda *_: (1, 0))
+    found = run(make_call(case, device="cuda"), "cuda")
+    assert launched
+    for name, reference in expected(case).items():
+        assert_close(name, found[name], reference)
+    again = run(make_call(case, device="cuda"), "cuda")
+    assert all(torch.equal(again[name], tensor) for name, tensor in found.items())
+
+
+@pytest.mark.parametrize("turns", [1, 2, 5])
+@pytest.mark.parametrize("case", paired(), ids=str)
+def test_two_routes_share_a_warp(
+    case: Case, turns: int, poisoned: None, many_sequences: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    launched = []
+    walks, how = kernels.walk_paired, kernels.Paired(case.rank, turns)
+    monkeypatch.setattr(kernels, "walk_paired", lambda *how: launched.append(how) or walks(*how))
+    monkeypatch.setattr(kernels, "walks", lambda *_: True)
+    monkeypatch.setattr(kernels, "fills", lambda *_: True)
+    monkeypatch.setattr(kernels, "merged", lambda *_: kernels.Merged(1, 2, 1, 8, rank=case.rank, sums=SHORT))
+    monkeypatch.setattr(kernels, "paired", lambda *_: how)
     monkeypatch.setattr(kernels, "wide_segments", lambda *_: (1, 0))
     found = run(make_call(case, device="cuda"), "cuda")
     assert launched

@@ -56,6 +56,8 @@ def check(case: Case, used: set[str], *names: str) -> None:
 #: tiles: for steps past the end of a route lanes read sums that others change, and use nothing of them.
 RACES = [
     "test_walks_that_add_up_routes[way2-0]",
+    "test_two_routes_share_a_warp[(5, 7)-6-5]",
+    "test_two_routes_share_a_warp[(5, 7)-0-2]",
     "test_many_sequences_of_several_states[in order-0-dtype4]",
     "test_waves[3-short]",
     "test_waves[1-float32]",
@@ -90,10 +92,29 @@ def test_walks_that_add_up_routes(
     monkeypatch.setattr(kernels, "walks", lambda *_: True)
     monkeypatch.setattr(kernels, "fills", lambda *_: True)
     monkeypatch.setattr(kernels, "merged", lambda *_: how)
+    monkeypatch.setattr(kernels, "paired", lambda *_: None)
     monkeypatch.setattr(kernels, "wide_segments", lambda *_: (1, 0))
     grid = (5, 7) if rank else (4, 8)
     case = Case(channels=64, states=1, batch=1, order="cross", rank=rank, dtypes=HALF, grid=grid, state=True)
     check(case, emulated, "walk_merged")
+
+
+@pytest.mark.parametrize("turns", [1, 2, 5])
+@pytest.mark.parametrize("rank", [0, 2, 6, 8])
+@pytest.mark.parametrize("grid", [(5, 7), (4, 8)], ids=str)
+def test_two_routes_share_a_warp(
+    grid: tuple[int, int], rank: int, turns: int, emulated: set[str], poisoned: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kernels, "walks", lambda *_: True)
+    monkeypatch.setattr(kernels, "fills", lambda *_: True)
+    monkeypatch.setattr(kernels, "merged", lambda *_: kernels.Merged(1, 2, 1, 8, rank=rank, sums="Bfloat"))
+    monkeypatch.setattr(kernels, "paired", lambda *_: kernels.Paired(rank, turns))
+    monkeypatch.setattr(kernels, "wide_segments", lambda *_: (1, 0))
+    given = grid == (5, 7)
+    case = Case(
+        channels=32, states=1, batch=1, order="cross", rank=rank, grid=grid, dtypes=HALF, state=given, bias=given
+    )
+    check(case, emulated, "walk_paired")
 
 
 @pytest.mark.parametrize(

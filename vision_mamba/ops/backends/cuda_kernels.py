@@ -213,6 +213,10 @@ class Merged(NamedTuple):
     rank: int = 0
     sums: str = "Float"  # type of the sums in shared memory
 
+    @property
+    def threads(self) -> int:
+        return 32 * self.routes * self.turns
+
     def shared(self, types: Types, tokens: int) -> int:
         """Bytes of shared memory that a block takes."""
         channels, (x, dt, _, _, _), sums = 32 * self.run, map(_bytes, types), _bytes(self.sums)
@@ -231,10 +235,31 @@ class Merged(NamedTuple):
         return min((shared + 1024) // (self.shared(types, tokens) + 1024), self.warps // (self.routes * self.turns))
 
 
+class Paired(NamedTuple):
+    """The same where a warp takes two of four routes; see csrc/cuda/walk_paired.cuh."""
+
+    rank: int
+    turns: int = 5
+
+    @property
+    def threads(self) -> int:
+        return 32 * (2 * self.turns + 2)
+
+    def shared(self, tokens: int) -> int:
+        """Bytes of shared memory that a block takes."""
+        warp, barriers = 2048 + 128 + 256 + 256 + 256, 16 * self.turns + 8
+        return -(-(2 * self.turns * warp + barriers) // 16) * 16 + self.sums_shared(tokens)
+
+    def sums_shared(self, tokens: int) -> int:
+        """What of it holds the sums, for an even number of tokens."""
+        return 64 * (tokens + tokens % 2)
+
+
 #: Ways of adding up routes in their blocks; the first one is taken whose blocks are enough for a multiprocessor.
 MERGED = (Merged(2, 1, 2, 12), Merged(2, 2, 1, 8), Merged(1, 2, 1, 8))
 MERGED_ENOUGH = 8  # warps, so that loads of some overlap with arithmetic of others
 MERGED_MOST = 8  # warps of a block: each has two of sixteen barriers
+PAIRED_RANK = 8  # of four times that many columns is what goes to the tensor cores
 
 
 def merged(types: Types, tokens: int, routes: int, channels: int, rank: int, shared: int) -> Merged | None:
@@ -253,6 +278,14 @@ def merged(types: Types, tokens: int, routes: int, channels: int, rank: int, sha
         if fits and held(how) >= MERGED_ENOUGH:
             return how
     return None
+
+
+def paired(types: Types, tokens: int, routes: int, rank: int, shared: int) -> Paired | None:
+    """How two routes share a warp, where the types allow it and there is room for the sums of 32 channels."""
+    how = Paired(rank)
+    sized = all(_bytes(dtype) == 2 for dtype in types[:2]) and types[4] == "Bfloat" and routes == 4
+    formed = rank == 0 or (rank <= PAIRED_RANK and types[1] == "Bfloat")
+    return how if sized and formed and how.shared(tokens) <= shared else None
 
 
 def fills(blocks: int, room: int) -> bool:
@@ -363,6 +396,11 @@ def walk_merged(types: Types, how: Merged, blocks: int) -> Specialisation:
     return Specialisation("walk_merged", _macros(types, **macros))
 
 
+def walk_paired(types: Types, how: Paired) -> Specialisation:
+    macros = _walk(Walk(1, 2 * how.turns, how.rank), 0, 2 * how.turns) | dict(TURNS=how.turns)
+    return Specialisation("walk_paired", _macros(types, **macros))
+
+
 def walk_backward(types: Types, how: Walk, dx: str, ddt: str) -> Specialisation:
     few_digits = types[2:4] == ("Bfloat", "Bfloat")  # of dB and dC: one term on the tensor cores is enough
     more = dict(DX_TYPE=dx, DDT_TYPE=ddt, FEW_DIGITS=few_digits)
@@ -449,6 +487,8 @@ SHIPPED = (
     walk_forward(_HALF, Walk(2, 3, 12)),
     walk_merged(_HALF, Merged(1, 2, 1, 8, rank=6, sums="Bfloat"), 1),
     walk_merged(_HALF, Merged(2, 1, 2, 12), 3),
+    walk_paired(_HALF, Paired(0)),
+    walk_paired(_HALF, Paired(6)),
     walk_merged(_HALF, Merged(2, 2, 1, 8, rank=12, sums="Bfloat"), 1),
     walk_forward(_FULL, Walk(1, 3, 0, 1)),
     walk_backward(_HALF, Walk(1, 3, 6), "Bfloat", "Bfloat"),

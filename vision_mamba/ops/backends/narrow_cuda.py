@@ -106,10 +106,14 @@ def _plan_merged(call: ScanCall, y: Tensor, device: int) -> Plan | None:
     blocks = call.batch * call.channels // (32 * how.run)
     if not kernels.fills(blocks, held * gpu.multiprocessors(device)):
         return None
-    threads, more = 32 * how.routes * how.turns, how.sums_shared(call.tokens)
+    can_pair = how.run == 1 and gpu.capability(device) >= (9, 0)
+    pairs = kernels.paired(types, call.tokens, call.routes, call.rank, shared) if can_pair else None
+    if pairs is None:
+        wanted, threads, more = kernels.walk_merged(types, how, held), how.threads, how.sums_shared(call.tokens)
+    else:
+        wanted, threads, more = kernels.walk_paired(types, pairs), pairs.threads, pairs.sums_shared(call.tokens)
     fields = sizes(call) | strides("y", y.unsqueeze(2))
-    launch = Launch.of(kernels.walk_merged(types, how, held), device, blocks, HEADER, fields, threads, more)
-    return Plan(launch, True, None)
+    return Plan(Launch.of(wanted, device, blocks, HEADER, fields, threads, more), True, None)
 
 
 def _walk_plan(
