@@ -199,6 +199,24 @@ DEVICE void store(const Pack<T, V>& pack, T* at, int stride, int valid) {
     }
 }
 
+// Sums of kCount neighbours over parts that lie `stride` apart, in order; kTogether are asked for before the first is used,
+// also where parts are fewer.
+template <int kTogether, bool kWritten, class T, int kCount>
+DEVICE void add_parts(float (&sum)[kCount], const T* from, long long stride, int parts) {
+    for (int first = 0; first < parts; first += kTogether) {
+        Pack<T, kCount> packs[kTogether];
+#pragma unroll
+        for (int n = 0; n < kTogether; ++n) {
+            load<true, kWritten>(packs[n], from + (first + n) * stride, 1, first + n < parts ? kCount : 0);
+        }
+#pragma unroll
+        for (int n = 0; n < kTogether; ++n) {
+#pragma unroll
+            for (int j = 0; j < kCount; ++j) sum[j] += packs[n].get(j);
+        }
+    }
+}
+
 // log(1 + exp(v)) = max(v, 0) + log1p(e), e = exp(-|v|), which neither overflows nor cancels; log1p(e) / e is a
 // polynomial on [0, 1], good to 3e-7. kExact: exp keeps its relative error where |v| is large, which takes the rounding
 // of v log2(e) into account.

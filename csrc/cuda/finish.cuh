@@ -20,20 +20,8 @@ extern "C" __device__ int launch_shape[2] = {256, 0};
 // kCount neighbours of a sum over parts that lie `stride` apart.
 template <class T, class To, int kCount>
 DEVICE void add_up(const T* from, long long stride, int parts, To* to) {
-    constexpr int kTogether = 4;  // are asked for before the first is used, also where parts are fewer
     float sum[kCount] = {};
-    for (int first = 0; first < parts; first += kTogether) {
-        Pack<T, kCount> packs[kTogether];
-#pragma unroll
-        for (int n = 0; n < kTogether; ++n) {
-            load<true>(packs[n], from + (first + n) * stride, 1, first + n < parts ? kCount : 0);
-        }
-#pragma unroll
-        for (int n = 0; n < kTogether; ++n) {
-#pragma unroll
-            for (int j = 0; j < kCount; ++j) sum[j] += packs[n].get(j);
-        }
-    }
+    add_parts<4, false>(sum, from, stride, parts);
     Pack<To, kCount> packed;
     packed.set(sum);
     store<true>(packed, to, 1, kCount);

@@ -42,7 +42,8 @@ struct Params {
     float* edges;  // (B, K, segments, D, N), N as many as lanes hold
     float* spans;  // (B, K, segments, D)
     float* middle;  // (B, K, segments, D, N), N as many as lanes hold: states between two that are saved, or null
-    int* order;     // zeros: how many blocks have begun, then for each whether it is done; or null
+    int* order;     // zeros: how many blocks have begun, then for each whether it is done (wave_backward.cuh: counts); or null
+    void* rows;     // of wave_backward.cuh: shares of dB and dC
     // Sizes.
     long long segments;
     long long segment_tiles;
@@ -90,7 +91,7 @@ struct Params {
     long long ddt_l;
     long long ddt_k;
     long long ddt_d;
-    // Of dB and dC where few_backward.cuh writes them as they are wanted.
+    // Of dB and dC where few_backward.cuh and wave_backward.cuh write them as they are wanted.
     long long dB_b;
     long long dB_l;
     long long dB_k;

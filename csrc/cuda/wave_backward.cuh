@@ -11,11 +11,15 @@
 // the scan it has step lane % kTile of four channels, so that a warp touches few rows of device memory.
 // dB, dC: summed over a warp's channels by the tensor cores, which multiply as well, two steps and two states at a
 // time: A holds g or h, of rows (q, half of the groups), B the factor s x or dy in column (step modulo 4, half of the
-// groups), 0 in columns of other steps. Then over the columns through shared memory, over the blocks by the host's sum
-// of partial results; all in fixed order.
+// groups), 0 in columns of other steps. Then over the columns through shared memory, over the blocks by further ones;
+// all in fixed order.
+// Blocks are numbered as they begin. Those beyond the scan's take multiprocessors that it leaves idle, or comes to
+// leave, and add up the shares of dB and dC while it goes on. They wait for blocks that have begun, and nobody waits
+// for them. What belongs to channels is added up over the batch by the last block that has them.
 // What limits the kernel are words that lanes read from shared memory, whether or not others read the same. So numbers
-// of B and C of 16 bits are handed round by the tensor cores, exactly, and no two lanes of a bank write or read at
-// once.
+// of B and C of 16 bits are handed round by the tensor cores, exactly, steps of a channel lie side by side, and no two
+// lanes of a bank write or read at once. All that a write to shared memory has to wait for, reads behind it in the
+// program wait for too: so what is read next stands in front of it.
 #pragma once
 #include "tf32.cuh"
 
@@ -35,21 +39,29 @@ constexpr int kThreads = kTurns * kTeam;
 constexpr int kKept = 3;  // pairs of steps behind which states stay in registers, the last ones
 constexpr int kHeld = kTile / 2 - kKept;
 constexpr int kAskAt = 8;  // on the way back, the step at which decays have left registers to ask for another tile
-// Whether the numbers of B and C are handed round by the tensor cores.
-constexpr bool kSpread = sizeof(B_TYPE) == 2 && sizeof(C_TYPE) == 2;
-constexpr int kPairPitch = 84, kSecond = 48;  // of a pair of steps, and from the first to the second
-constexpr int kPitch = 2 * kStates + 8;       // so that rows meet other banks
+template <class S, class T> constexpr bool kSameShort = false;
+template <class T> constexpr bool kSameShort<T, T> = sizeof(T) == 2;
+constexpr bool kSpread = kSameShort<B_TYPE, C_TYPE>;  // numbers of B and C are handed round by the tensor cores
+constexpr int kSpreadPitch = 2 * kStates + 4;         // so that rows meet other banks
+constexpr int kPitch = 2 * kStates + 8;
 constexpr int kStepPitch = kTile + 4;
 constexpr int kApart = kTeam / kTile;  // rows of B and C between two of a lane
 constexpr int kShares = (2 * kStates + kApart - 1) / kApart;
+constexpr int kTileSums = kTile * 2 * kStates;  // that a block leaves: step by step, of dB and then of dC
+constexpr int kRun = 16 / sizeof(SUM_TYPE);     // of these that a lane adds up
+// p.order: blocks that have begun, pieces of dB and dC that have been taken, levels of tiles (below), groups of channels.
+constexpr int kTaken = 1, kLevels = 2, kGroups = 33;
 
-using Rows = float[kSpread ? kTile / 2 : kTile][kSpread ? kPairPitch : kPitch];  // B, then C
-struct Row {
-    float4 of[kWarpChannels + 1];  // s x, dy, s, x
+template <bool> struct RowsOf {
+    using Type = float[kTile][kPitch];
 };
+template <> struct RowsOf<true> {
+    using Type = unsigned short[kTile][kSpreadPitch];  // as they were read
+};
+using Rows = RowsOf<kSpread>::Type;  // B, then C
 struct alignas(16) WarpMemory {
-    Row rows[kTile];
-    alignas(16) float s[kWarpChannels][kStepPitch];
+    float s[kWarpChannels][kStepPitch], x[kWarpChannels][kStepPitch];
+    float dy[kWarpChannels][kStepPitch], sx[kWarpChannels][kStepPitch];
     float inner[2][kWarpChannels][kStepPitch];  // <g, B>, <g h A>
     float4 held[kHeld][2][32];     // the states behind two steps: the first two of both, then the others
     float4 begin[32];              // the state before them
@@ -70,10 +82,13 @@ struct alignas(16) BlockMemory {
     const C_TYPE* C;
     DX_TYPE* dx;
     DDT_TYPE* ddt;
-    SUM_TYPE *dB, *dC;
+    SUM_TYPE* sums;
     const float* saved;    // states before tiles, as if there were one before the first
     const float* initial;  // that one, or null
-    int sums_stride;
+    long long states;      // where the block's begin in tensors that have kStates of each channel
+    int sums_stride;       // bytes from one tile to the next
+    int number;            // of the block
+    int last;              // whether it is the last that has its channels
 };
 extern "C" __device__ int launch_shape[2] = {kThreads, (int)sizeof(BlockMemory)};
 
@@ -91,9 +106,10 @@ DEVICE void get_four(float* v, const float4& at) {
 }
 DEVICE float4 four(const float* v) { return make_float4(v[0], v[1], v[2], v[3]); }
 
-// Sums over the four lanes of a quad of v factor, of two steps: v has the first two states of both, then the others.
-DEVICE void add_products(float (*d)[4], const float (*v)[4], int q, int t, const float* factor) {
-    const float f0 = q == t % 4 ? factor[0] : 0.f, f1 = q == t % 4 + 1 ? factor[1] : 0.f;
+// Sums over the four lanes of a quad of v factor, of two steps: v has the first two states of both, then the others. A
+// lane has the factor of step q of four.
+DEVICE void add_products(float (*d)[4], const float (*v)[4], int q, int t, float factor) {
+    const float f0 = q == t % 4 ? factor : 0.f, f1 = q == t % 4 + 1 ? factor : 0.f;
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
         multiply_add_tf32(d[i], v[i][0], v[i][1], v[i][2], v[i][3], f0, f1);
@@ -126,38 +142,38 @@ struct Leaving {
     }
 };
 
-// d = A B, A 16 x 4 and B 4 x 8, as above.
-DEVICE void multiply_tf32(float* d, float a0, float a1, float b0) {
+// d = A B, A 16 x 8 and B 8 x 8: the lane gives of A the rows lane / 4 and lane / 4 + 8, columns 2 (lane % 4) and the
+// next; of B column lane / 4 of those rows; and has of d what it gives of A.
+template <class T> DEVICE void multiply_short(float* d, unsigned a0, unsigned a1, unsigned b0) {
 #if __CUDA_ARCH__ >= 800
-    asm("mma.sync.aligned.m16n8k4.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%7, %7, %7, %7};"
-        : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
-        : "r"(__float_as_uint(a0)), "r"(__float_as_uint(a1)), "r"(__float_as_uint(b0)), "f"(0.f));
+    if constexpr (kSameShort<T, Bfloat>) {
+        asm("mma.sync.aligned.m16n8k8.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%7, %7, %7, %7};"
+            : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
+            : "r"(a0), "r"(a1), "r"(b0), "f"(0.f));
+    } else {
+        asm("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%7, %7, %7, %7};"
+            : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
+            : "r"(a0), "r"(a1), "r"(b0), "f"(0.f));
+    }
 #endif
 }
-// Where a number of B or C stands in shared memory. To be handed round, a lane gives those of two neighbouring states,
-// of one of two steps.
-DEVICE float* place_of(Rows& rows, int t, int of) {
-    return kSpread ? &rows[t / 2][t % 2 * kSecond + of] : &rows[t][of];
-}
-// B or C of a lane's states, of two steps. one: what says for which lanes' numbers a lane asks.
-DEVICE void get_rows(float (*v)[kOwn], const Rows& rows, int kind, int t, int lane, const float* one) {
-    if constexpr (kSpread) {
-        const int at = (lane >> 1 & 1) * kSecond + kind * kStates + (lane >> 3) * kOwn + (lane & 1) * 2;
-        const float2 own = *reinterpret_cast<const float2*>(&rows[t / 2][at]);
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-            float d[4];
-            multiply_tf32(d, own.x, own.y, one[i]);
-            v[i][0] = d[0], v[i][1] = d[2], v[i][2] = d[1], v[i][3] = d[3];
-        }
-    } else {
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-            const int at = kind * kStates + kOwn * (lane >> 3);
-            get_four(v[i], *reinterpret_cast<const float4*>(&rows[t + i][at]));
+// B or C of a lane's states. To be handed round, four steps are read at once, a lane's own being one of them.
+struct Given {
+    uint2 own;
+    DEVICE void read(const Rows& rows, int kind, int first, int lane) {
+        if constexpr (kSpread) {
+            own = *reinterpret_cast<const uint2*>(&rows[first + (lane & 3)][kind * kStates + (lane >> 3) * kOwn]);
         }
     }
-}
+    // Of two steps. one: what says for which lanes' numbers a lane asks.
+    DEVICE void get(float (*v)[kOwn], const Rows& rows, int kind, int t, int lane, const unsigned* one) const {
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+            if constexpr (kSpread) multiply_short<B_TYPE>(v[i], own.x, own.y, one[(t + i) % 4]);
+            else get_four(v[i], *reinterpret_cast<const float4*>(&rows[t + i][kind * kStates + kOwn * (lane >> 3)]));
+        }
+    }
+};
 
 DEVICE unsigned thread() {  // the compiler must not keep what is worked out from it, for registers are scarcer
     unsigned t = threadIdx.x;
@@ -176,12 +192,26 @@ template <class T> DEVICE T* at_row(T* tensor, int row, int bytes) {
 // Whether a row of B and C is of B, as far as possible decided beforehand.
 DEVICE bool is_of_B(int k, int row) { return (k + 1) * kApart <= kStates || (k * kApart < kStates && row < kStates); }
 
+// A number's bits, as read_bits; its neighbours are wanted soon, so L2 fetches the whole line.
+template <class T> DEVICE unsigned read_along(const T* at) {
+    unsigned bits = 0;
+#if __CUDA_ARCH__ >= 800
+    if constexpr (sizeof(T) == 4) {
+        asm("ld.global.nc.L2::128B.u32 %0, [%1];" : "=r"(bits) : "l"(at));
+    } else {
+        unsigned short half;
+        asm("ld.global.nc.L2::128B.u16 %0, [%1];" : "=h"(half) : "l"(at));
+        bits = half;
+    }
+#endif
+    return bits;
+}
 // One step of the rows from `row` on, of so many that are there.
 template <class T> DEVICE void read_rows(unsigned* bits, const T* tensor, int row, int stride, int there) {
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
         const int of = row + r;
-        bits[r] = read_bits(at_row(tensor, kWhole ? of : min(of, there - 1), stride * (int)sizeof(T)));
+        bits[r] = read_along(at_row(tensor, kWhole ? of : min(of, there - 1), stride * (int)sizeof(T)));
     }
 }
 
@@ -190,9 +220,66 @@ struct Incoming {
     float4 begin;
 };
 
+// Counts of what other blocks may read. The sums of tiles from kTurns 2^level to twice that have left when all teams have
+// counted on that level; those of tiles before, and what belongs to channels, on level 0. A count takes a wait for all
+// that was written: so few of them are enough to let those who add up be close behind at the end.
+DEVICE void count(int* at, int by) {
+    asm volatile("red.release.gpu.global.add.s32 [%0], %1;" :: "l"(at), "r"(by) : "memory");
+}
+DEVICE int count_last(int* at) {
+    int before;
+    asm volatile("atom.acq_rel.gpu.global.add.s32 %0, [%1], 1;" : "=r"(before) : "l"(at) : "memory");
+    return before;
+}
+DEVICE int counted(const int* at) {
+    int v;
+    asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(v) : "l"(at) : "memory");
+    return v;
+}
+
+template <class T> DEVICE void put_run(T* at, const float* sum, int stride) {
+    Pack<T, kRun> packed;
+    packed.set(sum);
+    if (stride == 1) store<true>(packed, at, 1, kRun);
+    else store<false>(packed, at, stride, kRun);
+}
+// dB and dC from the shares of `blocks` blocks, from the last tile on. A warp takes some steps, each of kLanes lanes.
+DEVICE void add_up(const Params& p, int blocks) {
+    constexpr int kLanes = kStates / kRun, kSteps = 32 / kLanes, kPieces = 2 * kTile / kSteps;
+    const int lane = threadIdx.x & 31, sequences = (int)(p.batch * p.routes);
+    const int tiles = ((int)p.steps + kTile - 1) / kTile, of_tile = sequences * kPieces;
+    auto take = [&] { return lane == 0 ? atomicAdd(p.order + kTaken, 1) : 0; };
+    int seen = kGroups, taken = take();
+    while (true) {
+        const int i = __shfl_sync(kAll, taken, 0);
+        if (i >= tiles * of_tile) return;
+        taken = take();  // while this one's shares are on their way
+        const int tile = tiles - 1 - i / of_tile, sequence = i % of_tile / kPieces, piece = i % kPieces;
+        const int level = tile < 2 * kTurns ? 0 : 31 - __clz(tile / kTurns);
+        if (level < seen) {
+            if (lane == 0) {
+                while (counted(p.order + kLevels + level) < kTurns * sequences * blocks) __nanosleep(200);
+            }
+            __syncwarp();
+            seen = level;
+        }
+        const int t = piece / 2 * kSteps + lane / kLanes, kind = piece % 2, n = lane % kLanes * kRun;
+        const int step = tile * kTile + t;
+        if (step >= (int)p.steps) continue;
+        const SUM_TYPE* from = (const SUM_TYPE*)p.rows + ((long long)sequence * tiles + tile) * blocks * kTileSums;
+        float sum[kRun] = {};
+        add_parts<16, true>(sum, from + (2 * t + kind) * kStates + n, kTileSums, blocks);
+        const int b = sequence / (int)p.routes, k = sequence % (int)p.routes;
+        if (kind) put_run((C_TYPE*)p.dC + b * p.dC_b + step * p.dC_l + k * p.dC_k + n * p.dC_n, sum, (int)p.dC_n);
+        else put_run((B_TYPE*)p.dB + b * p.dB_b + step * p.dB_l + k * p.dB_k + n * p.dB_n, sum, (int)p.dB_n);
+    }
+}
+
 extern "C" __global__ void __launch_bounds__(kThreads, 1) wave_backward(const __grid_constant__ Params p) {
     extern __shared__ __align__(16) char shared[];
     BlockMemory& block = *reinterpret_cast<BlockMemory*>(shared);
+    if (threadIdx.x == 0) block.number = atomicAdd(p.order, 1);
+    __syncthreads();
     // The same in all lanes, which the compiler does not see otherwise.
     const int lane = threadIdx.x & 31, warp = __shfl_sync(kAll, (int)threadIdx.x >> 5, 0);
     const int turn = warp / kColumns, column = warp % kColumns;
@@ -200,7 +287,12 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) wave_backward(const __
     WarpMemory& own = block.warps[turn][column];
     const int channels = (int)p.channels, steps = (int)p.steps;
     const int blocks = (channels + kBlockChannels - 1) / kBlockChannels;
-    const int of_block = (int)blockIdx.x % blocks, sequence = (int)blockIdx.x / blocks;
+    const int number = __shfl_sync(kAll, block.number, 0), of_scan = (int)(p.batch * p.routes) * blocks;
+    if (number >= of_scan) {
+        add_up(p, blocks);
+        return;
+    }
+    const int of_block = number % blocks, sequence = number / blocks;
     const int of_first = of_block * kBlockChannels, there = channels - of_first;  // channels from there on
     const int tiles = (steps + kTile - 1) / kTile;
     const long long row_of_states = (long long)channels * kStates;
@@ -219,11 +311,11 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) wave_backward(const __
         block.C = (const C_TYPE*)p.C + batch * p.C_b + route * p.C_k;
         block.dx = (DX_TYPE*)p.dx + batch * p.dx_b + route * p.dx_k + of_first * p.dx_d;
         block.ddt = (DDT_TYPE*)p.ddt + batch * p.ddt_b + route * p.ddt_k + of_first * p.ddt_d;
-        const long long sum = (((long long)batch * steps) * p.routes + route) * blocks + of_block;
-        block.dB = (SUM_TYPE*)p.dB + sum * kStates, block.dC = (SUM_TYPE*)p.dC + sum * kStates;
+        block.sums = (SUM_TYPE*)p.rows + ((long long)sequence * tiles * blocks + of_block) * kTileSums;
         block.saved = p.saved + ((long long)sequence * (tiles - 1) - 1) * row_of_states + of_first * kStates;
         block.initial = p.initial_state ? p.initial_state + sequence * row_of_states + of_first * kStates : nullptr;
-        block.sums_stride = (int)p.routes * blocks * kStates * (int)sizeof(SUM_TYPE);
+        block.states = sequence * row_of_states + of_first * kStates;
+        block.sums_stride = blocks * kTileSums * (int)sizeof(SUM_TYPE);
     }
     // Of a lane's states of its channel, or of the last one that is there.
     const int own_states = min(column * kWarpChannels + group, there - 1) * kStates + kOwn * q;
@@ -234,9 +326,9 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) wave_backward(const __
     for (int n = 0; n < kOwn; ++n) A[n] *= kLog2e;
     own.columns[0][lane] = own.columns[1][lane] = own.dA[lane] = make_float4(0.f, 0.f, 0.f, 0.f);
 
-    float one[2];
+    unsigned one[4];  // for each step of four: column lane / 4 asks for the state of its parity
 #pragma unroll
-    for (int i = 0; i < 2; ++i) one[i] = (lane >> 1 & 1) == i && (lane >> 2 & 1) == (lane & 1) ? 1.f : 0.f;
+    for (int i = 0; i < 4; ++i) one[i] = (lane & 3) == i ? narrow<B_TYPE>(1.f).bits << (lane & 4 ? 16 : 0) : 0;
     Incoming in;
     auto fetch = [&](int tile) {
         const unsigned l = thread() & 31;
@@ -251,9 +343,9 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) wave_backward(const __
         for (int k = 0; k < kShares; ++k) {
             const int row = 2 * column + (int)(l / kTile) + k * kApart;
             if (is_of_B(k, row)) {
-                in.bc[k] = read_bits(at_row(B, row, (int)p.B_n * (int)sizeof(B_TYPE)));
+                in.bc[k] = read_along(at_row(B, row, (int)p.B_n * (int)sizeof(B_TYPE)));
             } else if (row < 2 * kStates) {
-                in.bc[k] = read_bits(at_row(C, row - kStates, (int)p.C_n * (int)sizeof(C_TYPE)));
+                in.bc[k] = read_along(at_row(C, row - kStates, (int)p.C_n * (int)sizeof(C_TYPE)));
             }
         }
         const float* at = tile > 0 ? at_row(block.saved, tile, channels * kStates * (int)sizeof(float)) : block.initial;
@@ -272,19 +364,20 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) wave_backward(const __
             if (kSoftplus) s[r] = softplus<sizeof(DT_TYPE) == 4>(s[r]);
             if (!valid) s[r] = 0.f;
         }
-        Row& row = own.rows[l % kTile];
 #pragma unroll
         for (int r = 0; r < kRows; ++r) {
             const bool here = valid && (kWhole || column * kWarpChannels + first + r < there);
             const float x = here ? widen_bits<X_TYPE>(in.x[r]) : 0.f, dy = here ? widen_bits<Y_TYPE>(in.dy[r]) : 0.f;
-            row.of[first + r] = make_float4(s[r] * x, dy, s[r], x);
-            own.s[first + r][l % kTile] = s[r];
+            own.s[first + r][l % kTile] = s[r], own.x[first + r][l % kTile] = x;
+            own.dy[first + r][l % kTile] = dy, own.sx[first + r][l % kTile] = s[r] * x;
         }
 #pragma unroll
         for (int k = 0; k < kShares; ++k) {
             const int of = 2 * column + (int)(l / kTile) + k * kApart;
-            const float v = is_of_B(k, of) ? widen_bits<B_TYPE>(in.bc[k]) : widen_bits<C_TYPE>(in.bc[k]);
-            if (of < 2 * kStates) *place_of(block.rows[turn][odd], (int)(l % kTile), of) = valid ? v : 0.f;
+            if (of >= 2 * kStates) continue;
+            auto& at = block.rows[turn][odd][l % kTile][of];
+            if constexpr (kSpread) at = valid ? in.bc[k] : 0;
+            else at = !valid ? 0.f : is_of_B(k, of) ? widen_bits<B_TYPE>(in.bc[k]) : widen_bits<C_TYPE>(in.bc[k]);
         }
         own.begin[lane] = in.begin;
     };
@@ -292,8 +385,8 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) wave_backward(const __
     auto leave = [&](int tile, int odd) {  // the sums of a tile, over the columns
 #pragma unroll
         for (int k = 0; k < (8 * kTile + kTeam - 1) / kTeam; ++k) {
-            const int i = (int)(thread() - turn * kTeam) + k * kTeam, t = i / 8, part = i % 8, step = tile * kTile + t;
-            if (i >= 8 * kTile || step >= steps) continue;
+            const int i = (int)(thread() - turn * kTeam) + k * kTeam, t = i / 8, part = i % 8;
+            if (i >= 8 * kTile) continue;
             float sum[4];
             get_four(sum, *reinterpret_cast<const float4*>(block.warps[turn][0].sums[odd][t] + 4 * part));
 #pragma unroll
@@ -308,7 +401,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) wave_backward(const __
             }
             Pack<SUM_TYPE, 4> packed;
             packed.set(sum);
-            store<true>(packed, at_row((part < 4 ? block.dB : block.dC) + part % 4 * 4, step, block.sums_stride), 1, 4);
+            store<true>(packed, at_row(block.sums + 4 * i, tile, block.sums_stride), 1, 4);
         }
     };
 
@@ -319,33 +412,42 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) wave_backward(const __
 #pragma unroll 1
     for (int tile = tiles - 1 - turn; tile >= 0; tile -= kTurns, odd ^= 1) {
         barrier_sync<kTeam>(1 + turn);  // rows are there, and sums of the tile before
-        if (tile + kTurns < tiles) leave(tile + kTurns, odd ^ 1);
+        // Those of two tiles before have left. A warp that leaves none has the time to wait until they are written.
+        const int round = tile / kTurns + 2;
+        if ((round & (round - 1)) == 0 && column == kColumns - 1 && lane == 0) count(p.order + kLevels + 31 - __clz(round), 1);
+        // What the first steps take is asked for before the sums leave.
         const auto& rows = block.rows[turn][odd];
+        float h[kOwn], s_four[4], sx_four[4], out;
+        Given given;
+        get_four(h, own.begin[lane]);
+        auto get_steps = [&](int t) {
+            get_four(s_four, *reinterpret_cast<const float4*>(own.s[group] + t));
+            get_four(sx_four, *reinterpret_cast<const float4*>(own.sx[group] + t));
+            out = own.dy[group][t + q];
+            given.read(rows, 0, t, lane);
+        };
+        get_steps(0);
+        if (tile + kTurns < tiles) leave(tile + kTurns, odd ^ 1);
         // Decays, which become the gradients that go on to the step before.
         float go[kTile][kOwn], sums[2][4], kept[kKept ? kKept : 1][2][4];
         {
-            float h[kOwn], s_four[4];
             Leaving leaving;
-            get_four(h, own.begin[lane]);
 #pragma unroll
             for (int t = 0; t < kTile; t += 2) {
-                float behind[2][4], out[2];
-                if (t % 4 == 0) get_four(s_four, *reinterpret_cast<const float4*>(own.s[group] + t));
-                float b[2][kOwn];
-                get_rows(b, rows, 0, t, lane, one);
+                float behind[2][4], b[2][kOwn];
+                const float factor = out;
+                given.get(b, rows, 0, t, lane, one);
 #pragma unroll
                 for (int i = 0; i < 2; ++i) {
-                    const Row& row = own.rows[t + i];
-                    const float2 both = *reinterpret_cast<const float2*>(&row.of[group]);
-                    const float s = s_four[(t + i) % 4];
-                    out[i] = both.y;
+                    const float s = s_four[(t + i) % 4], sx = sx_four[(t + i) % 4];
 #pragma unroll
                     for (int n = 0; n < kOwn; ++n) {
                         go[t + i][n] = decay(s, A[n]);
-                        h[n] = fmaf(go[t + i][n], h[n], both.x * b[i][n]);
+                        h[n] = fmaf(go[t + i][n], h[n], sx * b[i][n]);
                         behind[n / 2][2 * i + n % 2] = h[n];
                     }
                 }
+                if (t % 4 == 2 && t + 2 < kTile) get_steps(t + 2);
 #pragma unroll
                 for (int i = 0; i < 8; ++i) {
                     if (t / 2 >= kHeld) kept[t / 2 >= kHeld ? t / 2 - kHeld : 0][i / 4][i % 4] = behind[i / 4][i % 4];
@@ -353,7 +455,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) wave_backward(const __
                 }
                 if (t % 4 == 0) clear(sums);
                 if (t % 4 == 0 && t > 0) leaving.leave(own.sums[odd] + t - 4, kStates, lane);
-                add_products(sums, behind, q, t, out);
+                add_products(sums, behind, q, t, factor);
                 if (t % 4 == 2) leaving.exchange(sums, lane);
             }
             leaving.leave(own.sums[odd] + kTile - 4, kStates, lane);
@@ -365,26 +467,29 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) wave_backward(const __
             get_four(carried, block.gradients[turn][column][lane]);
         } else {
             float4 last = make_float4(0.f, 0.f, 0.f, 0.f);
-            const float* at = p.dlast_state + sequence * row_of_states + of_first * kStates + own_states;
+            const float* at = p.dlast_state + block.states + own_states;
             if (p.dlast_state) last = __ldg(reinterpret_cast<const float4*>(at));
             get_four(carried, last);
         }
         float* inner_at = own.inner[0][group] + q;
-        float inner[4], done;
+        float inner[4], done, dy_four[4], u;
         Leaving leaving;
+        Given of_B, of_C;
 #pragma unroll
         for (int t = kTile - 2; t >= 0; t -= 2) {
-            float g[2][4], u[2], b[2][kOwn], c[2][kOwn];
-            get_rows(b, rows, 0, t, lane, one);
-            get_rows(c, rows, 1, t, lane, one);
+            float g[2][4], b[2][kOwn], c[2][kOwn];
+            if (t % 4 == 2) get_four(dy_four, *reinterpret_cast<const float4*>(own.dy[group] + t - 2));
+            if (t % 4 == 2) u = own.sx[group][t - 2 + q];
+            if (t % 4 == 2) of_B.read(rows, 0, t - 2, lane), of_C.read(rows, 1, t - 2, lane);
+            of_B.get(b, rows, 0, t, lane, one);
+            of_C.get(c, rows, 1, t, lane, one);
 #pragma unroll
             for (int i = 1; i >= 0; --i) {
-                const float2 both = *reinterpret_cast<const float2*>(&own.rows[t + i].of[group]);
-                u[i] = both.x;
+                const float dy = dy_four[(t + i) % 4];
                 float& sum = inner[(t + i) % 4];
 #pragma unroll
                 for (int n = 0; n < kOwn; ++n) {
-                    const float g_now = fmaf(c[i][n], both.y, carried[n]);
+                    const float g_now = fmaf(c[i][n], dy, carried[n]);
                     carried[n] = go[t + i][n] *= g_now;
                     g[n / 2][2 * i + n % 2] = g_now;
                     sum = n ? fmaf(g_now, b[i][n], sum) : g_now * b[i][n];
@@ -405,11 +510,11 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) wave_backward(const __
             block.gradients[next][column][lane] = four(carried);
             barrier_arrive<64>(1 + kTurns + next * kColumns + column);
         } else if (p.dinitial_state && (kWhole || column * kWarpChannels + group < there)) {
-            float* at = p.dinitial_state + sequence * row_of_states + of_first * kStates + own_states;
+            float* at = p.dinitial_state + block.states + own_states;
             *reinterpret_cast<float4*>(at) = four(carried);
         }
         // All else.
-        float dA[kOwn], behind[2][4], s_four[4];
+        float dA[kOwn], behind[2][4];
 #pragma unroll
         for (int i = 0; i < 8; ++i) {
             if (kKept) behind[i / 4][i % 4] = kept[kKept ? kKept - 1 : 0][i / 4][i % 4];
@@ -444,26 +549,29 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) wave_backward(const __
                     dA[n] = t + i + 1 < kTile ? fmaf(product, s, dA[n]) : product * s;
                 }
             }
-            if (t % 4 == 2 && t + 2 < kTile) inner_at[kWarpChannels * kStepPitch + t + 2] = done;
+            if (t == kAskAt) fetch(tile - kTurns);  // what is past the first tile is not used
             if (t % 4 == 0) {
+                if (t + 4 < kTile) inner_at[kWarpChannels * kStepPitch + t + 4] = done;
                 reduce_scatter<4, 16, 8>(inner, lane);
                 done = inner[0];
             }
 #pragma unroll
             for (int i = 0; i < 8; ++i) behind[i / 4][i % 4] = ahead[i / 4][i % 4];
-            if (t == kAskAt) fetch(tile - kTurns);  // what is past the first tile is not used
-        }
-        inner_at[kWarpChannels * kStepPitch] = done;
-        __syncwarp();
-        {
-            float so_far[kOwn];
-            get_four(so_far, own.dA[lane]);
-#pragma unroll
-            for (int n = 0; n < kOwn; ++n) so_far[n] += dA[n];
-            own.dA[lane] = four(so_far);
         }
         {
             const unsigned l = thread() & 31;
+            float so_far[kOwn], s[kRows], x[kRows], dy[kRows];
+            get_four(so_far, own.dA[lane]);
+#pragma unroll
+            for (int r = 0; r < kRows; ++r) {
+                const int place = (int)(l / kTile) * kRows + r;
+                dy[r] = own.dy[place][l % kTile], s[r] = own.s[place][l % kTile], x[r] = own.x[place][l % kTile];
+            }
+            inner_at[kWarpChannels * kStepPitch] = done;
+            __syncwarp();
+#pragma unroll
+            for (int n = 0; n < kOwn; ++n) so_far[n] += dA[n];
+            own.dA[lane] = four(so_far);
             const int step = tile * kTile + (int)(l % kTile);
             DX_TYPE* dx = block.dx + step;
             DDT_TYPE* ddt = block.ddt + step;
@@ -471,13 +579,12 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) wave_backward(const __
 #pragma unroll
             for (int r = 0; r < kRows; ++r) {
                 const int place = (int)(l / kTile) * kRows + r;
-                const float4 of = own.rows[l % kTile].of[place];
-                const float gB = own.inner[0][place][l % kTile], out = of.y, s = of.z, x = of.w;
-                const float dx_out = fmaf(block.D[column * kWarpChannels + place], out, s * gB);
-                float ddt_out = fmaf(x, gB, own.inner[1][place][l % kTile] * kLn2);
-                if (kSoftplus) ddt_out *= softplus_slope<sizeof(DT_TYPE) == 2>(s);
+                const float gB = own.inner[0][place][l % kTile];
+                const float dx_out = fmaf(block.D[column * kWarpChannels + place], dy[r], s[r] * gB);
+                float ddt_out = fmaf(x[r], gB, own.inner[1][place][l % kTile] * kLn2);
+                if (kSoftplus) ddt_out *= softplus_slope<sizeof(DT_TYPE) == 2>(s[r]);
                 else if (step >= steps) ddt_out = 0.f;
-                shares[0][r] = out * x, shares[1][r] = ddt_out;
+                shares[0][r] = dy[r] * x[r], shares[1][r] = ddt_out;
                 if (step < steps && (kWhole || column * kWarpChannels + place < there)) {
                     const int of = column * kWarpChannels + place;
                     *at_row(dx, of, (int)p.dx_d * (int)sizeof(DX_TYPE)) = narrow<DX_TYPE>(dx_out);
@@ -497,6 +604,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) wave_backward(const __
     }
     __syncthreads();
     if (turn < tiles) leave((tiles - 1 - turn) % kTurns, odd ^ 1);
+    const int first = block.number % blocks * kBlockChannels;  // once more, rather than in a register all the time
     for (int i = threadIdx.x; i < kBlockChannels * kStates; i += kThreads) {
         const int channel = i / kStates, state = i % kStates;
         float sum = 0.f;
@@ -504,7 +612,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) wave_backward(const __
         for (int w = 0; w < kTurns; ++w) {
             sum += (&block.warps[w][channel / kWarpChannels].dA[state / 4 * 8 + channel % 8].x)[state % 4];
         }
-        if (channel < there) p.dA[sequence * row_of_states + of_first * kStates + i] = sum;
+        if (first + channel < channels) p.dA[block.states + i] = sum;
     }
     for (int i = threadIdx.x; i < 2 * kBlockChannels; i += kThreads) {
         const int kind = i / kBlockChannels, channel = i % kBlockChannels, place = channel % kWarpChannels;
@@ -517,6 +625,29 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) wave_backward(const __
             }
         }
         float* to = kind ? p.ddt_bias : p.dD;
-        if (to && channel < there) to[(long long)sequence * channels + of_first + channel] = sum;
+        if (to && first + channel < channels) to[block.states / kStates + channel] = sum;
+    }
+    __syncthreads();
+    if (threadIdx.x == 0) count(p.order + kLevels, kTurns);
+    if (!p.sum_channels) return;
+    // The last block of those that have its channels adds up over the batch.
+    const int of_routes = (int)p.routes * blocks;
+    if (threadIdx.x == 32) block.last = count_last(p.order + kGroups + block.number % of_routes) + 1 == p.batch;
+    __syncthreads();
+    if (!block.last) return;
+    const long long all = p.routes * channels, before = block.states / kStates % all;
+    for (int i = threadIdx.x; i < min(channels - first, kBlockChannels) * (kStates / 4 + 2); i += kThreads) {
+        const int channel = i / (kStates / 4 + 2), part = i % (kStates / 4 + 2);
+        if (part < kStates / 4) {
+            const long long at = (before + channel) * kStates + part * 4;
+            float sum[4] = {};
+            add_parts<8, true>(sum, (const Float*)p.dA + at, all * kStates, (int)p.batch);
+            *reinterpret_cast<float4*>(p.sum_channels + at) = four(sum);
+        } else {
+            const float* from = part == kStates / 4 ? p.dD : p.ddt_bias;
+            float sum[1] = {};
+            if (from) add_parts<8, true>(sum, (const Float*)from + before + channel, all, (int)p.batch);
+            p.sum_channels[all * (kStates + part - kStates / 4) + before + channel] = sum[0];
+        }
     }
 }

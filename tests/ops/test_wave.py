@@ -29,6 +29,7 @@ def routes() -> list[Case]:
     found = [replace(LONG, dtypes=(dtype,) * 4, state=state) for dtype in (BF16, F16, F32) for state in (False, True)]
     found += [replace(LONG, grid=(1, n), channels=c, dtypes=half, state=True) for n, c in ((2, 48), (16, 5), (33, 100))]
     found += [replace(LONG, grid=(1, 1601), channels=96, batch=2, dtypes=(t,) * 4, state=True) for t in (BF16, F32)]
+    found += [replace(LONG, grid=(1, 65), channels=96, batch=70, dtypes=half)]  # more blocks than multiprocessors
     found += [replace(LONG, routes=2, channels=52, dtypes=half, skip=False, bias=False, softplus=False, state=True)]
     found += [replace(LONG, shared_x=True, merge=True, batch=3, dtypes=(BF16, F32, F32, BF16))]
     return [*found, replace(LONG, dtypes=(F16, BF16, BF16, F16), out_dtype=F32)]
@@ -85,6 +86,24 @@ def test_small_tensors_begin_anywhere(monkeypatch: pytest.MonkeyPatch) -> None:
     assert all(torch.equal(found[name], gradient) for name, gradient in expected.items())
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [BF16, F32])
+def test_rows_of_B_and_C_lie_in_any_order(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their gradients are written in the order of the arguments, whatever it is."""
+    if nvrtc.shared_limit(0) < kernels.WAVE_SHARED:
+        pytest.skip("blocks of the wave kernels need more shared memory than this GPU has")
+    monkeypatch.setattr(kernels, "wave_fills", lambda *_: True)
+    monkeypatch.setattr(few, "takes_call", lambda *_, **__: False)
+    monkeypatch.setattr(backward_cuda, "plans", {})
+    call = make_call(replace(LONG, routes=2, batch=3, channels=100, dtypes=(dtype,) * 4), device="cuda")
+    expected = gradients(call, "cuda")
+    for order in ((0, 1, 2, 3), (1, 3, 0, 2), (3, 2, 1, 0)):
+        back = [order.index(axis) for axis in range(4)]
+        rows = {name: getattr(call, name).permute(order).contiguous().permute(back) for name in "BC"}
+        found = gradients(call._replace(**rows), "cuda")
+        assert all(torch.equal(found[name], gradient) for name, gradient in expected.items())
+
+
 @pytest.mark.parametrize(
     ("change", "multiprocessors", "taken"),
     [
@@ -115,7 +134,9 @@ def test_wave_is_chosen(
     plan = wave_cuda.backward(call, call.new_output(), torch.empty_like(call.x), 0)
     assert (plan is not None) == taken
     if plan is not None:
-        assert plan.scan.kernel.name == "wave_backward" and plan.scan.grid == 4 and plan.groups == 2
+        assert plan.scan.kernel.name == "wave_backward" and plan.groups == 2
+        assert plan.scan.grid == (8 if multiprocessors == 4 else 12)  # four of the scan
+        assert plan.whole_rows and plan.rows == 4 * 512 * 32
     assert wave_cuda.backward(call, None, torch.empty_like(call.x), 0) is None
 
 

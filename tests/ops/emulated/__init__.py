@@ -56,6 +56,10 @@ RULES = (
         "emulated::multiply<8, 2>(d, {{0, 0, 0, 0}}, {{{4}, {5}}}, {{{6}}}, emulated::bfloat_at);",
     ),
     (
+        "m16n8k8.row.col.f32.f16",
+        "emulated::multiply<8, 2>(d, {{0, 0, 0, 0}}, {{{4}, {5}}}, {{{6}}}, emulated::half_at);",
+    ),
+    (
         "m16n8k8",
         "emulated::multiply<8, 1>(d, {{{0}, {1}, {2}, {3}}}, {{{4}, {5}, {6}, {7}}}, {{{8}, {9}}}, emulated::tf32_at);",
     ),
@@ -93,6 +97,9 @@ RULES = (
     ("ld.global.u16", "{0} = *(const unsigned short*)({1});"),
     ("ld.global.v2", "emulated::load((const char*)({2}), {0}, {1});"),
     ("ld.global.v4", "emulated::load((const char*)({4}), {0}, {1}, {2}, {3});"),
+    ("red.release.gpu.global.add", "*({0}) += {1};"),
+    ("atom.acq_rel.gpu.global.add", "{0} = (*({1}))++;"),
+    ("ld.acquire.gpu", "{0} = *({1});"),
     ("createpolicy", ";"),
     ("prefetch", ";"),
     ("ld.global.nc", "{0} = *(const unsigned*)({1});"),

@@ -318,6 +318,7 @@ void multiply(float* d, const float (&c)[4], const Word (&a)[kA], const Other (&
     }
 }
 inline float bfloat_at(unsigned word, int e) { return of_bfloat(word >> 16 * e); }
+inline float half_at(unsigned word, int e) { return of_half(word >> 16 * e); }
 inline float tf32_at(unsigned word, int) { return to_tf32(word); }
 
 inline unsigned transposed(unsigned word) {

@@ -62,9 +62,7 @@ def backward(asked: ScanCall, saved: Tensor, dy: Tensor | None, dlast: Tensor | 
         elif in_pairs:
             rows = (new((blocks, batch, routes, call.steps, 2)),)
         else:
-            half = kernels.sums(TYPES[call.B.dtype], TYPES[call.C.dtype]) == "Bfloat"
-            dtype = torch.bfloat16 if half else torch.float32
-            rows = new((2, batch, tokens, routes, blocks, states), dtype=dtype).unbind()
+            rows = new((2, batch, tokens, routes, blocks, states), dtype=_type_of_rows(call)).unbind()
         dinitial = None if call.initial_state is None else torch.empty_like(call.initial_state)
         parts = channel_sums(call, shares, call.rank if products else 0)
         parts |= dict(dBC=rows[0]) if in_pairs else dict(dB=rows[0], dC=rows[1])
@@ -85,6 +83,12 @@ def backward(asked: ScanCall, saved: Tensor, dy: Tensor | None, dlast: Tensor | 
             addresses["middle"] = new((batch, routes, plan.segments, channels, saved.shape[-1]))
         if plan.blocks:
             addresses["order"] = call.x.new_zeros(1 + plan.blocks, dtype=torch.int32)
+        sums = parts
+        if plan.rows:
+            addresses["rows"] = new(plan.rows, dtype=_type_of_rows(call))
+            if shares > 1:
+                sums = parts | channel_sums(call, 1, 0)
+                shares, addresses["sum_channels"] = 1, sums["dA"]
         if plan.edges is not None:
             addresses |= new_edges(call, plan.segments)
             plan.edges(device, **addresses)
@@ -94,15 +98,21 @@ def backward(asked: ScanCall, saved: Tensor, dy: Tensor | None, dlast: Tensor | 
         del target, addresses  # the routes' shares make room for what follows
 
         found: dict[str, Tensor | None] = dict(x=dx, dt=ddt, initial_state=dinitial)
-        found |= finish(call, complete, shares, blocks, parts, ddt if products else None, done)
+        found |= finish(call, complete, shares, blocks, sums, ddt if products else None, done)
         if done:
             found |= dict(zip("BC", rows if plan.whole_rows else (row[:, :, :, 0] for row in rows), strict=True))
-        del parts, rows
+        del parts, sums, rows
         if asked.dt_weight is not None and not products:
             low_rank, weight = asked.dt.to(torch.float32), asked.dt_weight.to(torch.float32)
             found["dt"] = torch.einsum("blkd,kdr->blkr", ddt, weight)
             found["dt_weight"] = torch.einsum("blkd,blkr->kdr", ddt, low_rank)
         return tuple(_like(found.get(name), getattr(asked, name)) for name in GRADIENTS)
+
+
+def _type_of_rows(call: ScanCall) -> torch.dtype:
+    """Of blocks' shares of the gradients of B and C."""
+    half = kernels.sums(TYPES[call.B.dtype], TYPES[call.C.dtype]) == "Bfloat"
+    return torch.bfloat16 if half else torch.float32
 
 
 def _like(gradient: Tensor | None, argument: Tensor | None) -> Tensor | None:

@@ -30,6 +30,7 @@ WAVE_COLUMNS = 6  # of 8 channels, of a block of the backward wave kernel
 WAVE_CHANNELS = 8 * WAVE_COLUMNS
 WAVE_SHARED = 223 * 1024  # bytes of shared memory that its block needs, at most
 WAVE_STEPS = 256  # of a route from which on it is taken that way
+WAVE_COUNTS = 33  # kGroups of it
 WALK_FORWARD = 16  # warps of the walking kernels that a multiprocessor holds
 WALK_BACKWARD = 12
 WALK_ROOM = 8  # warps for which routes are cut into segments, going back; twice as many going forwards
@@ -176,6 +177,11 @@ def wave_fills(steps: int, blocks: int, multiprocessors: int) -> bool:
     """Whether routes are long enough, and so many blocks, one a multiprocessor, leave few of these idle."""
     waves = -(-blocks // multiprocessors)
     return steps >= WAVE_STEPS and 3 * blocks >= 2 * waves * multiprocessors
+
+
+def wave_rows(steps: int) -> int:
+    """Numbers of a block's shares of dB and dC, of whole tiles."""
+    return -(-steps // CHECKPOINT) * CHECKPOINT * 2 * WAVE_STATES
 
 
 class Narrow(NamedTuple):

@@ -23,9 +23,10 @@ class Plan(NamedTuple):
     items: int = 1  # of the batch, of whose sums over the batch there is one share
     first: bool = False  # the first route's share is written where the result goes, and those of others added to it
     apart: int = 0  # shares of a sum over routes, where kernels are told
-    blocks: int = 0  # where blocks wait for others of a route before: how many there are
+    blocks: int = 0  # where blocks wait for others: how many there are, or what they count
     whole_rows: bool = False  # the gradients of B and C are written as they are wanted
     middle: bool = False  # states between two that were saved need a place in memory
+    rows: int = 0  # numbers of blocks' shares of `whole_rows`, where the kernel adds up those and all of the batch too
 
 
 def adding_up(

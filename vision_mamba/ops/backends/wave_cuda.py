@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from vision_mamba.ops.backends import cuda_kernels as kernels
@@ -56,15 +57,21 @@ def backward(call: ScanCall, dy: Tensor | None, dx: Tensor, device: int) -> Plan
     seen, ddt = seen_by_routes(call, dy), ddt_like(call)
     assert seen is not None
     across = (call.x, call.dt, seen, view, ddt)
-    far = max(stride for tensor in (*across, call.B, call.C) for stride in tensor.stride()[1:])
+    rows = {f"d{name}": torch.empty_like(tensor, device="meta") for name, tensor in (("B", call.B), ("C", call.C))}
+    far = max(stride for tensor in (*across, call.B, call.C, *rows.values()) for stride in tensor.stride()[1:])
     if far >= _FAR or any(tensor.stride(1) != 1 for tensor in across):
         return None
     groups = -(-call.channels // kernels.WAVE_CHANNELS)
-    blocks = call.batch * call.routes * groups
-    if not kernels.wave_fills(call.steps, blocks, gpu.multiprocessors(device)):
+    blocks, processors = call.batch * call.routes * groups, gpu.multiprocessors(device)
+    if not kernels.wave_fills(call.steps, blocks, processors):
         return None
     how = kernels.WaveBackward(call.dt_softplus, call.channels % kernels.WAVE_CHANNELS == 0)
     types = (*types_of(call), TYPES[call.y_dtype])
     wanted = kernels.wave_backward(types, how, TYPES[view.dtype], TYPES[ddt.dtype])
-    launch = Launch.of(wanted, device, blocks, HEADER, backward_fields(call, view, seen, ddt))
-    return Plan(launch, False, None, groups=groups)
+    fields = backward_fields(call, view, seen, ddt) | strides("dB", rows["dB"]) | strides("dC", rows["dC"])
+    more = -blocks % processors + processors  # add up what the others leave: where there is room, then where they were
+    launch = Launch.of(wanted, device, blocks + more, HEADER, fields)
+    return Plan(
+        launch, False, None, groups=groups, blocks=kernels.WAVE_COUNTS - 1 + call.routes * groups, whole_rows=True,
+        rows=blocks * kernels.wave_rows(call.steps),
+    )  # fmt: skip
