@@ -451,6 +451,6 @@ inline unsigned __ballot_sync(unsigned, bool v) {
 }
 inline bool __any_sync(unsigned m, bool v) { return __ballot_sync(m, v) != 0; }
 inline bool __all_sync(unsigned m, bool v) { return __ballot_sync(m, v) == ~0u; }
-template <class T> T atomicAdd(T* at, T v) { T old = *at; *at += v; return old; }
+template <class T> T atomicAdd(T* at, T v) { return __atomic_fetch_add(at, v, __ATOMIC_RELAXED); }
 inline int __popc(unsigned v) { return __builtin_popcount(v); }
 inline int __clz(int v) { return v ? __builtin_clz(v) : 32; }
