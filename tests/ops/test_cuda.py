@@ -104,24 +104,28 @@ def paired() -> list[Case]:
     return [*found, Case(channels=32, states=1, order="cross", grid=(9, 11), dtypes=mixed, state=True)]
 
 
-@pytest.mark.parametrize("pieces", ["whole", "segments", "batch in turn"])
-@pytest.mark.parametrize("case", walked(), ids=str)
-def test_walks(case: Case, pieces: str, poisoned: None, many_sequences: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    launched = []
-    walks = kernels.walk_forward
-    monkeypatch.setattr(kernels, "walk_forward", lambda *how: launched.append(how) or walks(*how))
+def check_walks(case: Case, kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against the reference, in every tensor, by this kernel; twice the same."""
+    launched, make = [], getattr(kernels, kernel)
+    monkeypatch.setattr(kernels, kernel, lambda *how: launched.append(how) or make(*how))
     monkeypatch.setattr(kernels, "walks", lambda *_: True)
-    if pieces != "segments":
-        monkeypatch.setattr(kernels, "wide_segments", lambda *_: (1, 0))
-    if pieces == "batch in turn":
-        assert case.batch % 2 == 0
-        monkeypatch.setattr(kernels, "walk_items", lambda *_: 2)
     found = run(make_call(case, device="cuda"), "cuda")
     assert launched
     for name, reference in expected(case).items():
         assert_close(name, found[name], reference)
     again = run(make_call(case, device="cuda"), "cuda")
     assert all(torch.equal(again[name], tensor) for name, tensor in found.items())
+
+
+@pytest.mark.parametrize("pieces", ["whole", "segments", "batch in turn"])
+@pytest.mark.parametrize("case", walked(), ids=str)
+def test_walks(case: Case, pieces: str, poisoned: None, many_sequences: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    if pieces != "segments":
+        monkeypatch.setattr(kernels, "wide_segments", lambda *_: (1, 0))
+    if pieces == "batch in turn":
+        assert case.batch % 2 == 0
+        monkeypatch.setattr(kernels, "walk_items", lambda *_: 2)
+    check_walks(case, "walk_forward", monkeypatch)
 
 
 SHORT, LONG = "Bfloat", "Float"  # sums in shared memory
@@ -148,21 +152,12 @@ def test_walks_that_add_up_routes(
     many_sequences: None,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    launched = []
     how = kernels.Merged(per_lane, turns, stages, 8, rank=case.rank, sums=LONG if case.dtypes[0] != BF16 else sums)
-    walks = kernels.walk_merged
-    monkeypatch.setattr(kernels, "walk_merged", lambda *how: launched.append(how) or walks(*how))
-    monkeypatch.setattr(kernels, "walks", lambda *_: True)
     monkeypatch.setattr(kernels, "fills", lambda *_: True)
     monkeypatch.setattr(kernels, "merged", lambda types, tokens, routes, *_: how._replace(routes=routes))
     monkeypatch.setattr(kernels, "paired", lambda *_: None)
     monkeypatch.setattr(kernels, "wide_segments", lambda *_: (1, 0))
-    found = run(make_call(case, device="cuda"), "cuda")
-    assert launched
-    for name, reference in expected(case).items():
-        assert_close(name, found[name], reference)
-    again = run(make_call(case, device="cuda"), "cuda")
-    assert all(torch.equal(again[name], tensor) for name, tensor in found.items())
+    check_walks(case, "walk_merged", monkeypatch)
 
 
 @pytest.mark.parametrize("turns", [1, 2, 5])
@@ -170,20 +165,11 @@ def test_walks_that_add_up_routes(
 def test_two_routes_share_a_warp(
     case: Case, turns: int, poisoned: None, many_sequences: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    launched = []
-    walks, how = kernels.walk_paired, kernels.Paired(case.rank, turns)
-    monkeypatch.setattr(kernels, "walk_paired", lambda *how: launched.append(how) or walks(*how))
-    monkeypatch.setattr(kernels, "walks", lambda *_: True)
     monkeypatch.setattr(kernels, "fills", lambda *_: True)
     monkeypatch.setattr(kernels, "merged", lambda *_: kernels.Merged(1, 2, 1, 8, rank=case.rank, sums=SHORT))
-    monkeypatch.setattr(kernels, "paired", lambda *_: how)
+    monkeypatch.setattr(kernels, "paired", lambda *_: kernels.Paired(case.rank, turns))
     monkeypatch.setattr(kernels, "wide_segments", lambda *_: (1, 0))
-    found = run(make_call(case, device="cuda"), "cuda")
-    assert launched
-    for name, reference in expected(case).items():
-        assert_close(name, found[name], reference)
-    again = run(make_call(case, device="cuda"), "cuda")
-    assert all(torch.equal(again[name], tensor) for name, tensor in found.items())
+    check_walks(case, "walk_paired", monkeypatch)
 
 
 def many() -> list[Case]:
