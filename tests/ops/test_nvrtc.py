@@ -259,14 +259,13 @@ def test_two_routes_share_a_warp_where_their_types_and_sums_fit() -> None:
     for rank in (0, 2, 8):
         how = kernels.paired(half, 56 * 56, 4, rank, shared)
         assert how is not None and how.shared(56 * 56) <= shared
-    assert kernels.paired(half, 64 * 64, 4, 0, shared) is None
-    assert kernels.paired(half, 56 * 56, 2, 0, shared) is None
-    assert kernels.paired(half, 56 * 56, 4, 10, shared) is None
+    for tokens, routes, rank in ((64 * 64, 4, 0), (28 * 28, 4, 0), (56 * 56, 2, 0), (56 * 56, 4, 10)):
+        assert kernels.paired(half, tokens, routes, rank, shared) is None
     for at in (0, 1, 4):
         other = (*half[:at], "Float", *half[at + 1 :])
-        assert kernels.paired(other, 49, 4, 0, shared) is None
-    assert kernels.paired(("Bfloat", "Half", *half[2:]), 49, 4, 0, shared) is not None
-    assert kernels.paired(("Bfloat", "Half", *half[2:]), 49, 4, 6, shared) is None  # its products are in bfloat16
+        assert kernels.paired(other, 56 * 56, 4, 0, shared) is None
+    assert kernels.paired(("Bfloat", "Half", *half[2:]), 56 * 56, 4, 0, shared) is not None
+    assert kernels.paired(("Bfloat", "Half", *half[2:]), 56 * 56, 4, 6, shared) is None  # its products are in bfloat16
 
 
 @pytest.mark.parametrize(("blocks", "filled"), [(384, True), (264, True), (133, False), (1, False), (0, True)])

@@ -287,11 +287,11 @@ def merged(types: Types, tokens: int, routes: int, channels: int, rank: int, sha
 
 
 def paired(types: Types, tokens: int, routes: int, rank: int, shared: int) -> Paired | None:
-    """How two routes share a warp, where the types allow it and there is room for the sums of 32 channels."""
+    """How two routes share a warp, where the types allow it and sums of 32 channels fit once, but not twice."""
     how = Paired(rank)
     sized = all(_bytes(dtype) == 2 for dtype in types[:2]) and types[4] == "Bfloat" and routes == 4
     formed = rank == 0 or (rank <= PAIRED_RANK and types[1] == "Bfloat")
-    return how if sized and formed and how.shared(tokens) <= shared else None
+    return how if sized and formed and how.shared(tokens) <= shared < 2 * how.shared(tokens) else None
 
 
 def fills(blocks: int, room: int) -> bool:
