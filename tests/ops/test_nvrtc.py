@@ -107,6 +107,17 @@ def test_nvrtc_blocks_fit_gpus_of_little_shared_memory(states: int, rank: int, d
     assert threads == 32 * tile.warps and shared <= 99 * 1024
 
 
+def test_nvrtc_blocks_that_add_up_routes_take_the_shared_memory_that_is_planned() -> None:
+    half = ("Bfloat",) * 5
+    kinds = ((0, "Bfloat"), (6, "Float"))
+    merged = [how._replace(rank=rank, sums=sums) for how in kernels.MERGED for rank, sums in kinds]
+    made = [(kernels.walk_merged(half, how, 1), how.shared(half, 64) - how.sums_shared(64)) for how in merged]
+    paired = [kernels.Paired(rank, turns) for rank, turns in ((0, 5), (6, 5), (8, 2))]
+    made += [(kernels.walk_paired(half, how), how.shared(64) - how.sums_shared(64)) for how in paired]
+    for wanted, shared in made:
+        assert launch_shape(nvrtc.compile_source(wanted, 90)[0])[1] == shared
+
+
 MERGE = kernels.merge("Float", "Half", 4)
 
 
