@@ -14,6 +14,8 @@ constexpr unsigned kAll = 0xffffffffu;
 struct Float { unsigned bits; };
 struct Half { unsigned short bits; };
 struct Bfloat { unsigned short bits; };
+template <class, class> constexpr bool kAlike = false;
+template <class T> constexpr bool kAlike<T, T> = true;
 
 DEVICE float ex2(float v) {
     float r;

@@ -33,7 +33,7 @@ struct Params {
     float* ddt_weight;     // (B / items, segments, K, D, R), or null
     float* dinitial_state; // (B, K, D, N), or null
     float* dBC;            // of one state a channel (channel tiles, B, K, S, 2): dB and dC in the order of steps
-    // Where finish.cuh puts the sums of these parts.
+    // Where finish.cuh puts the sums of these parts, or wave_backward.cuh those over the batch.
     void* sum_dB;          // (B, L, K, N)
     void* sum_dC;          // (B, L, K, N)
     void* sum_ddt;         // (B, L, K, R)

@@ -15,7 +15,9 @@ constexpr int kPairs = kWarps / kTurns;  // of routes
 constexpr int kRoutes = 2 * kPairs;
 constexpr int kAdders = 2;
 constexpr int kAllThreads = 32 * (kAdders + kWarps);
-static_assert(kRun == 1 && sizeof(X_TYPE) == 2 && sizeof(DT_TYPE) == 2 && kRank <= 8);
+static_assert(kRun == 1 && sizeof(X_TYPE) == 2 && sizeof(DT_TYPE) == 2 && sizeof(Y_TYPE) == 2);
+static_assert(kRank <= 8 && kRank % 2 == 0 && kWarps <= 15);  // barriers beside that of __syncthreads
+static_assert(kRank == 0 || kAlike<DT_TYPE, Bfloat>);
 
 // What a tile's steps add: rows of two routes, which trade places so that eight lanes read distinct banks.
 struct alignas(16) Left {
@@ -263,7 +265,7 @@ DEVICE void go_along(const Params& p, BlockMemory& block, int warp, int lane, in
     const unsigned row = (unsigned)p.channels * 4;
 
     ChoosePairs<(kRank > 0)>::Type sizes(p, batch, pair, first, lane);
-    const unsigned long long last = evicted<false>();
+    const unsigned long long last = p.x_k ? evicted<true>() : evicted<false>();  // routes may have x of their own
     unsigned x[kTile], next_B, next_C;
     float a[kTile][2], b[kTile][2];
     auto ask = [&](int token) {

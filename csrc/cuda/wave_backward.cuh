@@ -39,9 +39,7 @@ constexpr int kThreads = kTurns * kTeam;
 constexpr int kKept = 3;  // pairs of steps behind which states stay in registers, the last ones
 constexpr int kHeld = kTile / 2 - kKept;
 constexpr int kAskAt = 8;  // on the way back, the step at which decays have left registers to ask for another tile
-template <class S, class T> constexpr bool kSameShort = false;
-template <class T> constexpr bool kSameShort<T, T> = sizeof(T) == 2;
-constexpr bool kSpread = kSameShort<B_TYPE, C_TYPE>;  // numbers of B and C are handed round by the tensor cores
+constexpr bool kSpread = kAlike<B_TYPE, C_TYPE> && sizeof(B_TYPE) == 2;  // numbers of B and C are handed round by the tensor cores
 constexpr int kSpreadPitch = 2 * kStates + 4;         // so that rows meet other banks
 constexpr int kPitch = 2 * kStates + 8;
 constexpr int kStepPitch = kTile + 4;
@@ -146,7 +144,7 @@ struct Leaving {
 // next; of B column lane / 4 of those rows; and has of d what it gives of A.
 template <class T> DEVICE void multiply_short(float* d, unsigned a0, unsigned a1, unsigned b0) {
 #if __CUDA_ARCH__ >= 800
-    if constexpr (kSameShort<T, Bfloat>) {
+    if constexpr (kAlike<T, Bfloat>) {
         asm("mma.sync.aligned.m16n8k8.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%7, %7, %7, %7};"
             : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
             : "r"(a0), "r"(a1), "r"(b0), "f"(0.f));
@@ -221,8 +219,8 @@ struct Incoming {
 };
 
 // Counts of what other blocks may read. The sums of tiles from kTurns 2^level to twice that have left when all teams have
-// counted on that level; those of tiles before, and what belongs to channels, on level 0. A count takes a wait for all
-// that was written: so few of them are enough to let those who add up be close behind at the end.
+// counted on that level; those of tiles before, on level 0. A count takes a wait for all that was written: so few of them
+// are enough to let those who add up be close behind at the end.
 DEVICE void count(int* at, int by) {
     asm volatile("red.release.gpu.global.add.s32 [%0], %1;" :: "l"(at), "r"(by) : "memory");
 }
@@ -249,7 +247,7 @@ DEVICE void add_up(const Params& p, int blocks) {
     const int lane = threadIdx.x & 31, sequences = (int)(p.batch * p.routes);
     const int tiles = ((int)p.steps + kTile - 1) / kTile, of_tile = sequences * kPieces;
     auto take = [&] { return lane == 0 ? atomicAdd(p.order + kTaken, 1) : 0; };
-    int seen = kGroups, taken = take();
+    int seen = 31, taken = take();  // a level above all
     while (true) {
         const int i = __shfl_sync(kAll, taken, 0);
         if (i >= tiles * of_tile) return;

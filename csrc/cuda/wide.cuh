@@ -8,8 +8,6 @@ constexpr int kStates = STATES;  // states a lane holds of each of its channels
 constexpr int kSlots = SLOTS;    // channels of a lane
 constexpr bool kSoftplus = SOFTPLUS;
 constexpr int kRank = RANK;  // columns of a low-rank step size, 0 = dt comes whole
-template <class, class> constexpr bool kAlike = false;
-template <class T> constexpr bool kAlike<T, T> = true;
 // Step sizes in 16 bits are taken in units of ln 2, so that neither softplus nor the decay multiplies by log2(e); B
 // makes up for it. In 32 bits they stay as they are, for the sake of softplus's last digits.
 constexpr bool kExact = sizeof(DT_TYPE) == 4;

@@ -61,6 +61,7 @@ RACES = [
     "test_many_sequences_of_several_states[in order-0-dtype4]",
     "test_waves[3-short]",
     "test_waves[1-float32]",
+    "test_blocks_add_up_what_others_leave[(1, 70)-dtype0]",
 ]
 
 OPTIONS = [case for case in cases.options() if case.states in (1, 16)]
@@ -155,6 +156,18 @@ def test_waves(case: Case, columns: int, emulated: set[str], poisoned: None, mon
     monkeypatch.setattr(kernels, "wave_forward_columns", lambda *_: columns)
     monkeypatch.setattr(kernels, "wave_fills", lambda *_: True)
     check(case, emulated, "wave_forward", "wave_backward")
+
+
+@pytest.mark.parametrize("dtype", [BF16, F32])
+@pytest.mark.parametrize("grid", [(1, 70), (1, 270)], ids=str)
+def test_blocks_add_up_what_others_leave(
+    grid: tuple[int, int], dtype: torch.dtype, emulated: set[str], poisoned: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of two items of the batch, two blocks each, tiles of several levels of which they count."""
+    monkeypatch.setattr(kernels, "wave_forward_columns", lambda *_: 1)
+    monkeypatch.setattr(kernels, "wave_fills", lambda *_: True)
+    case = replace(LONG, batch=2, channels=52, grid=grid, dtypes=(dtype,) * 4, state=True)
+    check(case, emulated, "wave_backward")
 
 
 @pytest.mark.parametrize("states", [1, 4, 16])

@@ -13,9 +13,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import torch
 
+from tests.cases import Case, make_call
 from vision_mamba.ops.backends import cuda_kernels as kernels
-from vision_mamba.ops.backends import few_cuda, nvrtc, routes_cuda, rows_cuda, sums_cuda
+from vision_mamba.ops.backends import few_cuda, gpu, narrow_cuda, nvrtc, routes_cuda, rows_cuda, sums_cuda
 
 pytestmark = pytest.mark.skipif(nvrtc.missing() is not None, reason=str(nvrtc.missing()))
 
@@ -28,15 +30,18 @@ SPILLS = dict(
     wide_flow=4,  # with NVRTC 13.0 for sm_80
     wide_backward=20,
     wave_forward=96,  # none in bfloat16
-    wave_backward=76,  # none for sm_90
+    wave_backward=76,  # for sm_90 none with NVRTC 13.0, 20 with 13.2
     narrow_backward=128,
     walk_backward=64,
     routes_weigh=8,
     few_backward=64,  # for sm_80; none for sm_90
     conv_backward=16,
 )
-#: The same where all is float32, with a low rank: with NVRTC 13.2 for sm_90, 40 with 13.0.
-SPILLS_FLOAT = SPILLS | dict(wide_backward=72)
+#: The same where all is float32.
+SPILLS_FLOAT = SPILLS | dict(
+    wide_backward=72,  # with a low rank and NVRTC 13.2 for sm_90, 40 with 13.0
+    wide_flow=16,  # for sm_120
+)
 
 
 def _not_shipped(dtype: str) -> tuple[nvrtc.Specialisation, ...]:
@@ -277,6 +282,21 @@ def test_two_routes_share_a_warp_where_their_types_and_sums_fit() -> None:
         assert kernels.paired(other, 56 * 56, 4, 0, shared) is None
     assert kernels.paired(("Bfloat", "Half", *half[2:]), 56 * 56, 4, 0, shared) is not None
     assert kernels.paired(("Bfloat", "Half", *half[2:]), 56 * 56, 4, 6, shared) is None  # its products are in bfloat16
+
+
+@pytest.mark.parametrize(("side", "name", "sums"), [(38, "walk_merged", "Float"), (40, "walk_paired", None)])
+def test_sums_are_no_shorter_for_two_routes_a_warp(
+    side: int, name: str, sums: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gpu, "capability", lambda _: (9, 0))
+    monkeypatch.setattr(gpu, "multiprocessors", lambda _: 3)
+    monkeypatch.setattr(nvrtc, "shared_limit", lambda _: 227 * 1024)
+    monkeypatch.setattr(nvrtc, "kernel", lambda wanted, _: wanted)
+    half = (torch.bfloat16,) * 4
+    call = make_call(Case(channels=96, states=1, batch=2, order="cross", grid=(side, side), dtypes=half))
+    plan = narrow_cuda._plan_merged(call, call.new_output(), 0)
+    assert plan is not None and plan.scan.kernel.name == name
+    assert dict(plan.scan.kernel.macros).get("SUM_TYPE") == sums
 
 
 @pytest.mark.parametrize(("blocks", "filled"), [(384, True), (264, True), (133, False), (1, False), (0, True)])

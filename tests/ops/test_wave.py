@@ -29,7 +29,7 @@ def routes() -> list[Case]:
     found = [replace(LONG, dtypes=(dtype,) * 4, state=state) for dtype in (BF16, F16, F32) for state in (False, True)]
     found += [replace(LONG, grid=(1, n), channels=c, dtypes=half, state=True) for n, c in ((2, 48), (16, 5), (33, 100))]
     found += [replace(LONG, grid=(1, 1601), channels=96, batch=2, dtypes=(t,) * 4, state=True) for t in (BF16, F32)]
-    found += [replace(LONG, grid=(1, 65), channels=96, batch=70, dtypes=half)]  # more blocks than multiprocessors
+    found += [replace(LONG, grid=(1, 65), channels=96, batch=100, dtypes=half)]  # more blocks than multiprocessors
     found += [replace(LONG, routes=2, channels=52, dtypes=half, skip=False, bias=False, softplus=False, state=True)]
     found += [replace(LONG, shared_x=True, merge=True, batch=3, dtypes=(BF16, F32, F32, BF16))]
     return [*found, replace(LONG, dtypes=(F16, BF16, BF16, F16), out_dtype=F32)]
@@ -102,6 +102,45 @@ def test_rows_of_B_and_C_lie_in_any_order(dtype: torch.dtype, monkeypatch: pytes
         rows = {name: getattr(call, name).permute(order).contiguous().permute(back) for name in "BC"}
         found = gradients(call._replace(**rows), "cuda")
         assert all(torch.equal(found[name], gradient) for name, gradient in expected.items())
+
+
+@pytest.mark.gpu
+def test_replayed_in_a_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks count anew each time."""
+    if nvrtc.shared_limit(0) < kernels.WAVE_SHARED:
+        pytest.skip("blocks of the wave kernels need more shared memory than this GPU has")
+    launched = []
+    wave = kernels.wave_backward
+    monkeypatch.setattr(kernels, "wave_backward", lambda *how: launched.append(how) or wave(*how))
+    monkeypatch.setattr(kernels, "wave_fills", lambda *_: True)
+    monkeypatch.setattr(few, "takes_call", lambda *_, **__: False)
+    monkeypatch.setattr(backward_cuda, "plans", {})
+    call = make_call(replace(LONG, batch=2, channels=100, grid=(1, 333), dtypes=(BF16,) * 4), device="cuda")
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        gradients(call, "cuda")
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    outputs_grad = torch.empty_like(call.new_output())
+
+    def run() -> dict[str, Tensor]:
+        inputs = {n: getattr(call, n).detach().requires_grad_() for n in GRADIENTS if getattr(call, n) is not None}
+        y = torch.ops.vision_mamba.cross_selective_scan(*call._replace(**inputs), "cuda")[0]
+        return dict(zip(inputs, torch.autograd.grad(y, list(inputs.values()), outputs_grad), strict=True))
+
+    with torch.cuda.graph(graph):
+        captured = run()
+    assert launched
+    for seed in range(3):
+        torch.manual_seed(seed)
+        outputs_grad.normal_()
+        call.B.normal_()
+        graph.replay()
+        torch.cuda.synchronize()
+        found = run()
+        assert all(torch.equal(captured[name], gradient) for name, gradient in found.items())
+        assert found["B"].abs().max() > 0
 
 
 @pytest.mark.parametrize(

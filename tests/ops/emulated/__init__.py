@@ -63,7 +63,6 @@ RULES = (
         "m16n8k8",
         "emulated::multiply<8, 1>(d, {{{0}, {1}, {2}, {3}}}, {{{4}, {5}, {6}, {7}}}, {{{8}, {9}}}, emulated::tf32_at);",
     ),
-    ("m16n8k4", "emulated::multiply<4, 1>(d, {{0, 0, 0, 0}}, {{{4}, {5}}}, {{{6}}}, emulated::tf32_at);"),
     ("movmatrix", "{0} = emulated::transposed({1});"),
     ("shfl.sync.idx.b32 %0, %1, %2, 0x21f", "{0} = emulated::from_lane({1}, (emulated::lane() & 2) | ({2} & ~2));"),
     ("cp.async.commit_group", "emulated::commit();"),
@@ -102,6 +101,7 @@ RULES = (
     ("ld.acquire.gpu", "{0} = __atomic_load_n({1}, __ATOMIC_ACQUIRE);"),
     ("createpolicy", ";"),
     ("prefetch", ";"),
+    ("ld.global.nc.L2::128B.u16", "{0} = *(const unsigned short*)({1});"),
     ("ld.global.nc", "{0} = *(const unsigned*)({1});"),
     ("@p st.global.v2", "if ({0}) emulated::store({1}, {2}, {3});"),
     ("st.global.cs.v4", "emulated::store({0}, {1}, {2}, {3}, {4});"),
@@ -218,6 +218,10 @@ class Bound(NamedTuple):
         self.start()
 
 
+#: Kernels whose blocks read what others of them write while these go on: they run in turn, as those of a cluster do.
+AT_ONCE = ("wave_backward",)
+
+
 class Kernel(NamedTuple):
     """What nvrtc.Kernel is on a GPU."""
 
@@ -231,7 +235,8 @@ class Kernel(NamedTuple):
         bytes_ = ctypes.c_size_t(self.shared + more_shared)
         run = library(self.wanted).run_it
         used.add(self.wanted.name)
-        return Bound(params, functools.partial(run, argument, grid, threads or self.threads, bytes_, self.joined))
+        joined = grid if self.wanted.name in AT_ONCE else self.joined
+        return Bound(params, functools.partial(run, argument, grid, threads or self.threads, bytes_, joined))
 
     def runs(self, threads: int, more_shared: int) -> bool:
         return True

@@ -106,7 +106,7 @@ def _plan_merged(call: ScanCall, y: Tensor, device: int) -> Plan | None:
     blocks = call.batch * call.channels // (32 * how.run)
     if not kernels.fills(blocks, held * gpu.multiprocessors(device)):
         return None
-    can_pair = how.run == 1 and gpu.capability(device) >= (9, 0)
+    can_pair = how.run == 1 and how.sums == "Bfloat" and gpu.capability(device) >= (9, 0)
     pairs = kernels.paired(types, call.tokens, call.routes, call.rank, shared) if can_pair else None
     if pairs is None:
         wanted, threads, more = kernels.walk_merged(types, how, held), how.threads, how.sums_shared(call.tokens)
