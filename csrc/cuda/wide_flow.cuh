@@ -27,22 +27,25 @@ using PartC = Pack<C_TYPE, 4>;
 constexpr int kSuPitch = kWarpChannels + 2;
 constexpr int kXPitch = kWarpChannels * (int)sizeof(X_TYPE) / 4 + 4;  // so that pairs of rows by fours of channels meet other banks
 
+// Of a piece, and with it of every other one.
+struct alignas(16) PieceMemory {
+    float2 su[kPiece][kSuPitch];    // s, s x; when it is scanned, y in the first half of a row
+    float rows[kPiece][2 * kRow];  // B, then C
+    alignas(16) unsigned dt[kRank ? 1 : 32][RunDt::kWords];
+    alignas(16) unsigned low[kRank ? kRankTiles : 1][32][Low::kWords];  // a low-rank step size: a lane's pairs of columns
+    alignas(16) unsigned before[kAdds ? 32 : 1][RunY::kWords];  // y of earlier routes
+    alignas(16) unsigned B[32][PartB::kWords];
+    alignas(16) unsigned C[32][PartC::kWords];
+};
 // Of a warp. Pieces of the route in turn: x from when it comes until y is finished, the rest until it is unpacked.
 struct alignas(16) WarpMemory {
-    float2 su[2][kPiece][kSuPitch];    // s, s x; when a piece is scanned, y in the first half of a row
-    float rows[2][kPiece][2 * kRow];   // B, then C
+    PieceMemory pieces[2];
     float bias[kWarpChannels];
     float D[kWarpChannels];
     long long x_at[32], dt_at[32], B_at[32], C_at[32], y_at[32];  // where a lane's part of token 0 lies
     int tokens[8][kPiece];  // of pieces in turn; -2 past the end
     alignas(16) unsigned x[4][kPiece][kXPitch];
-    alignas(16) unsigned dt[2][kRank ? 1 : 32][RunDt::kWords];
-    // A low-rank step size: a lane's pairs of columns, and those of its weights, of two channels each.
-    alignas(16) unsigned low[2][kRank ? kRankTiles : 1][32][Low::kWords];
-    alignas(16) uint4 weights[kRank ? 2 : 1][kRank ? kRankTiles : 1][32];
-    alignas(16) unsigned before[2][kAdds ? 32 : 1][RunY::kWords];  // y of earlier routes
-    alignas(16) unsigned B[2][32][PartB::kWords];
-    alignas(16) unsigned C[2][32][PartC::kWords];
+    alignas(16) uint4 weights[kRank ? 2 : 1][kRank ? kRankTiles : 1][32];  // of a low rank: those of pairs, of two channels each
 };
 extern "C" __device__ int launch_shape[2] = {kThreads, kWarps * (int)sizeof(WarpMemory)};
 
@@ -102,17 +105,17 @@ struct Scan {
         const long long x = m.x_at[lane], dt = m.dt_at[lane], B = m.B_at[lane], C = m.C_at[lane];
         copy<4 * RunX::kWords>(own_x(piece), at_index(x, token, (unsigned)p.x_l * (unsigned)sizeof(X_TYPE)));
         if constexpr (kRank == 0) {
-            copy<4 * RunDt::kWords>(m.dt[piece & 1][lane], at_index(dt, token, (unsigned)p.dt_l * (unsigned)sizeof(DT_TYPE)));
+            copy<4 * RunDt::kWords>(m.pieces[piece & 1].dt[lane], at_index(dt, token, (unsigned)p.dt_l * (unsigned)sizeof(DT_TYPE)));
         } else {
             const long long low = at_index(dt, of_B, (unsigned)p.dt_l * (unsigned)sizeof(DT_TYPE));
 #pragma unroll
             for (int i = 0; i < kRankTiles; ++i) {
-                unsigned* to = m.low[piece & 1][i][lane];
+                unsigned* to = m.pieces[piece & 1].low[i][lane];
                 if (8 * i + 2 * (lane % 4) < kRank) copy<4 * Low::kWords>(to, low + 8 * i * (int)sizeof(DT_TYPE));
             }
         }
-        copy<4 * PartB::kWords>(m.B[piece & 1][lane], at_index(B, of_B, (unsigned)p.B_l * (unsigned)sizeof(B_TYPE)));
-        copy<4 * PartC::kWords>(m.C[piece & 1][lane], at_index(C, of_B, (unsigned)p.C_l * (unsigned)sizeof(C_TYPE)));
+        copy<4 * PartB::kWords>(m.pieces[piece & 1].B[lane], at_index(B, of_B, (unsigned)p.B_l * (unsigned)sizeof(B_TYPE)));
+        copy<4 * PartC::kWords>(m.pieces[piece & 1].C[lane], at_index(C, of_B, (unsigned)p.C_l * (unsigned)sizeof(C_TYPE)));
     }
     DEVICE unsigned* own_x(int piece) const { return m.x[piece & 3][row] + run * (int)sizeof(X_TYPE) / 4; }
     // A lane's run of y of a piece.
@@ -134,12 +137,12 @@ struct Scan {
     // otherwise: rows of 32 bits leave no registers for that.
     static constexpr bool kEarly = sizeof(PartRows) <= 16;
     DEVICE PartRows rows_of(int piece) const {
-        return {taken<PartB>(m.B[piece & 1][lane]), taken<PartC>(m.C[piece & 1][lane])};
+        return {taken<PartB>(m.pieces[piece & 1].B[lane]), taken<PartC>(m.pieces[piece & 1].C[lane])};
     }
     DEVICE void put_rows(int piece, const PartRows& part) {
         const PartB& b = part.b;
         const PartC& c = part.c;
-        float* to = m.rows[piece & 1][lane / 4] + lane % 4 * 4;
+        float* to = m.pieces[piece & 1].rows[lane / 4] + lane % 4 * 4;
         float values[4];
 #pragma unroll
         for (int n = 0; n < 4; ++n) values[n] = kUnit * b.get(n);
@@ -161,7 +164,7 @@ struct Scan {
     DEVICE Sizes sizes_of(int piece) const {
         Sizes sizes;
         if constexpr (kRank == 0) {
-            const RunDt dt = taken<RunDt>(m.dt[piece & 1][lane]);
+            const RunDt dt = taken<RunDt>(m.pieces[piece & 1].dt[lane]);
             sizes.x = taken<RunX>(own_x(piece));
             get<kRun>(sizes.bias, m.bias + run);
 #pragma unroll
@@ -176,7 +179,7 @@ struct Scan {
             }
             uint2 b[kRankTiles + 1] = {};
 #pragma unroll
-            for (int i = 0; i < kRankTiles; ++i) b[i] = pair_of(taken<Low>(m.low[piece & 1][i][lane]));
+            for (int i = 0; i < kRankTiles; ++i) b[i] = pair_of(taken<Low>(m.pieces[piece & 1].low[i][lane]));
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
                 float d[4] = {};
@@ -196,10 +199,10 @@ struct Scan {
     }
     DEVICE void put_su(int piece, const float* su) {
         if constexpr (kRank == 0) {
-            put<2 * kRun>(&m.su[piece & 1][row][run].x, su);
+            put<2 * kRun>(&m.pieces[piece & 1].su[row][run].x, su);
         } else {
 #pragma unroll
-            for (int i = 0; i < 2; ++i) put<8>(&m.su[piece & 1][lane % 4 * 2 + i][lane / 4 * 4].x, su + 8 * i);
+            for (int i = 0; i < 2; ++i) put<8>(&m.pieces[piece & 1].su[lane % 4 * 2 + i][lane / 4 * 4].x, su + 8 * i);
         }
     }
     // Padding steps have no x and no B, and a step size from the bias alone; past the end the state stays as it is. A lane
@@ -211,8 +214,8 @@ struct Scan {
 #pragma unroll 1
         for (int i = 0; i < kRun; ++i) {
             const int channel = lane % 4 * 8 + i;
-            m.su[piece & 1][lane / 4][channel] = make_float2(token == -1 ? Incoming::step_size(m.bias[channel]) : 0.f, 0.f);
-            m.rows[piece & 1][lane / 4][lane % 4 * 4 + i % 4] = 0.f;
+            m.pieces[piece & 1].su[lane / 4][channel] = make_float2(token == -1 ? Incoming::step_size(m.bias[channel]) : 0.f, 0.f);
+            m.pieces[piece & 1].rows[lane / 4][lane % 4 * 4 + i % 4] = 0.f;
         }
     }
     // Whether a piece has steps without a token.
@@ -242,7 +245,7 @@ struct Scan {
         m.D[lane] = p.D ? p.D[at] : 0.f;
         for (int i = 0; kRank > 0 && i < kRankTiles; ++i) {
             const int rank = 8 * i + 2 * (lane % 4);
-            for (int word = 0; word < Low::kWords; ++word) m.low[0][i][lane][word] = m.low[1][i][lane][word] = 0;
+            for (int word = 0; word < Low::kWords; ++word) m.pieces[0].low[i][lane][word] = m.pieces[1].low[i][lane][word] = 0;
             for (int half = 0; half < 2; ++half) {
                 uint2 pairs[2];
                 for (int c = 0; c < 2; ++c) {
@@ -310,7 +313,7 @@ struct Scan {
             }
             bool lacking = kEarly && lacks(piece + 1);
             fetch(piece + 2);
-            if (kAdding) copy<4 * RunY::kWords>(m.before[piece & 1][kAdds ? lane : 0], at(place_in_y(piece)));
+            if (kAdding) copy<4 * RunY::kWords>(m.pieces[piece & 1].before[kAdds ? lane : 0], at(place_in_y(piece)));
             if (piece % 4 == 1) fetch_tokens(piece + 3);
             if (!kEarly) lacking = lacks(piece + 1);
 
@@ -318,9 +321,9 @@ struct Scan {
             const Sizes sizes = sizes_of(piece + 1);
             const RunX x_before = taken<RunX>(own_x(piece - 1));
             RunY before;
-            if constexpr (kAdding) before = taken<RunY>(m.before[piece + 1 & 1][kAdds ? lane : 0]);
+            if constexpr (kAdding) before = taken<RunY>(m.pieces[piece + 1 & 1].before[kAdds ? lane : 0]);
             float out[kRun], skip[kRun], su[2 * kRun];
-            get<kRun>(out, &m.su[piece + 1 & 1][row][0].x + own_result);
+            get<kRun>(out, &m.pieces[piece + 1 & 1].su[row][0].x + own_result);
             get<kRun>(skip, m.D + run);
 
             // Results wait in registers: a store between the steps would hold back the next step's loads.
@@ -328,14 +331,14 @@ struct Scan {
 #pragma unroll
             for (int t = 0; t < kPiece; ++t) {
                 float b[kStates], c[kStates], sum[kSlots];
-                get<kStates>(b, m.rows[piece & 1][t] + q * kStates);
+                get<kStates>(b, m.pieces[piece & 1].rows[t] + q * kStates);
 #pragma unroll
                 for (int j = 0; j < kSlots; ++j) {
-                    const float2 su = m.su[piece & 1][t][places[j]];
+                    const float2 su = m.pieces[piece & 1].su[t][places[j]];
 #pragma unroll
                     for (int n = 0; n < kStates; ++n) h[j][n] = fmaf(decay(su.x, A[j][n]), h[j][n], su.y * b[n]);
                 }
-                get<kStates>(c, m.rows[piece & 1][t] + kRow + q * kStates);
+                get<kStates>(c, m.pieces[piece & 1].rows[t] + kRow + q * kStates);
 #pragma unroll
                 for (int j = 0; j < kSlots; ++j) {
                     sum[j] = 0.f;
@@ -357,7 +360,7 @@ struct Scan {
             __syncwarp();  // every lane has read what is written now
             put_su(piece + 1, su);
 #pragma unroll
-            for (int t = 0; t < kPiece; ++t) (&m.su[piece & 1][t][0].x)[to_result] = results[t];
+            for (int t = 0; t < kPiece; ++t) (&m.pieces[piece & 1].su[t][0].x)[to_result] = results[t];
             if (!kEarly) rows = rows_of(piece + 1), to = place_in_y(piece - 1);
             put_rows(piece + 1, rows);
             put_y(to, out);
@@ -368,8 +371,8 @@ struct Scan {
         float out[kRun];
         const RunX x = taken<RunX>(own_x(pieces - 1));
         RunY before;
-        if constexpr (kAdding) before = taken<RunY>(m.before[pieces - 1 & 1][kAdds ? lane : 0]);
-        get<kRun>(out, &m.su[pieces - 1 & 1][row][0].x + own_result);
+        if constexpr (kAdding) before = taken<RunY>(m.pieces[pieces - 1 & 1].before[kAdds ? lane : 0]);
+        get<kRun>(out, &m.pieces[pieces - 1 & 1].su[row][0].x + own_result);
 #pragma unroll
         for (int i = 0; i < kRun; ++i) {
             out[i] = fmaf(m.D[run + i], x.get(i), out[i]);
