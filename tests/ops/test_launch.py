@@ -53,6 +53,18 @@ def test_addresses_go_to_their_fields_and_launches_at_once_do_not_mix() -> None:
     assert set(template) == {7}
 
 
+def test_what_a_call_does_not_give_is_absent_whatever_others_gave(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: 5 + device, raising=False)
+    kernel = Recorder([], [])
+    launch = Launch(kernel, 1, HEADER, array("q", [0] * len(slots(HEADER))))  # type: ignore[arg-type]
+    tensors = {name: torch.empty(1) for name in ("x", "dt", "y")}
+    for given in (("x", "y"), ("y", "dt", "x"), ("x", "y"), ("y",), ()):
+        launch(0, **{name: tensors[name] if name in given else None for name in tensors})
+        stream, values = kernel.launched.pop()
+        places = {slots(HEADER)[name]: tensors[name].data_ptr() for name in given}
+        assert stream == 5 and values == [places.get(place, 0) for place in range(len(values))]
+
+
 def _bound(*statuses: int) -> nvrtc.Bound:
     left = list(statuses)
     return nvrtc.Bound(array("q", [0]), ctypes.c_void_p(), lambda: left.pop(0), (0, 3, 1, 1, 64, 1, 1, 100, 0, 0, None))

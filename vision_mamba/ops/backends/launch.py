@@ -5,13 +5,17 @@ from __future__ import annotations
 import contextlib
 import functools
 from array import array
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from vision_mamba.ops.backends import nvrtc
+
+#: Launches a kernel on a stream, given the addresses of its tensors in an order that was agreed on.
+Start = Callable[[int, Iterable[int]], None]
 
 
 class Plans(dict[Any, Any]):
@@ -31,7 +35,8 @@ def slots(header: str) -> dict[str, int]:
     return {name: place for place, name in enumerate(nvrtc.field_names(header))}
 
 
-class Launch(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Launch:
     """A kernel with all that a shape decides; the addresses are filled in for each call."""
 
     kernel: nvrtc.Kernel
@@ -40,6 +45,8 @@ class Launch(NamedTuple):
     template: array[int]
     threads: int = 0
     more_shared: int = 0
+    #: By the names of the tensors that a call gives: what starts it.
+    starts: dict[tuple[str, ...], Start] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
     def of(
@@ -56,16 +63,16 @@ class Launch(NamedTuple):
         values = array("q", [fields.get(name, 0) for name in slots(header)])
         return cls(nvrtc.kernel(wanted, device), grid, header, values, threads, more_shared)
 
-    def ready(self, names: Sequence[str]) -> Callable[[int, Sequence[int]], None]:
+    def ready(self, names: Sequence[str]) -> Start:
         """A function of a stream and of the addresses of tensors of these names, in this order; others are absent."""
         places = [slots(self.header)[name] for name in names]
         idle: list[nvrtc.Bound] = []  # one for each of the threads that are launching it at the same time
 
-        def start(stream: int, addresses: Sequence[int]) -> None:
+        def start(stream: int, addresses: Iterable[int]) -> None:
             try:
                 bound = idle.pop()
             except IndexError:
-                bound = self._bound()
+                bound = self.kernel.bound(self.grid, self.template[:], self.threads, self.more_shared)
             params = bound.params
             for place, address in zip(places, addresses):  # noqa: B905 (as many, and asking for it takes time)
                 params[place] = address
@@ -75,14 +82,12 @@ class Launch(NamedTuple):
         return start
 
     def __call__(self, device: int, **addresses: Tensor | None) -> None:
-        bound, places = self._bound(), slots(self.header)
-        for name, tensor in addresses.items():
-            if tensor is not None:
-                bound.params[places[name]] = tensor.data_ptr()
-        bound.launch(torch._C._cuda_getCurrentRawStream(device))  # the public function makes an object each time
-
-    def _bound(self) -> nvrtc.Bound:
-        return self.kernel.bound(self.grid, self.template[:], self.threads, self.more_shared)
+        given = {name: tensor.data_ptr() for name, tensor in addresses.items() if tensor is not None}
+        names = tuple(given)
+        start = self.starts.get(names)
+        if start is None:
+            start = self.starts[names] = self.ready(names)
+        start(torch._C._cuda_getCurrentRawStream(device), given.values())  # the public function makes an object
 
 
 def maker(wanted: Tensor) -> Callable[[], Tensor]:
