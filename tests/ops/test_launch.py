@@ -113,16 +113,3 @@ def test_parts_of_a_result_begin_where_tensors_of_their_own_do() -> None:
     for start in (1, 2, 3):
         part = _aligned(whole[start:])
         assert part.storage_offset() == 0 and torch.equal(part, whole[start:])
-
-
-def test_clearing_asks_for_a_context_once_and_names_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[int] = []
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
-    monkeypatch.setattr(nvrtc, "_use_context", asked.append)
-    left, wanted = [201, 0], list[tuple[int, ...]]()  # CUDA_ERROR_INVALID_CONTEXT
-    monkeypatch.setattr(nvrtc, "_clearer", lambda: lambda *given: wanted.append(given) or left.pop(0))
-    nvrtc.clear(11, 4096, 7)
-    assert asked == [1] and wanted == [(4096, 0, 7, 11)] * 2
-    left.append(700)
-    with pytest.raises(RuntimeError, match=r"28 bytes could not be cleared: CUDA_ERROR_ILLEGAL_ADDRESS"):
-        nvrtc.clear(11, 4096, 7)

@@ -256,7 +256,6 @@ def emulated(monkeypatch: pytest.MonkeyPatch) -> set[str]:
     if not COMPILER:
         pytest.skip("no C++ compiler: CXX names none, and g++ is not on the path")
     monkeypatch.setattr(nvrtc, "kernel", kernel)
-    monkeypatch.setattr(nvrtc, "clear", lambda stream, address, words: ctypes.memset(address, 0, 4 * words))
     monkeypatch.setattr(nvrtc, "shared_limit", lambda device: 227 * 1024)
     monkeypatch.setattr(gpu, "capability", lambda device: (9, 0))
     monkeypatch.setattr(gpu, "multiprocessors", lambda device: 4)

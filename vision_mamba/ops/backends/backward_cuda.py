@@ -11,7 +11,6 @@ from vision_mamba.ops.backends import cuda_kernels as kernels
 from vision_mamba.ops.backends import few_cuda as few
 from vision_mamba.ops.backends import few_plans_cuda as few_plans
 from vision_mamba.ops.backends import narrow_cuda as narrow
-from vision_mamba.ops.backends import nvrtc
 from vision_mamba.ops.backends import wave_cuda as wave
 from vision_mamba.ops.backends import wide_cuda as wide
 from vision_mamba.ops.backends.calls_cuda import as_taken, is_far, plan_key, rank_in_kernel, tokens_first
@@ -83,8 +82,7 @@ def backward(asked: ScanCall, saved: Tensor, dy: Tensor | None, dlast: Tensor | 
         if plan.middle:
             addresses["middle"] = new((batch, routes, plan.segments, channels, saved.shape[-1]))
         if plan.blocks:
-            addresses["order"] = order = call.x.new_empty(1 + plan.blocks, dtype=torch.int32)
-            nvrtc.clear(torch._C._cuda_getCurrentRawStream(device), order.data_ptr(), order.numel())
+            addresses["order"] = call.x.new_zeros(1 + plan.blocks, dtype=torch.int32)
         sums = parts
         if plan.rows:
             addresses["rows"] = new(plan.rows, dtype=_type_of_rows(call))

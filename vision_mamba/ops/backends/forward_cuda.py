@@ -9,7 +9,6 @@ from vision_mamba.ops.backends import cuda_kernels as kernels
 from vision_mamba.ops.backends import few_cuda as few
 from vision_mamba.ops.backends import few_plans_cuda as few_plans
 from vision_mamba.ops.backends import narrow_cuda as narrow
-from vision_mamba.ops.backends import nvrtc
 from vision_mamba.ops.backends import wave_cuda as wave
 from vision_mamba.ops.backends import wide_cuda as wide
 from vision_mamba.ops.backends.calls_cuda import (
@@ -93,7 +92,6 @@ def _new_runner(call: ScanCall, complete: bool, save: bool) -> Run:
     merge = None if parts is None else merger(parts, y, plan.first)
     new, new_room = [*makers.values(), maker(y)], room_for(list(between.values()))
     to_clear = not plan.merging and not complete
-    to_count = 0 if order is None else order.numel()
     # Where they are among what is made. What was not asked for has no elements, and can be the same for all.
     place_last, place_saved = (list(makers).index(n) if n in makers else None for n in ("last_state", "saved"))
     no_last, not_saved = None if call.return_last_state else last, None if save else saved
@@ -101,9 +99,8 @@ def _new_runner(call: ScanCall, complete: bool, save: bool) -> Run:
 
     def run(addresses: list[int]) -> tuple[Tensor, Tensor, Tensor]:
         made = [make() for make in new]
-        stream = stream_of(device)
-        if to_count:
-            nvrtc.clear(stream, made[0].data_ptr(), to_count)
+        if order is not None:
+            made[0].zero_()
         y = made[-1]
         room, begins = new_room()
         addresses.extend(begins)
@@ -115,6 +112,7 @@ def _new_runner(call: ScanCall, complete: bool, save: bool) -> Run:
                 y.zero_()
         for tensor in made:
             addresses.append(tensor.data_ptr())
+        stream = stream_of(device)
         for launch in launches:
             launch(stream, addresses)
         if merge is not None:

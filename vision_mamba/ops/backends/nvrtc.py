@@ -115,37 +115,14 @@ class Bound(NamedTuple):
             )
 
 
-def clear(stream: int, address: int, words: int) -> None:
-    """Write zeros to so many words of 32 bits; torch takes twice as long to begin with it."""
-    from cuda.bindings import driver
-
-    status = _clearer()(address, 0, words, stream)
-    if status and driver.CUresult(status) == driver.CUresult.CUDA_ERROR_INVALID_CONTEXT:  # a thread's first launch
-        _use_context(torch.cuda.current_device())
-        status = _clearer()(address, 0, words, stream)
-    if status:
-        raise RuntimeError(f"vision_mamba: {4 * words} bytes could not be cleared: {driver.CUresult(status).name}.")
-
-
 @functools.cache
 def _launcher() -> Callable[..., int]:
     """cuLaunchKernel as the driver has it; the bindings take longer to understand its arguments."""
-    return ctypes.CFUNCTYPE(ctypes.c_int)(_of_driver(b"cuLaunchKernel", 12000))
-
-
-@functools.cache
-def _clearer() -> Callable[..., int]:
-    kinds = (ctypes.c_uint64, ctypes.c_uint, ctypes.c_size_t, ctypes.c_void_p)
-    return ctypes.CFUNCTYPE(ctypes.c_int, *kinds)(_of_driver(b"cuMemsetD32Async", 12000))
-
-
-def _of_driver(name: bytes, version: int) -> int:
-    """Where one of the driver's functions begins."""
     from cuda.bindings import driver
 
-    address, found = _checked(driver.cuGetProcAddress(name, version, 0))
+    address, found = _checked(driver.cuGetProcAddress(b"cuLaunchKernel", 12000, 0))
     assert address, found
-    return int(address)
+    return ctypes.CFUNCTYPE(ctypes.c_int)(int(address))
 
 
 def _core() -> ModuleType:
