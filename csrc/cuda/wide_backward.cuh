@@ -31,6 +31,8 @@ constexpr bool kThrift = true;    // with registers
 constexpr bool kAdd = ADD;  // shares of a sum over routes are fewer than routes: a block adds to what another has left
 constexpr int kSub = SUB;
 constexpr int kHeld = kTile - kSub;
+// Spans of the first kHeld steps that stand in the program side by side: where it is long, instructions come late.
+constexpr int kSpans = kRank == 0 ? 1 : kExact ? 4 : 2;
 constexpr bool kDirect = kWarps == 1;  // a warp's sums are the block's
 constexpr int kFlush = 64;             // tiles after which partial sums of dA leave the registers
 // Where there is room for them in shared memory a thread keeps its shares of dD and ddt_bias for all channels of its run,
@@ -425,7 +427,11 @@ DEVICE void scan_back(const Params& p, BlockMemory& block) {
                 }
                 recall(before, kHeld - 1);
                 backwards(kHeld, 0, before, history[0]);
-                leave(kHeld, 0);
+            } else {  // nothing is left of steps past the end
+#pragma unroll
+                for (int i = 0; i < kOwned; ++i) pending[i] = 0.f;
+#pragma unroll
+                for (float& sum : sums_over_groups) sum = 0.f;
             }
             // What another block has left of dx comes while the rest is scanned.
             Pack<DX_TYPE, kRun> so_far[kRows];
@@ -445,14 +451,14 @@ DEVICE void scan_back(const Params& p, BlockMemory& block) {
                 saved(begin, tile);
             }
             recall(h, kHeld - 1);
-#pragma unroll
+#pragma unroll kSpans
             for (int last = kHeld - kSpan; last >= 0; last -= kSpan) {
 #pragma unroll
                 for (int span = kSpan - 1; span >= 0; --span) {
                     float before[kSlots][kStates];
                     if (kBegin || last + span > 0) recall(before, last + span - 1);
                     else copy(before, begin);
-                    backwards(last + span, span, before, h, last + span == kHeld - 1);
+                    backwards(last + span, span, before, h);
                     copy(h, before);
                 }
             }

@@ -91,7 +91,7 @@ def _new_runner(call: ScanCall, complete: bool, save: bool) -> Run:
     launches = [launch.ready(names) for launch in (plan.edges, plan.scan) if launch is not None]
     merge = None if parts is None else merger(parts, y, plan.first)
     new, new_room = [*makers.values(), maker(y)], room_for(list(between.values()))
-    to_clear = not plan.merging and not complete
+    to_clear, counts = not plan.merging and not complete, plan.blocks > 0
     # Where they are among what is made. What was not asked for has no elements, and can be the same for all.
     place_last, place_saved = (list(makers).index(n) if n in makers else None for n in ("last_state", "saved"))
     no_last, not_saved = None if call.return_last_state else last, None if save else saved
@@ -99,7 +99,7 @@ def _new_runner(call: ScanCall, complete: bool, save: bool) -> Run:
 
     def run(addresses: list[int]) -> tuple[Tensor, Tensor, Tensor]:
         made = [make() for make in new]
-        if order is not None:
+        if counts:
             made[0].zero_()
         y = made[-1]
         room, begins = new_room()
