@@ -153,7 +153,7 @@ def scans(records: Records) -> str:
     """Scans of published models in bfloat16 on CUDA, from large batches to small, beside the fastest other kernel."""
     usual = (r for r in records if r["dtype"] == "bfloat16" and not r.get("lean"))
     found = _newest(usual, "case", "backend", "pass")
-    titles = ("scan", "forward, ms", "other, ms", "times", "backward, ms", "other, ms", "times", "peak MiB", "other")
+    titles = ("scan", "forward, ms", "other, ms", "times", "backward, ms", "other, ms", "times", "both, MiB", "other")
 
     def rows() -> Iterable[Iterable[str]]:
         batches = {case: r["shape"]["batch"] for (case, _, _), r in found.items()}
@@ -167,9 +167,8 @@ def scans(records: Records) -> str:
                 other = min(peers, key=lambda name: found[case, name, which]["ms"][1])
                 theirs = found[case, other, which]["ms"][1]
                 cells += [f"{ours:.3f}", f"{theirs:.3f} ({PEERS[other]})", f"{theirs / ours:.1f}x"]
-            cells += [f"{max(found[case, 'cuda', which]['peak_mib'] for which in ('fwd', 'bwd')):,.0f}"]
-            others = [max(found[case, name, which]["peak_mib"] for which in ("fwd", "bwd")) for name in peers]
-            yield *cells, f"{min(others):,.0f}"
+            most = {name: found[case, name, "fwdbwd"]["peak_mib"] for name in ("cuda", *peers)}
+            yield *cells, f"{most.pop('cuda'):,.0f}", f"{min(most.values()):,.0f}"
 
     return _rows(titles, "lrrrrrrrr", rows())
 

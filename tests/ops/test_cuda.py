@@ -101,6 +101,7 @@ def paired() -> list[Case]:
     one = Case(channels=96, states=1, order="cross", grid=(1, 1), dtypes=half)
     found += [one, replace(one, grid=(3, 5), skip=False, bias=False)]
     mixed = (BF16, F16, F32, F16)
+    found += [replace(one, grid=(9, 11), batch=3, shared_x=False, dtypes=(F16, F16, F32, F16), out_dtype=BF16)]
     return [*found, Case(channels=32, states=1, order="cross", grid=(9, 11), dtypes=mixed, state=True)]
 
 
@@ -204,7 +205,7 @@ def plentiful() -> list[Case]:
     found = [
         Case(channels=channels, states=16, order=order, rank=rank, dtypes=(dtype,) * 4, grid=grid, state=True)
         for order, grid in (("cross", (5, 13)), ("bidirectional", (1, 9)))
-        for channels, rank, dtype in ((64, 0, BF16), (72, 24, BF16), (20, 5, F16), (40, 0, F32))
+        for channels, rank, dtype in ((64, 0, BF16), (72, 24, BF16), (64, 6, BF16), (20, 5, F16), (40, 0, F32))
     ]
     found += [
         Case(channels=channels, states=16, order="cross", rank=24, dtypes=types, grid=(5, 13), state=True)

@@ -31,6 +31,7 @@ def routes() -> list[Case]:
     found += [replace(LONG, grid=(1, 1601), channels=96, batch=2, dtypes=(t,) * 4, state=True) for t in (BF16, F32)]
     found += [replace(LONG, grid=(1, 65), channels=96, batch=100, dtypes=half)]  # more blocks than multiprocessors
     found += [replace(LONG, routes=2, channels=52, dtypes=half, skip=False, bias=False, softplus=False, state=True)]
+    found += [replace(LONG, routes=2, batch=3, channels=100, dtypes=half, state=True)]
     found += [replace(LONG, shared_x=True, merge=True, batch=3, dtypes=(BF16, F32, F32, BF16))]
     return [*found, replace(LONG, dtypes=(F16, BF16, BF16, F16), out_dtype=F32)]
 

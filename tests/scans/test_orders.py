@@ -212,8 +212,12 @@ def test_bad_arguments_are_refused() -> None:
         atrous(1.5)
     with pytest.raises(ValueError, match=r"atrous: offset must be two numbers from 0 to 1, got \(0, 2\)"):
         atrous(2, (0, 2))
-    with pytest.raises(ValueError, match="the grid must have tokens, got 0 x 3"):
+    with pytest.raises(ValueError, match="the grid must have tokens, got 0 x 3; sides are whole"):
         scans.CROSS.indices(0, 3)
+    with pytest.raises(ValueError, match=r"the grid must have tokens, got 4\.5 x 4; sides are whole"):
+        scans.CROSS.indices(4.5, 4)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"'three': route 0 must be a function \(height, width\) -> tokens, got 3; "):
+        ScanOrder("three", (3,))  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="class_token must be from 0 to 6, got 7"):
         scans.CROSS.indices(2, 3, class_token=7)
 

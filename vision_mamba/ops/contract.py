@@ -41,6 +41,11 @@ def require_kind(where: str, tensors: dict[str, Tensor | None], leader: Tensor) 
             continue
         if not isinstance(tensor, Tensor):
             raise ValueError(f"{where}: {name} must be a tensor, got {type(tensor).__name__}.")
+        if tensor.dtype.is_complex:
+            raise ValueError(
+                f"{where}: {name} must be float32, float16, bfloat16 or float64, got {_name(tensor.dtype)}; complex "
+                f"states are not supported, and their real part alone would be another scan."
+            )
         if tensor.dtype not in FLOATS:
             raise ValueError(
                 f"{where}: {name} must be float32, float16, bfloat16 or float64, got {_name(tensor.dtype)}; "

@@ -36,6 +36,12 @@ class ScanOrder:
         object.__setattr__(self, "routes", tuple(self.routes))
         if not self.routes:
             raise ValueError(f"ScanOrder {self.name!r}: an order needs at least one route, got none.")
+        for number, route in enumerate(self.routes):
+            if not callable(route):
+                raise ValueError(
+                    f"ScanOrder {self.name!r}: route {number} must be a function (height, width) -> tokens, "
+                    f"got {route!r}; vision_mamba.scans.routes has some."
+                )
 
     def __len__(self) -> int:
         return len(self.routes)
@@ -67,8 +73,10 @@ def _table(device: torch.device, order: ScanOrder, height: int, width: int, clas
     with torch.inference_mode(False):
         if device.type != "cpu":
             return copy_of(_tables.get(torch.device("cpu"), order, height, width, class_token), device)
-        if height < 1 or width < 1:
-            raise ValueError(f"ScanOrder {order.name!r}: the grid must have tokens, got {height} x {width}.")
+        if any(isinstance(side, float) for side in (height, width)) or height < 1 or width < 1:
+            raise ValueError(
+                f"ScanOrder {order.name!r}: the grid must have tokens, got {height} x {width}; sides are whole numbers."
+            )
         if class_token is not None and not 0 <= class_token <= height * width:
             raise ValueError(
                 f"ScanOrder {order.name!r}: class_token must be from 0 to {height * width}, got {class_token}."

@@ -1,6 +1,7 @@
 // What the CUDA kernels need of a GPU, on a CPU: a block's threads are fibers of one thread, which take turns wherever they
-// wait for each other; blocks run one after the other, but for those of a cluster. Memory that is copied asynchronously changes only when the copy is
-// waited for, and shared memory begins as NaN. A fiber that waits for what never comes ends the program with a message.
+// wait for each other; blocks run one after the other, but for those of a cluster. Memory that is copied asynchronously
+// changes only when the copy is waited for, and shared memory begins as NaN. A fiber that waits for what never comes, or a
+// write behind the shared memory that a block has, ends the program with a message.
 #pragma once
 #include <ucontext.h>
 
@@ -120,6 +121,8 @@ struct Mailbox {
     int bytes;
 };
 
+constexpr char kBehind = 0x5a;  // what stands behind a block's shared memory
+
 inline dim3 grid, threads;
 inline std::vector<Block> cluster;
 inline std::vector<Fiber> fibers;
@@ -196,6 +199,11 @@ template <class To, class... Numbers> void store(To to, Numbers... numbers) {
 template <class... Numbers> void load(const char* from, Numbers&... numbers) {
     if ((size_t)from % (4 * sizeof...(numbers))) fail("a read that is not aligned");
     ((memcpy(&numbers, from, 4), from += 4), ...);
+}
+
+template <class T> T read(const void* from) {
+    if ((size_t)from % sizeof(T)) fail("a read that is not aligned");
+    return *(const T*)from;
 }
 
 // An mbarrier; of its bytes, each phase in turn stands for what its arrivals let others see.
@@ -351,13 +359,14 @@ template <class Kernel> void run(Kernel kernel, unsigned blocks, unsigned count,
     grid = {blocks, 1, 1}, threads = {count, 1, 1};
     fibers.resize(count * joined), cluster.resize(joined);
     if (bytes >> kRankAt || blocks % joined) fail("too much shared memory, or part of a cluster");
-    for (Block& own : cluster) own.shared = (char*)aligned_alloc(1024, (bytes + 1023) / 1024 * 1024 + 1024);
+    const size_t room = (bytes + 1023) / 1024 * 1024 + 1024;
+    for (Block& own : cluster) own.shared = (char*)aligned_alloc(1024, room);
     for (unsigned first = 0; first < blocks; first += joined) {
         met = 0;
         for (unsigned b = 0; b < joined; ++b) {
             Block& own = cluster[b];
             own.index = {first + b, 0, 0};
-            memset(own.shared, 0xff, bytes);
+            memset(own.shared, 0xff, bytes), memset(own.shared + bytes, kBehind, room - bytes);
             own.warps.assign((count + 31) / 32, {});
             for (Barrier& barrier : own.barriers) barrier = {};
         }
@@ -387,6 +396,8 @@ template <class Kernel> void run(Kernel kernel, unsigned blocks, unsigned count,
         __tsan_acquire(&all_done);
         for (Fiber& fiber : fibers) __tsan_destroy_fiber(fiber.known);
         for (Block& own : cluster) {
+            const auto kept = std::count(own.shared + bytes, own.shared + room, kBehind);
+            if ((size_t)kept != room - bytes) fail("a write behind its shared memory");
             for (Barrier& barrier : own.barriers) {
                 if (barrier.arrived % 32) fail("a barrier that part of a warp came to");
             }

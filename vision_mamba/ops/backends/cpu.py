@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import os
+import sys
 from ctypes import POINTER, byref, c_char_p, c_int, c_int64, c_void_p
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
@@ -53,9 +54,14 @@ def _load() -> ctypes.CDLL | str:
     package = Path(__file__).resolve().parents[2]
     found = [path for suffix in EXTENSION_SUFFIXES if (path := package / f"_cpu{suffix}").is_file()]
     if not found:
+        if sys.platform == "win32":
+            return (
+                "the C++ kernel is not built on Windows; plain torch takes its place, as it does with backend='eager'"
+            )
         return (
-            "the C++ kernel was not built when the package was installed, because no working C++ compiler was found; "
-            f"install one (g++ or clang++) and {_REINSTALL}"
+            f"there is no C++ kernel (_cpu*.so) in {package}: it was not installed from here, or could not be built, "
+            "mostly for want of a C++ compiler, as `pip install -v` tells; install one (g++ or clang++) and "
+            f"{_REINSTALL}"
         )
     try:
         library = ctypes.CDLL(str(found[0]))
