@@ -49,17 +49,25 @@ def gradients(call: ScanCall, backend: str) -> dict[str, Tensor]:
     return {f"d{n}": t.grad for n, t in tensors.items() if t is not None}
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize("case", routes(), ids=str)
-def test_wave_matches_the_reference(case: Case, poisoned: None, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def launched(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
+    """The wave kernels take all that they can; of those going back, how they were made as they are asked for."""
     if nvrtc.shared_limit(0) < kernels.WAVE_SHARED:
         pytest.skip("blocks of the wave kernels need more shared memory than this GPU has")
-    launched = []
+    launched = list[tuple[Any, ...]]()
     wave = kernels.wave_backward
     monkeypatch.setattr(kernels, "wave_backward", lambda *how: launched.append(how) or wave(*how))
     monkeypatch.setattr(kernels, "wave_fills", lambda *_: True)
     monkeypatch.setattr(few, "takes_call", lambda *_, **__: False)
     monkeypatch.setattr(backward_cuda, "plans", {})
+    return launched
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", routes(), ids=str)
+def test_wave_matches_the_reference(
+    case: Case, poisoned: None, launched: list[tuple[Any, ...]], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("vision_mamba.ops.autograd.operator.known", Known(10, 5))
     monkeypatch.setattr("vision_mamba.ops.backends.forward_cuda.runners", {})
     expected = gradients(cases.double(make_call(case)), "reference")
@@ -73,31 +81,23 @@ def test_wave_matches_the_reference(case: Case, poisoned: None, monkeypatch: pyt
 
 
 @pytest.mark.gpu
-def test_small_tensors_begin_anywhere(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_small_tensors_begin_anywhere(launched: list[tuple[Any, ...]]) -> None:
     """The wave kernels read them by 16 bytes."""
-    if nvrtc.shared_limit(0) < kernels.WAVE_SHARED:
-        pytest.skip("blocks of the wave kernels need more shared memory than this GPU has")
-    monkeypatch.setattr(kernels, "wave_fills", lambda *_: True)
-    monkeypatch.setattr(few, "takes_call", lambda *_, **__: False)
-    monkeypatch.setattr(backward_cuda, "plans", {})
     call = make_call(replace(LONG, state=True), device="cuda")
     small = {n: getattr(call, n) for n in ("A", "D", "dt_bias", "initial_state")}
     parts = {n: t.new_empty(t.numel() + 1)[1:].view_as(t).copy_(t) for n, t in small.items()}
     expected, found = gradients(call, "cuda"), gradients(call._replace(**parts), "cuda")
+    assert launched
     assert all(torch.equal(found[name], gradient) for name, gradient in expected.items())
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [BF16, F32])
-def test_rows_of_B_and_C_lie_in_any_order(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_of_B_and_C_lie_in_any_order(dtype: torch.dtype, launched: list[tuple[Any, ...]]) -> None:
     """Their gradients are written in the order of the arguments, whatever it is."""
-    if nvrtc.shared_limit(0) < kernels.WAVE_SHARED:
-        pytest.skip("blocks of the wave kernels need more shared memory than this GPU has")
-    monkeypatch.setattr(kernels, "wave_fills", lambda *_: True)
-    monkeypatch.setattr(few, "takes_call", lambda *_, **__: False)
-    monkeypatch.setattr(backward_cuda, "plans", {})
     call = make_call(replace(LONG, routes=2, batch=3, channels=100, dtypes=(dtype,) * 4), device="cuda")
     expected = gradients(call, "cuda")
+    assert launched
     for order in ((0, 1, 2, 3), (1, 3, 0, 2), (3, 2, 1, 0)):
         back = [order.index(axis) for axis in range(4)]
         rows = {name: getattr(call, name).permute(order).contiguous().permute(back) for name in "BC"}
@@ -106,16 +106,8 @@ def test_rows_of_B_and_C_lie_in_any_order(dtype: torch.dtype, monkeypatch: pytes
 
 
 @pytest.mark.gpu
-def test_replayed_in_a_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_replayed_in_a_graph(launched: list[tuple[Any, ...]]) -> None:
     """Blocks count anew each time."""
-    if nvrtc.shared_limit(0) < kernels.WAVE_SHARED:
-        pytest.skip("blocks of the wave kernels need more shared memory than this GPU has")
-    launched = []
-    wave = kernels.wave_backward
-    monkeypatch.setattr(kernels, "wave_backward", lambda *how: launched.append(how) or wave(*how))
-    monkeypatch.setattr(kernels, "wave_fills", lambda *_: True)
-    monkeypatch.setattr(few, "takes_call", lambda *_, **__: False)
-    monkeypatch.setattr(backward_cuda, "plans", {})
     call = make_call(replace(LONG, batch=2, channels=100, grid=(1, 333), dtypes=(BF16,) * 4), device="cuda")
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
