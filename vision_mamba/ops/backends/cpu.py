@@ -55,9 +55,7 @@ def _load() -> ctypes.CDLL | str:
     found = [path for suffix in EXTENSION_SUFFIXES if (path := package / f"_cpu{suffix}").is_file()]
     if not found:
         if sys.platform == "win32":
-            return (
-                "the C++ kernel is not built on Windows; plain torch takes its place, as it does with backend='eager'"
-            )
+            return "the C++ kernel is not built on Windows; plain torch takes its place, as with backend='eager'."
         return (
             f"there is no C++ kernel (_cpu*.so) in {package}: it was not installed from here, or could not be built, "
             "mostly for want of a C++ compiler, as `pip install -v` tells; install one (g++ or clang++) and "
