@@ -39,7 +39,8 @@ constexpr int kThreads = kTurns * kTeam;
 constexpr int kKept = 3;  // pairs of steps behind which states stay in registers, the last ones
 constexpr int kHeld = kTile / 2 - kKept;
 constexpr int kAskAt = 8;  // on the way back, the step at which decays have left registers to ask for another tile
-constexpr bool kSpread = kAlike<B_TYPE, C_TYPE> && sizeof(B_TYPE) == 2;  // numbers of B and C are handed round by the tensor cores
+// Whether numbers of B and C are handed round by the tensor cores.
+constexpr bool kSpread = kAlike<B_TYPE, C_TYPE> && sizeof(B_TYPE) == 2;
 constexpr int kSpreadPitch = 2 * kStates + 4;         // so that rows meet other banks
 constexpr int kPitch = 2 * kStates + 8;
 constexpr int kStepPitch = kTile + 4;

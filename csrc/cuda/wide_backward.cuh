@@ -32,7 +32,8 @@ constexpr bool kAdd = ADD;  // shares of a sum over routes are fewer than routes
 constexpr int kSub = SUB;
 constexpr int kHeld = kTile - kSub;
 // Spans of the first kHeld steps that stand in the program side by side: where it is long, instructions come late.
-constexpr int kSpans = kRank == 0 ? 1 : kExact ? 4 : 2;
+// Where a loop spills registers there is none.
+constexpr int kSpans = kRank == 0 ? 1 : kExact || __CUDA_ARCH__ < 900 ? 4 : 2;
 constexpr bool kDirect = kWarps == 1;  // a warp's sums are the block's
 constexpr int kFlush = 64;             // tiles after which partial sums of dA leave the registers
 // Where there is room for them in shared memory a thread keeps its shares of dD and ddt_bias for all channels of its run,

@@ -27,15 +27,15 @@ using PartC = Pack<C_TYPE, 4>;
 constexpr int kSuPitch = kWarpChannels + 2;
 constexpr int kXPitch = kWarpChannels * (int)sizeof(X_TYPE) / 4 + 4;  // so that pairs of rows by fours of channels meet other banks
 
-// Of a piece, and with it of every other one.
+// Of a piece, and with it of every other one. In this order no type spills registers that another order does.
 struct alignas(16) PieceMemory {
-    float2 su[kPiece][kSuPitch];    // s, s x; when it is scanned, y in the first half of a row
-    float rows[kPiece][2 * kRow];  // B, then C
-    alignas(16) unsigned dt[kRank ? 1 : 32][RunDt::kWords];
-    alignas(16) unsigned low[kRank ? kRankTiles : 1][32][Low::kWords];  // a low-rank step size: a lane's pairs of columns
-    alignas(16) unsigned before[kAdds ? 32 : 1][RunY::kWords];  // y of earlier routes
     alignas(16) unsigned B[32][PartB::kWords];
     alignas(16) unsigned C[32][PartC::kWords];
+    alignas(16) unsigned dt[kRank ? 1 : 32][RunDt::kWords];
+    alignas(16) unsigned low[kRank ? kRankTiles : 1][32][Low::kWords];  // a low-rank step size: a lane's pairs of columns
+    alignas(16) unsigned before[kAdds ? 32 : 1][RunY::kWords];          // y of earlier routes
+    alignas(16) float2 su[kPiece][kSuPitch];  // s, s x; when it is scanned, y in the first half of a row
+    float rows[kPiece][2 * kRow];             // B, then C
 };
 // Of a warp. Pieces of the route in turn: x from when it comes until y is finished, the rest until it is unpacked.
 struct alignas(16) WarpMemory {
